@@ -1,0 +1,64 @@
+"""What can go wrong, as exceptions whose text a user can act on.
+
+PleexportError              exit code 2: wrong usage or input
+├── CheckpointError         the checkpoint is incomplete, damaged or inconsistent
+├── UnsupportedError        the checkpoint asks for something that is not implemented
+├── TargetError             the target is unknown, malformed, or the build does not fit it
+├── BundleError             the folder is not a bundle, or not one that this version reads
+├── BlobError               the blob breaks a rule of docs/blob-format.md
+├── RunnerError             a prompt, id or option that the runner cannot accept
+├── MissingDependencyError  an optional dependency is not installed
+└── CheckFailed             exit code 1: parity or integrity check failed
+"""
+
+from __future__ import annotations
+
+
+class PleexportError(Exception):
+    """Base of all errors that are shown to users as one sentence.
+
+    Args:
+        message: what is wrong, where, and what was expected.
+        hint: what to do about it, if anything is known to help.
+    """
+
+    exit_code = 2
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class CheckpointError(PleexportError):
+    """The checkpoint is incomplete, damaged or inconsistent."""
+
+
+class UnsupportedError(PleexportError):
+    """The checkpoint asks for something that is not implemented."""
+
+
+class TargetError(PleexportError):
+    """The target is unknown or malformed, or the build does not fit it."""
+
+
+class BundleError(PleexportError):
+    """The folder is not a bundle, or not one that this version reads."""
+
+
+class BlobError(PleexportError):
+    """The blob breaks a rule of docs/blob-format.md."""
+
+
+class RunnerError(PleexportError):
+    """A prompt, id or option that the runner cannot accept."""
+
+
+class MissingDependencyError(PleexportError):
+    """An optional dependency is not installed."""
+
+
+class CheckFailed(PleexportError):
+    """A parity or integrity check failed."""
+
+    exit_code = 1

@@ -1,0 +1,193 @@
+"""Checkpoints of every layout are found; what does not fit is named, all of it at once."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from attacks import write_tensors
+from checkpoints import gemma4_multimodal
+
+import pleexport
+from pleexport import families
+from pleexport.binding import Binding
+from pleexport.checkpoint import Checkpoint
+from pleexport.errors import CheckpointError, PleexportError, UnsupportedError
+
+Tensors = dict[str, Any]
+
+
+def bind(folder: Path) -> Binding:
+    source = Checkpoint(folder)
+    return Binding(families.resolve(source.config, dtype=source.dtype), source)
+
+
+def tensors_of(folder: Path) -> Tensors:
+    source = Checkpoint(folder)
+    return {name: np.array(source.array(name)) for name in source.entries}
+
+
+@pytest.fixture
+def remake(gemma4_checkpoint: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Write the checkpoint again with changed tensors or config."""
+
+    def write(change: Callable[[Tensors], Tensors] = lambda t: t, **fields: object) -> Path:
+        folder = tmp_path / "changed"
+        config = json.loads((gemma4_checkpoint / "config.json").read_text()) | fields
+        write_tensors(folder / "model.safetensors", change(tensors_of(gemma4_checkpoint)))
+        kept = {name: value for name, value in config.items() if value != "absent"}
+        (folder / "config.json").write_text(json.dumps(kept))
+        return folder
+
+    return write
+
+
+def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name.replace(old, new, 1): t for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
+def test_every_key_prefix_is_found(prefix: str, remake: Callable[..., Path]) -> None:
+    binding = bind(remake(renamed("model.", prefix)))
+    assert binding.prefix == prefix
+
+
+def test_a_repack_with_a_foreign_prefix_is_verified_too(
+    remake: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = remake(renamed("model.", "language_model.model."))
+    bundle = pleexport.build(folder, tmp_path / "bundle", table_dtype="source", weight_dtype="fp32")
+    assert bundle.manifest.parity.passed
+
+
+def test_shards_are_read_through_their_index(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    tensors = tensors_of(gemma4_checkpoint)
+    names, folder = sorted(tensors), tmp_path / "sharded"
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, own in parts.items():
+        write_tensors(folder / file, {name: tensors[name] for name in own})
+    weight_map = {name: file for file, own in parts.items() for name in own}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    shutil.copy(gemma4_checkpoint / "config.json", folder)
+    binding = bind(folder)
+    table = binding.model.tables[0]
+    expected = bind(gemma4_checkpoint).rows(table, slice(3, 5))
+    np.testing.assert_array_equal(binding.rows(table, slice(3, 5)), expected)
+
+    index.write_text(json.dumps({"weight_map": weight_map | {"ghost": "a.safetensors"}}))
+    with pytest.raises(CheckpointError, match="tensors that are in no file, `ghost` first"):
+        Checkpoint(folder)
+    (folder / "b.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lists it"):
+        Checkpoint(folder)
+    index.write_text(json.dumps({"weight_map": {"x": "../a.safetensors"}}))
+    with pytest.raises(CheckpointError, match="points outside the folder"):
+        Checkpoint(folder)
+
+
+def test_all_problems_are_named_at_once_with_the_nearest_name(
+    remake: Callable[..., Path],
+) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors["model.layers.1.mlp.gate_porj.weight"] = tensors.pop(
+            "model.layers.1.mlp.gate_proj.weight"
+        )
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][:5]
+        tensors["model.layers.0.layer_scalar"] = np.array([1], dtype=np.int64)
+        return tensors
+
+    with pytest.raises(CheckpointError) as caught:
+        bind(remake(spoil))
+    message = caught.value.message
+    assert "4 problems" in message
+    assert (
+        "`model.layers.1.mlp.gate_proj.weight` is missing "
+        "(the nearest name is `model.layers.1.mlp.gate_porj.weight`)" in message
+    )
+    assert "`model.layers.1.mlp.gate_porj.weight` is used by nothing" in message
+    assert "`model.norm.weight` has shape [5]; the config asks for [32]" in message
+    assert "`model.layers.0.layer_scalar` has dtype I64" in message
+
+
+def test_dead_tensors_of_sharing_layers_are_ignored(remake: Callable[..., Path]) -> None:
+    def add(tensors: Tensors) -> Tensors:
+        own = tensors["model.layers.0.self_attn.k_proj.weight"]
+        return tensors | {"model.layers.3.self_attn.k_proj.weight": own}
+
+    binding = bind(remake(add))
+    assert binding.ignored == ["model.layers.3.self_attn.k_proj.weight"]
+
+
+def test_towers_are_left_out_and_placeholders_look_up_the_padding_row(tmp_path: Path) -> None:
+    binding = bind(gemma4_multimodal(tmp_path / "checkpoint"))
+    assert {part.name for part in binding.left_out} >= {"vision tower", "vision projection"}
+    assert all(part.parameters > 0 for part in binding.left_out)
+    assert binding.model.row_aliases == {100: 0, 101: 0, 102: 0}
+
+
+REFUSED: dict[str, tuple[dict[str, object], str]] = {
+    "no tables": ({"hidden_size_per_layer_input": 0}, "has no per-layer embedding tables"),
+    "experts": ({"enable_moe_block": True}, "`enable_moe_block` = True is not implemented"),
+    "two-way attention": ({"use_bidirectional_attention": "all"}, "is not implemented"),
+    "an activation": ({"hidden_activation": "mish"}, "`hidden_activation` is 'mish'"),
+    "a layer type": ({"layer_types": ["chunked_attention"] * 6}, "`chunked_attention`"),
+    "a rope type": (
+        {"rope_parameters": {t: {"rope_type": "yarn", "rope_theta": 1e4} for t in (
+            "sliding_attention", "full_attention")}},
+        "rope type `yarn` is not implemented",
+    ),
+    "an unknown field": ({"attention_sinks": 4}, "unknown fields `attention_sinks`"),
+    "quantized weights": ({"quantization_config": {"bits": 4}}, "are quantized already"),
+    "another family": ({"model_type": "llama"}, "model type 'llama' is not supported"),
+    "a family without tables": ({"model_type": "embedding_gemma2"}, "projections only"),
+    "a per-layer override": (
+        {"per_layer_config": {"1": {"intermediate_size": 7}}},
+        "changes `intermediate_size` of layer 1",
+    ),
+    "a missing field": ({"hidden_size": "absent"}, "`hidden_size` is missing"),
+    "a malformed field": ({"hidden_size": "wide"}, "`hidden_size` is 'wide'; expected an integer"),
+    "too many sharing layers": ({"num_kv_shared_layers": 6}, "expected fewer than the 6 layers"),
+    "nothing to share": (
+        {"num_kv_shared_layers": 5},
+        "layer 2 shares the keys of a `full_attention` layer before layer 1, but there is none",
+    ),
+    "uneven heads": ({"num_key_value_heads": 3}, "4 heads for 3 key heads"),
+    "an unknown dtype": ({"dtype": "int8"}, "has dtype `int8`"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_config_asks_for_and_is_not_done_is_refused_by_name(
+    name: str, remake: Callable[..., Path]
+) -> None:
+    fields, message = REFUSED[name]
+    with pytest.raises(PleexportError) as caught:
+        bind(remake(**fields))
+    assert message in caught.value.message
+    assert isinstance(caught.value, CheckpointError | UnsupportedError)
+
+
+def test_both_spellings_of_the_global_head_size_mean_the_same(
+    remake: Callable[..., Path],
+) -> None:
+    saved = bind(remake()).model
+    published = bind(remake(per_layer_config="absent", global_head_dim=16)).model
+    assert saved.caches == published.caches
+
+
+def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"config.json` does not exist"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not valid JSON"):
+        Checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match="pickled weights"):
+        Checkpoint(tmp_path)
