@@ -1,0 +1,42 @@
+"""The families that are known, and how a config finds its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pleexport.errors import UnsupportedError
+from pleexport.families import gemma3n, gemma4
+from pleexport.families.base import Family, Model
+
+FAMILIES: tuple[Family, ...] = (gemma4, gemma3n)
+
+# Model types that look like a family and hold no lookup tables, with the reason to give.
+WITHOUT_TABLES = {
+    "embedding_gemma2": "its per-layer inputs are projections only; it has no lookup tables",
+    "gemma4_unified": "it has no per-layer embedding tables",
+    "gemma4_assistant": "it has no per-layer embedding tables",
+    "diffusion_gemma": "it has no per-layer embedding tables",
+}
+
+
+def resolve(config: dict[str, Any], *, dtype: str) -> Model:
+    """The model that a config.json describes.
+
+    Args:
+        dtype: the checkpoint's dtype, "F32", "F16" or "BF16".
+    Raises:
+        UnsupportedError: no family is responsible, or the model has no tables.
+        CheckpointError: the config is incomplete or malformed.
+    """
+    model_type = config.get("model_type")
+    for family in FAMILIES:
+        if model_type in family.MODEL_TYPES:
+            return family.configure(config, dtype=dtype)
+    if model_type in WITHOUT_TABLES:
+        raise UnsupportedError(
+            f"model type `{model_type}` is not supported: {WITHOUT_TABLES[model_type]}"
+        )
+    known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
+    raise UnsupportedError(
+        f"config.json: model type {model_type!r} is not supported; known: {known}"
+    )

@@ -1,0 +1,390 @@
+"""What Gemma 3n and Gemma 4 share: tables, attention with shared K/V, per-layer inputs.
+
+Shape suffixes: B = 1 sequence, T tokens, H hidden, L layers, P width of a per-layer vector,
+N heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.families.base import (
+    Cache,
+    GraphInputs,
+    Precision,
+    Table,
+    Unused,
+    Weight,
+    rounded,
+)
+from pleexport.families.config_reader import ConfigReader
+from pleexport.families.rope import inverse_frequencies
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pleexport.layers import Parameters
+
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+LAYER_TYPES = ("sliding_attention", "full_attention")
+# Parts of multimodal checkpoints that are left out, by what follows "model." or nothing.
+TOWERS = {
+    "vision_tower": "vision tower",
+    "audio_tower": "audio tower",
+    "embed_vision": "vision projection",
+    "embed_audio": "audio projection",
+}
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one layer.
+
+    Attributes:
+        source: the layer whose keys and values it attends to; itself, or an earlier one.
+        value_is_key: values are made by the key projection (`attention_k_eq_v`).
+        window: positions that a token sees, its own included; None for all.
+    """
+
+    layer: int
+    layer_type: str
+    source: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None
+    value_is_key: bool
+    eps: float
+
+    @property
+    def owns_cache(self) -> bool:
+        """Whether the layer makes keys and values of its own."""
+        return self.source == self.layer
+
+    @property
+    def inv_freq_name(self) -> str:
+        """Name of the constant that holds its rotary frequencies."""
+        return f"rotary_emb.{self.layer_type}_{self.head_dim}"
+
+    @property
+    def cache(self) -> Cache:
+        """The cache it writes."""
+        return Cache(self.layer, self.kv_heads, self.head_dim, self.window)
+
+
+def kv_sources(layer_types: list[str], shared: int) -> list[int]:
+    """For each layer, the layer whose keys and values it uses.
+
+    The last `shared` layers use those of the last unshared layer of their own type.
+
+    Raises:
+        CheckpointError: a sharing layer has no layer of its type before it.
+    """
+    own = len(layer_types) - shared
+    last_of_type = {layer_type: i for i, layer_type in enumerate(layer_types[:own])}
+    for i, layer_type in enumerate(layer_types):
+        if layer_type not in last_of_type:
+            raise CheckpointError(
+                f"config.json: layer {i} shares the keys of a `{layer_type}` layer before layer "
+                f"{own}, but there is none"
+            )
+    return [i if i < own else last_of_type[layer_type] for i, layer_type in enumerate(layer_types)]
+
+
+def check_heads(attention: Attention, earlier: list[Attention]) -> None:
+    """Raise CheckpointError where the head counts or sizes of a layer do not fit together."""
+    a = attention
+    if a.heads % a.kv_heads:
+        raise CheckpointError(
+            f"config.json: layer {a.layer} has {a.heads} heads for {a.kv_heads} key heads; "
+            "the first must be a multiple of the second"
+        )
+    if a.head_dim % 2:
+        raise CheckpointError(
+            f"config.json: layer {a.layer} has head_dim {a.head_dim}; rotary embeddings need an "
+            "even one"
+        )
+    if a.source < len(earlier):
+        source = earlier[a.source]
+        if (source.kv_heads, source.head_dim) != (a.kv_heads, a.head_dim):
+            raise CheckpointError(
+                f"config.json: layer {a.layer} shares keys of {a.kv_heads} x {a.head_dim} with "
+                f"layer {a.source}, which has {source.kv_heads} x {source.head_dim}"
+            )
+
+
+def read_layer_types(config: ConfigReader, count: int) -> list[str]:
+    """The `layer_types` of a config."""
+    layer_types: list[str] = config.per_layer("layer_types", count, str)
+    unknown = sorted(set(layer_types) - set(LAYER_TYPES))
+    if unknown:
+        raise UnsupportedError(
+            f"config.json: layer type `{unknown[0]}` is not implemented; "
+            f"implemented: {', '.join(LAYER_TYPES)}"
+        )
+    return layer_types
+
+
+def read_shared_layers(config: ConfigReader, count: int) -> int:
+    """`num_kv_shared_layers`, checked."""
+    shared = config.integer("num_kv_shared_layers", minimum=0)
+    if shared >= count:
+        raise config.malformed("num_kv_shared_layers", f"fewer than the {count} layers")
+    return shared
+
+
+def read_eos(config: ConfigReader) -> tuple[int, ...]:
+    """`eos_token_id`: none, one or several."""
+    eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(type(i) is int for i in ids):
+        raise config.malformed("eos_token_id", "an id or a list of ids")
+    return tuple(ids)
+
+
+def tables(
+    config: ConfigReader, *, num_layers: int, dtype: str, outside: Literal["row 0", "error"]
+) -> tuple[Table, Table]:
+    """The input embedding and the per-layer embeddings.
+
+    Their scales sqrt(width) are held in the checkpoint's dtype by the original.
+
+    Raises:
+        UnsupportedError: the model has no per-layer tables.
+    """
+    hidden = config.integer("hidden_size")
+    width = config.integer("hidden_size_per_layer_input", minimum=0, default=0)
+    if width == 0:
+        raise UnsupportedError(
+            "this model has no per-layer embedding tables (`hidden_size_per_layer_input` is 0 or "
+            "missing), so there is nothing to split off",
+            hint="Gemma 4 26B-A4B and 31B have none; use a general exporter for them",
+        )
+    return (
+        Table(
+            name="embed_tokens",
+            key="embed_tokens.weight",
+            rows=config.integer("vocab_size"),
+            layers=None,
+            width=hidden,
+            multiplier=rounded(math.sqrt(hidden), dtype),
+            graph_input="inputs_embeds",
+        ),
+        Table(
+            name="embed_tokens_per_layer",
+            key="embed_tokens_per_layer.weight",
+            rows=config.integer("vocab_size_per_layer_input"),
+            layers=num_layers,
+            width=width,
+            multiplier=rounded(math.sqrt(width), dtype),
+            graph_input="per_layer_inputs",
+            outside=outside,
+        ),
+    )
+
+
+def linear(
+    name: str,
+    outputs: int,
+    inputs: int,
+    *,
+    bias: bool = False,
+    precision: Precision = "quantizable",
+) -> list[Weight]:
+    """The weight `[outputs, inputs]` of a linear layer, and its bias if it has one."""
+    weight = Weight(f"{name}.weight", (outputs, inputs), precision)
+    return [weight, Weight(f"{name}.bias", (outputs,))] if bias else [weight]
+
+
+def attention_weights(
+    attention: Attention, *, hidden: int, bias: bool
+) -> tuple[list[Weight], dict[str, Unused]]:
+    """The tensors of one layer's attention, and those that checkpoints carry for nothing."""
+    prefix, a = f"layers.{attention.layer}.self_attn", attention
+    keys = linear(f"{prefix}.k_proj", a.kv_heads * a.head_dim, hidden, bias=bias)
+    keys.append(Weight(f"{prefix}.k_norm.weight", (a.head_dim,)))
+    if not a.value_is_key:
+        keys += linear(f"{prefix}.v_proj", a.kv_heads * a.head_dim, hidden, bias=bias)
+    used = [
+        *linear(f"{prefix}.q_proj", a.heads * a.head_dim, hidden, bias=bias),
+        *linear(f"{prefix}.o_proj", hidden, a.heads * a.head_dim, bias=bias),
+        Weight(f"{prefix}.q_norm.weight", (a.head_dim,)),
+    ]
+    if a.owns_cache:
+        return used + keys, {}
+    reason = f"layer {a.layer} uses the keys and values of layer {a.source}"
+    return used, {weight.name: Unused(weight.shape, reason) for weight in keys}
+
+
+def per_layer_input_weights(*, num_layers: int, hidden: int, width: int) -> list[Weight]:
+    """The tensors that mix looked-up vectors into the layers; see `per_layer_inputs`."""
+    weights = [
+        *linear("per_layer_model_projection", num_layers * width, hidden, precision="sensitive"),
+        Weight("per_layer_projection_norm.weight", (width,)),
+    ]
+    for i in range(num_layers):
+        weights += linear(f"layers.{i}.per_layer_input_gate", width, hidden, precision="sensitive")
+        weights += linear(f"layers.{i}.per_layer_projection", hidden, width, precision="sensitive")
+        weights.append(Weight(f"layers.{i}.post_per_layer_input_norm.weight", (hidden,)))
+    return weights
+
+
+def mlp_weights(layer: int, *, hidden: int, intermediate: int) -> list[Weight]:
+    """The gated feed-forward tensors of one layer."""
+    return [
+        *linear(f"layers.{layer}.mlp.gate_proj", intermediate, hidden),
+        *linear(f"layers.{layer}.mlp.up_proj", intermediate, hidden),
+        *linear(f"layers.{layer}.mlp.down_proj", hidden, intermediate),
+    ]
+
+
+def norm_weights(layer: int, *, hidden: int) -> list[Weight]:
+    """The four norms around attention and feed-forward of one layer."""
+    names = (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    )
+    return [Weight(f"layers.{layer}.{name}.weight", (hidden,)) for name in names]
+
+
+def rotary_weights(
+    attentions: list[Attention], rope_parameters: dict[str, dict[str, Any]]
+) -> list[Weight]:
+    """The rotary frequencies that the attentions name, as constants."""
+    weights = {}
+    for a in attentions:
+        where = f"config.json: rope_parameters.{a.layer_type}"
+        parameters = rope_parameters.get(a.layer_type)
+        if not isinstance(parameters, dict):
+            raise CheckpointError(f"{where} is {parameters!r}; expected an object")
+        frequencies = inverse_frequencies(parameters, head_dim=a.head_dim, where=where)
+        weights[a.inv_freq_name] = Weight(
+            a.inv_freq_name, frequencies.shape, constant=frequencies, is_buffer=True
+        )
+    return list(weights.values())
+
+
+def head_weight(
+    config: dict[str, Any], text: ConfigReader, *, vocab: int, hidden: int
+) -> tuple[Weight, dict[str, Unused]]:
+    """The output head; a tied one reads the input embedding, whatever else a file holds."""
+    tied = text.flag("tie_word_embeddings", default=True)
+    if isinstance(config.get("tie_word_embeddings"), bool):
+        tied = config["tie_word_embeddings"]
+    name, shape = "lm_head.weight", (vocab, hidden)
+    if tied:
+        head = Weight(name, shape, "quantizable", key="embed_tokens.weight")
+        return head, {name: Unused(shape, "the head is tied to the input embedding")}
+    return Weight(name, shape, "quantizable"), {}
+
+
+class AttentionContext:
+    """What the attentions of one call share: positions, rotary angles, masks, caches.
+
+    Once `narrow` was called, queries are the positions that want logits only.
+    """
+
+    def __init__(self, weights: Parameters, inputs: GraphInputs) -> None:
+        self._weights = weights
+        self._inputs = inputs
+        self._query_ids = inputs.position_ids
+        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
+        self._visible: dict[int | None, Tensor] = {}
+        self.caches = dict(inputs.caches)
+
+    def narrow(self) -> None:
+        """Drop the query positions whose logits are not wanted."""
+        self._query_ids = self._inputs.position_ids.index_select(1, self._inputs.logit_positions)
+        self._angles.clear()
+        self._visible.clear()
+
+    def angles(self, name: str) -> tuple[Tensor, Tensor]:
+        """Rotary angles of the query positions."""
+        from pleexport import layers
+
+        if name not in self._angles:
+            self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
+        return self._angles[name]
+
+    def visible(self, window: int | None, capacity: int) -> Tensor:
+        """Which cache slots the queries see."""
+        from pleexport import layers
+
+        if window not in self._visible:
+            self._visible[window] = layers.visible_slots(
+                self._query_ids, self._inputs.position_ids, capacity=capacity, window=window
+            )
+        return self._visible[window]
+
+    def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
+        """Put a layer's new keys and values into its cache."""
+        from pleexport import layers
+
+        keys, values = self.caches[layer]
+        slot = layers.first_slot(self._inputs.position_ids, capacity=keys.shape[2])
+        self.caches[layer] = (
+            layers.write_cache(keys, keys_BTND.transpose(1, 2), slot),
+            layers.write_cache(values, values_BTND.transpose(1, 2), slot),
+        )
+
+
+def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext) -> Tensor:
+    """One layer's attention, `[B, T, H]`.
+
+    Norms come before the rotation; values are normalised without a weight; the scale is 1.
+    Source: transformers `Gemma4TextAttention`, `Gemma3nTextAttention`.
+    """
+    from pleexport import layers
+
+    query = layers.split_last(w.linear("q_proj", x_BTH), a.heads, a.head_dim)
+    query = w.rms_norm("q_norm", query, a.eps)
+    query = layers.rotate(query, context.angles(a.inv_freq_name))
+    if a.owns_cache:
+        key = layers.split_last(w.linear("k_proj", x_BTH), a.kv_heads, a.head_dim)
+        value = key
+        if not a.value_is_key:
+            value = layers.split_last(w.linear("v_proj", x_BTH), a.kv_heads, a.head_dim)
+        key = layers.rotate(w.rms_norm("k_norm", key, a.eps), context.angles(a.inv_freq_name))
+        context.write(a.layer, key, layers.rms_normalize(value, a.eps))
+    keys, values = context.caches[a.source]
+    visible = context.visible(a.window, keys.shape[2])
+    return w.linear("o_proj", layers.attend(query, keys, values, visible))
+
+
+def per_layer_inputs(
+    w: Parameters,
+    rows: Any,
+    *,
+    projection_scale: float,
+    mix_scale: float,
+    eps: float,
+) -> Tensor:
+    """`[B, T, L, P]`: the looked-up vectors mixed with a projection of the input embedding.
+
+    Source: transformers `Gemma4TextModel.project_per_layer_inputs`.
+    """
+    from pleexport import layers
+
+    identity_BTLP, embeds_BTH = rows["per_layer_inputs"], rows["inputs_embeds"]
+    context = w.linear("per_layer_model_projection", embeds_BTH) * projection_scale
+    context = layers.split_last(context, *identity_BTLP.shape[2:])
+    context = w.rms_norm("per_layer_projection_norm", context, eps)
+    mixed: Tensor = (context + identity_BTLP) * mix_scale
+    return mixed
+
+
+def gate_per_layer_input(
+    w: Parameters, x_BTH: Tensor, per_layer_BTP: Tensor, *, activation: str, eps: float
+) -> Tensor:
+    """What one layer's per-layer vector adds to the hidden state, `[B, T, H]`."""
+    from pleexport import layers
+
+    gate = layers.activation(activation, w.linear("per_layer_input_gate", x_BTH))
+    return w.rms_norm(
+        "post_per_layer_input_norm", w.linear("per_layer_projection", gate * per_layer_BTP), eps
+    )

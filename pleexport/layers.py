@@ -1,0 +1,127 @@
+"""Building blocks that families share, in torch. B = 1 sequence, T tokens, C cache slots."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+class Parameters(Mapping[str, Tensor]):
+    """Weights by name, below an optional prefix."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        self._tensors = tensors
+        self._prefix = prefix
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._tensors[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        return (n.removeprefix(self._prefix) for n in self._tensors if n.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def below(self, prefix: str) -> Parameters:
+        """The weights whose names begin with `prefix` and a dot."""
+        return Parameters(self._tensors, f"{self._prefix}{prefix}.")
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        """`x @ weight.T`, plus the bias where there is one."""
+        return F.linear(x, self[f"{name}.weight"], self.get(f"{name}.bias"))
+
+    def rms_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+        """RMS norm over the last axis, scaled by the weight."""
+        return F.rms_norm(x, (x.shape[-1],), self[f"{name}.weight"], eps)
+
+
+def activation(name: str, x: Tensor) -> Tensor:
+    """One of `families.base.ACTIVATIONS`."""
+    if name.startswith("gelu"):
+        return F.gelu(x, approximate="tanh" if name == "gelu_pytorch_tanh" else "none")
+    return F.silu(x) if name == "silu" else F.relu(x)
+
+
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """RMS norm over the last axis, without a weight."""
+    return F.rms_norm(x, (x.shape[-1],), None, eps)
+
+
+def split_last(x: Tensor, *sizes: int) -> Tensor:
+    """x with its last axis cut into axes of `sizes`; one may be -1."""
+    return x.reshape(*x.shape[:-1], *sizes)
+
+
+def softcap(x: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(x / cap)`, or x where there is no cap."""
+    return x if cap is None else torch.tanh(x / cap) * cap
+
+
+def rotary_angles(position_ids_BT: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine `[B, T, 1, head_dim / 2]` for `rotate`."""
+    angles = (position_ids_BT.unsqueeze(-1).float() * inv_freq).unsqueeze(2)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BTND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of N heads; element i pairs with i + D/2. Source: arXiv 2104.09864."""
+    cos, sin = angles
+    half = x_BTND.shape[-1] // 2
+    left, right = x_BTND[..., :half], x_BTND[..., half:]
+    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+
+
+def visible_slots(
+    query_ids_BQ: Tensor, position_ids_BT: Tensor, *, capacity: int, window: int | None
+) -> Tensor:
+    """`[B, 1, Q, C]` bool: which cache slots each query may attend to, after T were written.
+
+    Slot s of C holds the latest position p with p = s (mod C). A query sees positions up to its
+    own, and no further back than its window.
+    """
+    slots_C = torch.arange(capacity)
+    last_B1 = position_ids_BT[:, -1:]
+    held_BC = last_B1 - torch.remainder(last_B1 - slots_C, slots_C[-1:] + 1)
+    held_B1C, query_BQ1 = held_BC.unsqueeze(1), query_ids_BQ.unsqueeze(2)
+    visible = (held_B1C >= 0) & (held_B1C <= query_BQ1)
+    if window is not None:
+        visible = visible & (held_B1C > query_BQ1 - window)
+    return visible.unsqueeze(1)
+
+
+def first_slot(position_ids_BT: Tensor, *, capacity: int) -> Tensor:
+    """`[B]` int64: the slot that the first of T new positions goes to."""
+    return torch.remainder(position_ids_BT[:, 0], torch.arange(capacity)[-1:] + 1)
+
+
+@torch.library.custom_op("pleexport::write_cache", mutates_args=())
+def write_cache(cache_BNCD: Tensor, new_BNTD: Tensor, first_slot_B: Tensor) -> Tensor:
+    """The cache with T new entries from `first_slot_B` on, wrapping around at its end.
+
+    The graph has one node for it that writes in place when input and output share a buffer.
+    """
+    capacity, tokens = cache_BNCD.shape[2], new_BNTD.shape[2]
+    slots_BT = (first_slot_B.unsqueeze(1) + torch.arange(tokens)) % capacity
+    index = slots_BT[:, None, :, None].expand_as(new_BNTD)
+    return cache_BNCD.scatter(2, index, new_BNTD)
+
+
+@write_cache.register_fake
+def _(cache_BNCD: Tensor, new_BNTD: Tensor, first_slot_B: Tensor) -> Tensor:
+    return torch.empty_like(cache_BNCD)
+
+
+def attend(q_BTND: Tensor, keys_BKCD: Tensor, values_BKCD: Tensor, visible: Tensor) -> Tensor:
+    """`[B, T, N * D]`: softmax(q k) v with scale 1; K key heads serve N query heads."""
+    out = F.scaled_dot_product_attention(
+        q_BTND.transpose(1, 2),
+        keys_BKCD,
+        values_BKCD,
+        attn_mask=visible,
+        scale=1.0,
+        enable_gqa=q_BTND.shape[2] != keys_BKCD.shape[1],
+    )
+    return out.transpose(1, 2).flatten(2)
