@@ -1,0 +1,1 @@
+"""From a model's dense part to a file that a runtime executes."""

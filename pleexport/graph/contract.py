@@ -1,0 +1,84 @@
+"""Names and shapes of the dense graph's inputs and outputs; see docs/graph-contract.md."""
+
+from __future__ import annotations
+
+import msgspec
+
+from pleexport.families.base import Model, Table
+
+CONTRACT = "pleexport.decoder/1"
+TOKENS = "sequence_length"
+LOGITS = "num_logits"
+CONTEXT_CAPACITY = "context_capacity"
+WINDOW_CAPACITY = "window_capacity"
+POSITION_IDS = "position_ids"
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+
+
+class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A graph input that takes looked-up vectors of one table."""
+
+    name: str
+    table: str
+    shape: list[int | str]
+
+
+class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A cache: graph input and output of one shape, meant to share a buffer.
+
+    Attributes:
+        window: positions that a token sees, its own included; None for all.
+    """
+
+    input: str
+    output: str
+    layer: int
+    shape: list[int | str]
+    window: int | None
+
+
+class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a runner must know of the graph.
+
+    Attributes:
+        id: names the meaning of every input and output.
+    """
+
+    id: str
+    lookup_inputs: list[LookupInput]
+    caches: list[CacheInput]
+    vocab_size: int
+    num_layers: int
+
+
+def describe(model: Model) -> GraphContract:
+    """The contract of a model's dense graph."""
+    caches = [
+        CacheInput(
+            input=cache.inputs[i],
+            output=cache.outputs[i],
+            layer=cache.layer,
+            shape=[1, cache.heads, capacity_name(cache.window), cache.head_dim],
+            window=cache.window,
+        )
+        for cache in model.caches
+        for i in range(2)
+    ]
+    lookups = [LookupInput(t.graph_input, t.name, lookup_shape(t)) for t in model.tables]
+    return GraphContract(CONTRACT, lookups, caches, model.vocab_size, model.num_layers)
+
+
+def lookup_shape(table: Table) -> list[int | str]:
+    """Shape of the graph input that a table's vectors go to."""
+    layers = [] if table.layers is None else [table.layers]
+    return [1, TOKENS, *layers, table.width]
+
+
+def capacity_name(window: int | None) -> str:
+    """Name of the dimension that counts the slots of a cache."""
+    return CONTEXT_CAPACITY if window is None else WINDOW_CAPACITY
+
+
+def hidden_name(layer: int) -> str:
+    """Name of the value that a layer hands on; parity makes it an output."""
+    return f"layers.{layer}.output"

@@ -1,0 +1,349 @@
+"""Translate a traced program to ONNX and stream its weights into external data."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+import torch
+import xxhash
+from numpy.typing import NDArray
+from onnx_ir.passes import common as passes
+from onnxscript.values import Opset
+
+import pleexport.layers  # noqa: F401  registers torch.ops.pleexport
+from pleexport.binding import Binding
+from pleexport.errors import CheckpointError
+from pleexport.families.base import Model, Weight
+from pleexport.graph.contract import NUM_LOGITS_TO_KEEP
+from pleexport.graph.storage import BITS, BLOCK_SIZE, stored_dtype
+from pleexport.graph.trace import LOGIT_POSITIONS, input_names, input_shapes, output_names
+from pleexport.quantize import quantize_blocks
+
+OPSET = 24
+MICROSOFT = "com.microsoft"
+_PAGE = 4096
+_CACHE_LINE = 64
+_BATCH_VALUES = 4 << 20
+_onnx = Opset("", OPSET)
+
+
+@dataclass
+class StoredTensor:
+    """A tensor of the data file, and how to produce its bytes.
+
+    Attributes:
+        produce: yields consecutive parts of the tensor.
+    """
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    produce: Callable[[], Iterator[NDArray[Any]]]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+
+@dataclass
+class OnnxGraph:
+    """A graph without weight values, and the plan of its data file."""
+
+    model: ir.Model
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+    @property
+    def data_bytes(self) -> int:
+        """Size of the data file."""
+        last = self.tensors[-1]
+        return last.offset + last.nbytes
+
+
+def translate(program: torch.export.ExportedProgram, model: Model) -> ir.Model:
+    """The ONNX form of a traced program, its weights still without values."""
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.onnx.export(
+            program,
+            dynamo=True,
+            opset_version=OPSET,
+            optimize=False,
+            verbose=False,
+            input_names=input_names(model),
+            output_names=output_names(model),
+            custom_translation_table={torch.ops.pleexport.write_cache.default: _write_cache},
+        )
+    assert exported is not None
+    graph_model = exported.model
+    graph = graph_model.graph
+    _name_dimensions(graph, model)
+    _count_logits(graph)
+    del graph.outputs[len(output_names(model)) - model.num_layers :]
+    _fix_reshapes(graph)
+    for cleanup in (
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        # The exporter notes source lines of the machine it ran on.
+        passes.ClearMetadataAndDocStringPass(),
+    ):
+        cleanup(graph_model)
+    graph_model.producer_name = "pleexport"
+    graph_model.producer_version = None
+    return graph_model
+
+
+def attach_weights(graph_model: ir.Model, binding: Binding, weight_dtype: str) -> OnnxGraph:
+    """Replace the weights by references into a data file, in their stored form.
+
+    Args:
+        weight_dtype: "fp32", "fp16", "int8" or "int4".
+    """
+    result = OnnxGraph(graph_model)
+    graph = graph_model.graph
+    for weight in binding.model.weights:
+        value = graph.initializers.pop(weight.name, None)
+        if value is None:
+            raise AssertionError(f"weight `{weight.name}` is not in the graph")
+        dtype = stored_dtype(weight, weight_dtype)
+        if weight.precision == "full":
+            _store(result, value, _plain(binding, weight))
+            continue
+        for transpose in list(value.consumers()):
+            (matmul,) = transpose.outputs[0].consumers()
+            _replace_matmul(result, matmul, binding, weight, dtype)
+            graph.remove(transpose, safe=True)
+    position = 0
+    for tensor in result.tensors:
+        alignment = _PAGE if tensor.nbytes >= _PAGE else _CACHE_LINE
+        tensor.offset = -(-position // alignment) * alignment
+        position = tensor.offset + tensor.nbytes
+    return result
+
+
+def save(
+    onnx_graph: OnnxGraph,
+    path: Path,
+    *,
+    progress: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Write `path` and its data file `path.data`.
+
+    Args:
+        progress: called with the number of bytes written since its last call.
+    Returns:
+        a digest of the stored weights.
+    Raises:
+        CheckpointError: a weight holds values that cannot be stored.
+    """
+    data_path = path.with_name(path.name + ".data")
+    for tensor in onnx_graph.tensors:
+        onnx_graph.model.graph.initializers[tensor.name].const_value = ir.ExternalTensor(
+            data_path.name,
+            tensor.offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name,
+            base_dir=str(path.parent),
+        )
+    digest = xxhash.xxh3_128()
+    with data_path.open("wb") as file:
+        for tensor in onnx_graph.tensors:
+            file.seek(tensor.offset)
+            _write_tensor(file, tensor, digest, progress)
+    ir.save(onnx_graph.model, path)
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+def _write_cache(cache: Any, new: Any, first_slot: Any) -> Any:
+    return _onnx.TensorScatter(cache, new, first_slot, axis=-2, mode="circular")
+
+
+def _name_dimensions(graph: ir.Graph, model: Model) -> None:
+    """Give the symbolic dimensions their names in the contract."""
+    names = {}
+    for value, shape in zip(graph.inputs, input_shapes(model), strict=True):
+        assert value.shape is not None
+        for dim, name in zip(value.shape, shape, strict=True):
+            if isinstance(dim, ir.SymbolicDim):
+                names[dim.value] = str(name)
+    values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]
+    for value in values:
+        if value.shape is None:
+            continue
+        for axis, dim in enumerate(value.shape):
+            if isinstance(dim, ir.SymbolicDim) and dim.value in names:
+                value.shape[axis] = names[dim.value]
+
+
+def _count_logits(graph: ir.Graph) -> None:
+    """Replace the input of logit positions by `num_logits_to_keep`: the last n, or all for 0."""
+    positions = next(value for value in graph.inputs if value.name == LOGIT_POSITIONS)
+    tokens = graph.inputs[0]
+    keep = ir.val(NUM_LOGITS_TO_KEEP, ir.DataType.INT64, ir.Shape([]))
+    tape = ir.tape.Tape()
+    zero, one = (
+        tape.op("Constant", [], {"value": ir.tensor(np.array(n, dtype=np.int64))}) for n in (0, 1)
+    )
+    count = tape.op("Squeeze", [tape.op("Shape", [tokens], {"start": 1, "end": 2})])
+    wanted = tape.op("Where", [tape.op("Equal", [keep, zero]), count, keep])
+    first = tape.op("Sub", [count, wanted])
+    last = tape.op("Range", [first, count, one])
+    last.shape, last.type = positions.shape, positions.type
+    positions.replace_all_uses_with(last)
+    graph.inputs[graph.inputs.index(positions)] = keep
+    graph.insert_before(graph[0], tape.nodes)
+
+
+def _fix_reshapes(graph: ir.Graph) -> None:
+    """Reshape to a constant wherever at most one dimension is dynamic."""
+    for node in list(graph):
+        if node.op_type != "Reshape" or node.outputs[0].shape is None:
+            continue
+        shape = [dim if isinstance(dim, int) else -1 for dim in node.outputs[0].shape]
+        if shape.count(-1) > 1:
+            continue
+        constant = ir.node("Constant", [], {"value": ir.tensor(np.array(shape, dtype=np.int64))})
+        graph.insert_before(node, constant)
+        node.replace_input_with(1, constant.outputs[0])
+        node.attributes.pop("allowzero", None)
+
+
+def _store(result: OnnxGraph, value: ir.Value, tensor: StoredTensor) -> None:
+    value.name, value.shape = tensor.name, ir.Shape(tensor.shape)
+    value.type, value.const_value = ir.TensorType(tensor.dtype), None
+    result.model.graph.initializers[tensor.name] = value
+    result.tensors.append(tensor)
+
+
+def _initializer(result: OnnxGraph, tensor: StoredTensor) -> ir.Value:
+    value = ir.Value(name=tensor.name)
+    _store(result, value, tensor)
+    return value
+
+
+def _replace_matmul(
+    result: OnnxGraph, matmul: ir.Node, binding: Binding, weight: Weight, dtype: str
+) -> None:
+    """Make a product with a transposed weight one with the weight's stored form."""
+    x, out = matmul.inputs[0], matmul.outputs[0]
+    graph = result.model.graph
+    if dtype in BITS:
+        codes, scales = _quantized(binding, weight, BITS[dtype])
+        attributes = {
+            "K": weight.shape[1],
+            "N": weight.shape[0],
+            "bits": BITS[dtype],
+            "block_size": BLOCK_SIZE,
+            "accuracy_level": 4,
+        }
+        stored = [_initializer(result, codes), _initializer(result, scales)]
+        nodes = [ir.node("MatMulNBits", [x, *stored], attributes, domain=MICROSOFT)]
+        graph.opset_imports[MICROSOFT] = 1
+    else:
+        plain = _initializer(result, _transposed(binding, weight, dtype))
+        nodes = []
+        if dtype == "fp16":
+            nodes.append(ir.node("Cast", [plain], {"to": ir.DataType.FLOAT}))
+            plain = nodes[0].outputs[0]
+        nodes.append(ir.node("MatMul", [x, plain]))
+    graph.insert_before(matmul, nodes)
+    ir.convenience.replace_nodes_and_values(
+        graph, matmul, [matmul], [], [out], [nodes[-1].outputs[0]]
+    )
+
+
+def _plain(binding: Binding, weight: Weight) -> StoredTensor:
+    def produce() -> Iterator[NDArray[Any]]:
+        if weight.constant is not None:
+            yield weight.constant
+        else:
+            yield binding.rows(weight, slice(None)).astype(np.float32)
+
+    return StoredTensor(weight.name, ir.DataType.FLOAT, weight.shape, produce)
+
+
+def _transposed(binding: Binding, weight: Weight, dtype: str) -> StoredTensor:
+    """A matrix `[K, N]`, which ONNX Runtime multiplies without a copy of its own."""
+    outputs, inputs = weight.shape
+    numpy_dtype = np.float16 if dtype == "fp16" else np.float32
+
+    def produce() -> Iterator[NDArray[Any]]:
+        step = max(1, _BATCH_VALUES // outputs)
+        view = binding.rows(weight, slice(None))
+        for begin in range(0, inputs, step):
+            part = view[:, begin : begin + step].astype(np.float32)
+            with np.errstate(over="ignore"):
+                yield _finite(weight, part.T.astype(numpy_dtype, order="C"))
+
+    data_type = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
+    return StoredTensor(weight.name, data_type, (inputs, outputs), produce)
+
+
+def _quantized(binding: Binding, weight: Weight, bits: int) -> tuple[StoredTensor, StoredTensor]:
+    """Codes and scales of a matrix; the scales are kept while the codes are written."""
+    outputs, inputs = weight.shape
+    blocks = -(-inputs // BLOCK_SIZE)
+    scales: list[NDArray[np.float32]] = []
+
+    def produce_codes() -> Iterator[NDArray[Any]]:
+        step = max(1, _BATCH_VALUES // inputs)
+        for begin in range(0, outputs, step):
+            part = binding.rows(weight, slice(begin, begin + step)).astype(np.float32)
+            codes, part_scales = quantize_blocks(
+                _finite(weight, part), bits=bits, block_size=BLOCK_SIZE
+            )
+            scales.append(part_scales)
+            yield codes
+
+    def produce_scales() -> Iterator[NDArray[Any]]:
+        yield from scales
+        scales.clear()
+
+    return (
+        StoredTensor(
+            f"{weight.name}.codes",
+            ir.DataType.UINT8,
+            (outputs, blocks, BLOCK_SIZE * bits // 8),
+            produce_codes,
+        ),
+        StoredTensor(f"{weight.name}.scales", ir.DataType.FLOAT, (outputs, blocks), produce_scales),
+    )
+
+
+def _finite(weight: Weight, values: NDArray[Any]) -> NDArray[Any]:
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"tensor `{weight.source_key}` holds values that are not finite in its stored dtype",
+            hint="check the checkpoint, or choose another weight dtype",
+        )
+    return values
+
+
+def _write_tensor(
+    file: BinaryIO,
+    tensor: StoredTensor,
+    digest: xxhash.xxh3_128,
+    progress: Callable[[int], object],
+) -> None:
+    written = 0
+    for part in tensor.produce():
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        file.write(data)
+        digest.update(data)
+        written += len(data)
+        progress(len(data))
+    assert written == tensor.nbytes, tensor.name
