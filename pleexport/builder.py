@@ -1,0 +1,272 @@
+"""From a checkpoint to a sealed bundle."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from pleexport import families, targets
+from pleexport.binding import Binding
+from pleexport.blob.layout import TABLE_DTYPES, Segment, plan_segments
+from pleexport.blob.writer import blob_bytes, segment_dtypes, write_blob
+from pleexport.bundle import (
+    BLOB,
+    GRAPH,
+    GRAPH_DATA,
+    PARITY,
+    SCHEMA,
+    Bundle,
+    Manifest,
+    ParitySummary,
+    seal,
+    staging_folder,
+)
+from pleexport.checkpoint import Checkpoint
+from pleexport.errors import CheckFailed, MissingDependencyError, PleexportError, TargetError
+from pleexport.families.base import Model
+from pleexport.graph.contract import describe
+from pleexport.graph.storage import WEIGHT_DTYPES, stored_bytes
+from pleexport.inspection import cache_bytes
+from pleexport.progress import Progress
+from pleexport.targets import Target
+
+BACKENDS = ("onnx",)
+_VERSIONED = ("pleexport", "torch", "onnx-ir", "onnxscript", "numpy")
+# Room for the graph's structure, tokenizer and reports beside weights and blob.
+_OVERHEAD_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a build will write, known before it starts.
+
+    Attributes:
+        sizes: bytes by file name.
+    """
+
+    target: Target
+    table_dtype: str
+    weight_dtype: str
+    context: int
+    segments: list[Segment]
+    sizes: dict[str, int]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the large files."""
+        return sum(self.sizes.values())
+
+
+def build(
+    checkpoint: str | Path,
+    out: str | Path | None = None,
+    *,
+    target: str = "laptop",
+    table_dtype: str | None = None,
+    weight_dtype: str | None = None,
+    context: int | None = None,
+    backend: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress | None = None,
+) -> Bundle:
+    """Write a bundle.
+
+    Args:
+        checkpoint: a Hugging Face folder.
+        out: folder of the bundle; `{checkpoint}-{target}` here by default.
+        target: name of a target, or path of a target file.
+        table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
+            by default.
+        weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.
+        context: largest number of positions; the target's by default, the model's at most.
+        backend: "onnx", the only one so far.
+        overwrite: replace a bundle at `out`.
+        verify: compare with the PyTorch original; a bundle that fails is not kept.
+    Returns:
+        the sealed bundle.
+    Raises:
+        PleexportError: anything that a user can mend; nothing is left at `out`.
+        CheckFailed: the bundle does not compute what the original does.
+    """
+    progress = progress or Progress(quiet=True)
+    _choice("backend", backend or BACKENDS[0], BACKENDS)
+    source = Checkpoint(checkpoint)
+    model = families.resolve(source.config, dtype=source.dtype)
+    binding = Binding(model, source)
+    plan = make_plan(binding, target, table_dtype, weight_dtype, context)
+    destination = Path(out) if out else Path(f"{source.path.resolve().name}-{plan.target.name}")
+    with staging_folder(destination, overwrite=overwrite) as staging:
+        _check_disk(staging, plan)
+        _note_what_is_left_out(binding, progress)
+        for note in targets.delivery_notes(plan.target, plan.sizes):
+            progress.note(f"note: {note}")
+        digests = _write_graph(binding, plan, staging, progress)
+        with progress.bytes("Writing rows", plan.sizes[BLOB]) as update:
+            digests["tables"] = write_blob(
+                binding,
+                staging / BLOB,
+                table_dtype=plan.table_dtype,
+                page_size=plan.target.page_size,
+                progress=update,
+            )
+        for file in source.tokenizer_files:
+            shutil.copyfile(file, staging / file.name)
+        manifest = _manifest(binding, plan, digests)
+        seal(staging, manifest)
+        if verify:
+            summary = _verify(Bundle(staging), binding, progress)
+            (staging / "manifest.json").unlink()
+            seal(staging, msgspec.structs.replace(manifest, parity=summary))
+    return Bundle(destination)
+
+
+def make_plan(
+    binding: Binding,
+    target: str,
+    table_dtype: str | None,
+    weight_dtype: str | None,
+    context: int | None,
+) -> Plan:
+    """Choose dtypes and context, and compute the sizes of what will be written.
+
+    Raises:
+        TargetError: an unknown target or dtype, a context beyond the model's, or files that exceed
+            the target's limits; with the numbers.
+    """
+    chosen = targets.load(target)
+    tables = _choice("table dtype", table_dtype or chosen.table_dtype, TABLE_DTYPES)
+    weights = _choice("weight dtype", weight_dtype or chosen.weight_dtype, WEIGHT_DTYPES)
+    model = binding.model
+    if context is not None and not 1 <= context <= model.max_context:
+        raise TargetError(
+            f"context {context} is not possible; the model knows 1 to {model.max_context} positions"
+        )
+    segments = plan_segments(model.tables, segment_dtypes(binding, tables))
+    sizes = {
+        GRAPH_DATA: sum(stored_bytes(weight, weights) for weight in model.weights),
+        BLOB: blob_bytes(model, segments, chosen.page_size),
+    }
+    positions = context or min(chosen.context, model.max_context)
+    resident = sizes[GRAPH_DATA] + cache_bytes(model, positions)
+    problems = targets.exceeded(chosen, resident_bytes=resident, sizes=sizes)
+    if problems:
+        raise TargetError(
+            f"the bundle does not fit target `{chosen.name}`: {'; '.join(problems)}",
+            hint="choose smaller dtypes, or another target",
+        )
+    return Plan(
+        target=chosen,
+        table_dtype=tables,
+        weight_dtype=weights,
+        context=positions,
+        segments=segments,
+        sizes=sizes,
+    )
+
+
+def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise TargetError(f"{what} `{value}` is not known; choose one of {', '.join(allowed)}")
+    return value
+
+
+def _note_what_is_left_out(binding: Binding, progress: Progress) -> None:
+    for part in binding.left_out:
+        progress.note(
+            f"note: the {part.name} is left out: {part.parameters:,} parameters, "
+            f"{part.nbytes / 1e6:,.1f} MB"
+        )
+    if binding.ignored:
+        progress.note(
+            f"note: {len(binding.ignored)} tensors are not used by the model, "
+            f"`{binding.ignored[0]}` first: {_reason(binding)}"
+        )
+    if not any(file.name == "tokenizer.json" for file in binding.checkpoint.tokenizer_files):
+        progress.note(
+            "warning: the checkpoint has no tokenizer.json; the bundle will take token ids only"
+        )
+
+
+def _reason(binding: Binding) -> str:
+    first = binding.ignored[0]
+    return next(u.reason for key, u in binding.model.unused.items() if first.endswith(key))
+
+
+def _check_disk(folder: Path, plan: Plan) -> None:
+    free, needed = shutil.disk_usage(folder).free, plan.nbytes + _OVERHEAD_BYTES
+    if free < needed:
+        raise PleexportError(
+            f"`{folder.parent}` has {free / 1e9:.2f} GB free; "
+            f"the bundle needs {needed / 1e9:.2f} GB",
+            hint="free some space, or choose another folder with `--out`",
+        )
+
+
+def _write_graph(binding: Binding, plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
+    try:
+        from pleexport.graph import onnx, trace
+    except ImportError as err:
+        raise MissingDependencyError(
+            f"building needs {err.name}", hint="pip install 'pleexport[export]'"
+        ) from err
+    with progress.step("Tracing the dense graph"):
+        program = trace.trace(binding.model)
+    with progress.step("Translating it to ONNX"):
+        graph = onnx.attach_weights(
+            onnx.translate(program, binding.model), binding, plan.weight_dtype
+        )
+    with progress.bytes("Writing dense weights", plan.sizes[GRAPH_DATA]) as update:
+        return {"weights": onnx.save(graph, folder / GRAPH, progress=update)}
+
+
+def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest:
+    model, source = binding.model, binding.checkpoint
+    return Manifest(
+        schema=SCHEMA,
+        family=model.family,
+        backend="onnx",
+        contract=describe(model),
+        context=plan.context,
+        eos_token_ids=_eos_token_ids(model, source),
+        table_dtype=plan.table_dtype,
+        weight_dtype=plan.weight_dtype,
+        target=plan.target.name,
+        source_digest=digests,
+        versions={name: _version(name) for name in _VERSIONED}
+        | {"python": platform.python_version()},
+        parity=ParitySummary(checked=False),
+        files=[],
+    )
+
+
+def _eos_token_ids(model: Model, source: Checkpoint) -> list[int]:
+    """End-of-text ids: those of the generation config come first, as in transformers."""
+    eos = source.generation_config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [eos]
+    return [i for i in ids if type(i) is int] or list(model.eos_token_ids)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _verify(bundle: Bundle, binding: Binding, progress: Progress) -> ParitySummary:
+    from pleexport.verification import compare_with_original, write_report
+
+    report = compare_with_original(bundle, binding, progress=progress)
+    write_report(report, bundle.path / PARITY)
+    if not report.passed:
+        raise CheckFailed(
+            "the bundle does not compute what the original does: " + "; ".join(report.failures),
+            hint="nothing was kept; `--no-verify` keeps the bundle for a closer look",
+        )
+    return report.summary()

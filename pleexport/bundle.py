@@ -1,0 +1,208 @@
+"""The bundle: the folder that ships, and its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from pleexport.errors import BundleError, CheckFailed
+from pleexport.graph.contract import CONTRACT, GraphContract
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+GRAPH = "model.onnx"
+GRAPH_DATA = "model.onnx.data"
+BLOB = "embeddings.safetensors"
+PARITY = "parity.json"
+_READ_BYTES = 1 << 20
+
+
+class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the bundle; size in bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The outcome of the parity check that the build ran; details are in parity.json.
+
+    Attributes:
+        checked: False when the build was told to skip it.
+        passed: the verdict, None when it was not checked.
+        max_logit_error: largest absolute difference, divided by the range of the logits.
+    """
+
+    checked: bool
+    passed: bool | None = None
+    max_logit_error: float | None = None
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """`manifest.json`. A reader that meets an unknown schema or field stops.
+
+    Attributes:
+        context: largest number of positions the bundle was built for.
+        source_digest: digests of the source tables and of the stored weights.
+        versions: of the tools that wrote the bundle.
+    """
+
+    schema: int
+    family: str
+    backend: str
+    contract: GraphContract
+    context: int
+    eos_token_ids: list[int]
+    table_dtype: str
+    weight_dtype: str
+    target: str
+    source_digest: dict[str, str]
+    versions: dict[str, str]
+    parity: ParitySummary
+    files: list[FileRecord]
+
+
+class Bundle:
+    """A bundle on disk; opening reads the manifest and checks that the files have their sizes.
+
+    Raises:
+        BundleError: no bundle, a newer schema, a malformed manifest, or a missing file.
+        CheckFailed: a file has another size than the manifest says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+        for record in self.manifest.files:
+            file = self.path / record.name
+            if not file.is_file():
+                raise BundleError(f"`{self.path}` lacks `{record.name}`, which its manifest lists")
+            if file.stat().st_size != record.size:
+                raise CheckFailed(
+                    f"`{file}` has {file.stat().st_size} bytes; the manifest says {record.size}",
+                    hint="the copy is incomplete; copy the bundle again, or rebuild it",
+                )
+
+    @property
+    def graph_path(self) -> Path:
+        """The dense graph."""
+        return self.path / GRAPH
+
+    @property
+    def blob_path(self) -> Path:
+        """The blob."""
+        return self.path / BLOB
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files, the manifest left out."""
+        return sum(record.size for record in self.manifest.files)
+
+    def verify_files(self, progress: Callable[[int], object] = lambda _: None) -> None:
+        """Compare every file with its digest.
+
+        Raises:
+            CheckFailed: names the first file that differs.
+        """
+        for record in self.manifest.files:
+            if _sha256(self.path / record.name, progress) != record.sha256:
+                raise CheckFailed(
+                    f"`{self.path / record.name}` does not match its digest in the manifest",
+                    hint="copy the bundle again, or rebuild it",
+                )
+
+
+def _read_manifest(path: Path) -> Manifest:
+    manifest_path = path / MANIFEST
+    try:
+        raw = manifest_path.read_bytes()
+    except OSError as err:
+        raise BundleError(
+            f"`{path}` is not a bundle: `{MANIFEST}` cannot be read ({err.strerror})",
+            hint="`pleexport build CHECKPOINT --target NAME` writes a bundle",
+        ) from err
+    try:
+        schema = msgspec.json.decode(raw, type=dict[str, object]).get("schema")
+        if schema != SCHEMA:
+            raise BundleError(
+                f"`{manifest_path}` has schema {schema!r}; this version reads {SCHEMA}",
+                hint="install the version of pleexport that wrote the bundle, or rebuild it",
+            )
+        manifest = msgspec.json.decode(raw, type=Manifest)
+    except msgspec.DecodeError as err:
+        raise BundleError(f"`{manifest_path}` is malformed: {err}") from err
+    if manifest.contract.id != CONTRACT:
+        raise BundleError(
+            f"`{manifest_path}` follows the graph contract `{manifest.contract.id}`; "
+            f"this version knows `{CONTRACT}`"
+        )
+    for record in manifest.files:
+        if Path(record.name).name != record.name:
+            raise BundleError(f"`{manifest_path}` points outside the bundle: `{record.name}`")
+    return manifest
+
+
+@contextmanager
+def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A sibling of `out` that is renamed to it on success and removed on any failure.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced.
+    """
+    _check_replaceable(out, overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if out.exists():
+            retired = staging.with_name(staging.name + "-old")
+            out.rename(retired)
+            staging.rename(out)
+            shutil.rmtree(retired)
+        else:
+            staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def seal(folder: Path, manifest: Manifest) -> None:
+    """Write the manifest, with the record of every file of the folder, as the last file."""
+    records = [
+        FileRecord(path.name, path.stat().st_size, _sha256(path, lambda _: None))
+        for path in sorted(folder.iterdir())
+    ]
+    encoded = msgspec.json.encode(msgspec.structs.replace(manifest, files=records))
+    (folder / MANIFEST).write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
+
+
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not (out / MANIFEST).is_file() and not (out.is_dir() and not os.listdir(out)):
+        raise BundleError(
+            f"`{out}` exists and is not a bundle",
+            hint="choose another folder with `--out`; nothing was changed",
+        )
+    if not overwrite and (out / MANIFEST).is_file():
+        raise BundleError(
+            f"`{out}` holds a bundle already",
+            hint="pass `--overwrite` to replace it, or choose another folder with `--out`",
+        )
+
+
+def _sha256(path: Path, progress: Callable[[int], object]) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+            progress(len(part))
+    return digest.hexdigest()

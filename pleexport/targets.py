@@ -1,0 +1,213 @@
+"""Targets: named device profiles, read from `targets/NAME.toml`. A target is data, not code."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import textwrap
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal, get_args, get_origin
+
+import msgspec
+
+from pleexport.blob.layout import MINIMUM_PAGE_SIZE
+from pleexport.errors import TargetError
+
+_HINT = "`pleexport targets android` shows a complete target"
+_COLUMNS = 92
+
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+
+class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a device or a store allows, in bytes; None where there is no such limit.
+
+    Attributes:
+        largest_file_bytes: of any file that the platform can use. A build beyond it is refused.
+        memory_budget_bytes: for dense weights and cache; rows of the blob do not count, because
+            they are mapped and can be dropped at any time. A build beyond it is refused.
+        largest_pack_bytes: of one unit of the store's delivery. A larger file can still be cut
+            or downloaded in another way, so this is said and not refused.
+        largest_delivery_bytes: of everything that the store delivers. Said, not refused.
+    """
+
+    largest_file_bytes: Positive | None = None
+    memory_budget_bytes: Positive | None = None
+    largest_pack_bytes: Positive | None = None
+    largest_delivery_bytes: Positive | None = None
+
+
+class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A device profile.
+
+    Attributes:
+        name: the file's name without `.toml`, unless the file gives another.
+        description: one line.
+        page_size: bytes, a power of two; the blob's rows begin at a multiple of it.
+        table_dtype: how tables are stored unless the build says otherwise.
+        weight_dtype: how dense weights are stored, likewise.
+        context: positions that a bundle is built for, capped by the model's own maximum.
+        opset: version of the ONNX operators.
+        runtime: packages that execute a bundle there, with the oldest version to use.
+        packaging: what to do with a bundle's files on that platform.
+    """
+
+    name: Name
+    description: Text
+    backend: Literal["onnx"]
+    page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE)]
+    table_dtype: Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
+    weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
+    context: Positive
+    opset: Literal[24]
+    runtime: dict[str, str]
+    packaging: list[Text]
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        if self.page_size & (self.page_size - 1):
+            raise ValueError(f"`page_size` is {self.page_size}; expected a power of two")
+
+
+def load(name_or_path: str) -> Target:
+    """The target of that name, or the one in a user's own `.toml` file.
+
+    Raises:
+        TargetError: the name is unknown, or the file is missing or malformed.
+    """
+    if name_or_path.endswith(".toml"):
+        return _read(Path(name_or_path))
+    known = names()
+    if name_or_path not in known:
+        near = difflib.get_close_matches(name_or_path, known, n=1, cutoff=0.4)
+        raise TargetError(
+            f"target `{name_or_path}` is not known; known: {', '.join(known)}"
+            + (f" (the nearest name is `{near[0]}`)" if near else ""),
+            hint="choose one of them, or pass the path of a target file of your own (.toml)",
+        )
+    return _read(_folder() / f"{name_or_path}.toml")
+
+
+def names() -> list[str]:
+    """The targets that come with the package, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def exceeded(target: Target, *, resident_bytes: int, sizes: Mapping[str, int]) -> list[str]:
+    """Why a bundle cannot work on a target: one phrase a limit, with the numbers.
+
+    Args:
+        resident_bytes: dense weights and cache.
+        sizes: bytes by file name.
+    """
+    limits, problems = target.limits, []
+    for name, size in sizes.items():
+        if limits.largest_file_bytes is not None and size > limits.largest_file_bytes:
+            problems.append(
+                f"`{name}` has {_gigabytes(size)}, and the largest file is "
+                f"{_gigabytes(limits.largest_file_bytes)}"
+            )
+    budget = limits.memory_budget_bytes
+    if budget is not None and resident_bytes > budget:
+        problems.append(
+            f"{_gigabytes(resident_bytes)} have to stay in memory, and the budget is "
+            f"{_gigabytes(budget)}"
+        )
+    return problems
+
+
+def delivery_notes(target: Target, sizes: Mapping[str, int]) -> list[str]:
+    """What the store of a target cannot deliver in one piece, with the numbers.
+
+    Args:
+        sizes: bytes by file name.
+    """
+    limits, notes = target.limits, []
+    pack, delivery = limits.largest_pack_bytes, limits.largest_delivery_bytes
+    for name, size in sizes.items():
+        if pack is not None and size > pack:
+            notes.append(
+                f"`{name}` has {_gigabytes(size)}: the store takes it in {-(-size // pack)} parts "
+                f"of at most {_gigabytes(pack)}"
+            )
+    total = sum(sizes.values())
+    if delivery is not None and total > delivery:
+        notes.append(
+            f"the bundle has {_gigabytes(total)}, and the store delivers at most "
+            f"{_gigabytes(delivery)}: choose smaller dtypes, or a server of your own"
+        )
+    return notes
+
+
+def render(target: Target) -> str:
+    """A target in full, for people."""
+    limits = {name: getattr(target.limits, name) for name in Limits.__struct_fields__}
+    settings = {
+        "backend": f"{target.backend}, opset {target.opset}",
+        "runtime": ", ".join(f"{name} {version}" for name, version in target.runtime.items()),
+        "page size": f"{target.page_size:,} bytes",
+        "table dtype": target.table_dtype,
+        "weight dtype": target.weight_dtype,
+        "context": f"{target.context:,} positions",
+    } | {
+        name.removesuffix("_bytes").replace("_", " "): _gigabytes(value)
+        for name, value in limits.items()
+        if value is not None
+    }
+    width = max(map(len, settings))
+    lines = [f"{target.name}: {target.description}", ""]
+    lines += [f"  {name:<{width}}  {value}" for name, value in settings.items()]
+    lines += ["", "Packaging"]
+    for step in target.packaging:
+        lines += textwrap.wrap(
+            step,
+            _COLUMNS,
+            initial_indent="  - ",
+            subsequent_indent="    ",
+            break_on_hyphens=False,
+        )
+    return "\n".join(lines)
+
+
+def _folder() -> Path:
+    """Where the target files are: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    packaged = package / "targets_data"
+    return packaged if packaged.is_dir() else package.parent / "targets"
+
+
+def _read(path: Path) -> Target:
+    try:
+        values = tomllib.loads(path.read_bytes().decode())
+    except FileNotFoundError as err:
+        raise TargetError(f"target file `{path}` does not exist", hint=_HINT) from err
+    except OSError as err:
+        raise TargetError(f"target file `{path}` cannot be read: {err.strerror}") from err
+    except (ValueError, RecursionError) as err:
+        raise TargetError(f"target file `{path}` is not valid TOML: {err}", hint=_HINT) from err
+    try:
+        return msgspec.convert({"name": path.stem, **values}, Target)
+    except msgspec.ValidationError as err:
+        raise TargetError(f"target file `{path}`: {_located(str(err))}", hint=_HINT) from err
+
+
+def _located(message: str) -> str:
+    """msgspec's message with the field in front: "field `page_size`: expected ..."."""
+    what, _, where = message.partition(" - at `$.")
+    field = where.removesuffix("`")
+    what = re.sub(r"^Object contains unknown", "unknown", what)
+    what = re.sub(r"^Object missing required field (`\w+`)", r"field \1 is missing", what)
+    what = re.sub(r"^Invalid enum value '?(.+?)'?$", r"got `\1`", what)
+    choices = [f.type for f in msgspec.structs.fields(Target) if f.name == field]
+    if choices and get_origin(choices[0]) is Literal:
+        what += f", expected one of {', '.join(map(str, get_args(choices[0])))}"
+    return f"field `{field}`: {what[0].lower()}{what[1:]}" if field else what
+
+
+def _gigabytes(nbytes: int) -> str:
+    """Decimal gigabytes, or megabytes below a tenth of one."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 100_000_000 else f"{nbytes / 1e6:.2f} MB"
