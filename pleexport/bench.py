@@ -1,0 +1,146 @@
+"""Time a bundle: prefill, decode, first token; warm, or with the blob out of the page cache."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from pleexport.bundle import Bundle
+from pleexport.errors import RunnerError
+from pleexport.progress import Progress
+from pleexport.report import size_text, table_text
+from pleexport.runner import Runner
+
+_SEED = 7
+
+
+class Timing(msgspec.Struct):
+    """Medians over the repetitions; seconds and tokens per second."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    first_token_seconds: float
+    slowest_first_token_seconds: float
+
+
+class BenchResult(msgspec.Struct):
+    """What `bench` measured; memory in bytes at the end, None where the system does not tell."""
+
+    load_seconds: float
+    cold: bool
+    threads: int
+    repeat: int
+    timings: list[Timing]
+    anonymous_bytes: int | None
+    file_backed_bytes: int | None
+
+
+def bench(
+    bundle: Path,
+    *,
+    prompt_tokens: Sequence[int],
+    decode_tokens: int,
+    repeat: int,
+    cold: bool,
+    threads: int,
+    progress: Progress,
+) -> BenchResult:
+    """Measure a bundle on random token ids.
+
+    Args:
+        cold: drop the blob's pages before each run; needs posix_fadvise.
+    Raises:
+        RunnerError: a prompt that does not fit, or a number below 1.
+    """
+    for name, value in (
+        ("decode tokens", decode_tokens),
+        ("repeat", repeat),
+        *(("prompt tokens", n) for n in prompt_tokens),
+    ):
+        if value < 1:
+            raise RunnerError(f"{name} is {value}; it must be 1 or more")
+    opened = Bundle(bundle)
+    started = time.perf_counter()
+    runner = Runner(opened, threads=threads)
+    load_seconds = time.perf_counter() - started
+    timings = []
+    with progress.count("Measuring", len(prompt_tokens) * (repeat + 1), "runs") as update:
+        for count in prompt_tokens:
+            timings.append(_time(runner, count, decode_tokens, repeat, cold, update))
+    return BenchResult(
+        load_seconds=load_seconds,
+        cold=cold,
+        threads=threads or os.cpu_count() or 1,
+        repeat=repeat,
+        timings=timings,
+        anonymous_bytes=runner.stats.anonymous_bytes,
+        file_backed_bytes=runner.stats.file_backed_bytes,
+    )
+
+
+def _time(
+    runner: Runner,
+    count: int,
+    decode: int,
+    repeat: int,
+    cold: bool,
+    update: Callable[[int], object],
+) -> Timing:
+    generator = np.random.default_rng(_SEED)
+    runs = []
+    for attempt in range(repeat + 1):  # the first warms up and is not counted
+        ids = generator.integers(0, runner.blob.num_rows, count).tolist()
+        if cold:
+            runner.blob.forget_pages()
+        runner.reset()
+        for _ in runner.generate(ids, max_new_tokens=decode, ignore_eos=True):
+            pass
+        if attempt:
+            runs.append(runner.stats)
+        update(1)
+    first = [run.first_token_seconds for run in runs]
+    return Timing(
+        prompt_tokens=count,
+        decode_tokens=decode,
+        prefill_tokens_per_second=statistics.median(r.prefill_tokens_per_second for r in runs),
+        decode_tokens_per_second=statistics.median(r.decode_tokens_per_second for r in runs),
+        first_token_seconds=statistics.median(first),
+        slowest_first_token_seconds=max(first),
+    )
+
+
+def render(result: BenchResult) -> str:
+    """The result as text."""
+    rows: list[tuple[str, ...]] = [
+        ("prompt", "prefill tok/s", "decode tok/s", "first token", "slowest")
+    ]
+    rows += [
+        (
+            str(t.prompt_tokens),
+            f"{t.prefill_tokens_per_second:,.0f}",
+            f"{t.decode_tokens_per_second:,.1f}",
+            f"{t.first_token_seconds * 1e3:,.1f} ms",
+            f"{t.slowest_first_token_seconds * 1e3:,.1f} ms",
+        )
+        for t in result.timings
+    ]
+    lines = table_text(rows, align=">>>>>")
+    state = "blob dropped from the page cache" if result.cold else "warm"
+    lines.append(
+        f"\n{state}, {result.threads} threads, median of {result.repeat}; "
+        f"loaded in {result.load_seconds:.2f} s"
+    )
+    if result.anonymous_bytes is not None and result.file_backed_bytes is not None:
+        lines.append(
+            f"memory: {size_text(result.anonymous_bytes)} anonymous, "
+            f"{size_text(result.file_backed_bytes)} file-backed"
+        )
+    return "\n".join(lines)

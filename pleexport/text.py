@@ -1,0 +1,159 @@
+"""Text to token ids and back, from the files that a checkpoint ships."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from pleexport.errors import BundleError, RunnerError
+
+TOKENIZER = "tokenizer.json"
+
+
+class Text:
+    """The tokenizer of a bundle, with its chat template if it has one.
+
+    Raises:
+        BundleError: a tokenizer file is malformed.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
+        except Exception as err:  # the library raises plain Exception
+            raise BundleError(f"`{folder / TOKENIZER}` cannot be read: {err}") from err
+        self._config = _read_object(folder / "tokenizer_config.json")
+        self.chat_template = self._read_template(folder)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, with the special tokens that the tokenizer puts around it."""
+        ids = list(self.tokenizer.encode(text).ids)
+        bos = self._special("bos_token")
+        if self._config.get("add_bos_token") and bos:
+            bos_id = self.tokenizer.token_to_id(bos)
+            if bos_id is not None and ids[:1] != [bos_id]:
+                ids.insert(0, bos_id)
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out."""
+        return str(self.tokenizer.decode(list(ids)))
+
+    def encode_chat(self, messages: Iterable[dict[str, str]]) -> list[int]:
+        """Ids of a conversation, ready for the model's answer.
+
+        Args:
+            messages: objects with `role` ("user", "assistant", "system") and `content`.
+        Raises:
+            RunnerError: the tokenizer has no chat template, or the template refuses.
+        """
+        if self.chat_template is None:
+            raise RunnerError(
+                "this bundle's tokenizer has no chat template", hint="pass plain text instead"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.globals["raise_exception"] = _raise_template_error
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False)
+        specials = {
+            name: self._special(name) or ""
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
+        try:
+            text = environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=True, **specials
+            )
+        except (TemplateError, TypeError, ValueError) as err:
+            raise RunnerError(f"the chat template cannot render this conversation: {err}") from err
+        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def stream(self, prompt_ids: Sequence[int]) -> TextStream:
+        """A decoder of the ids that follow a prompt."""
+        return TextStream(self.tokenizer, prompt_ids)
+
+    def _special(self, name: str) -> str | None:
+        value = self._config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        return content if isinstance(content, str) else None
+
+    def _read_template(self, folder: Path) -> str | None:
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+        template = self._config.get("chat_template")
+        if isinstance(template, list):  # several named templates
+            named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+            template = named.get("default")
+        return template if isinstance(template, str) else None
+
+
+class TextStream:
+    """Turns ids into text as they come: whole characters only, "" while one is incomplete."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+        self._tokenizer = tokenizer
+        # The last ids of the prompt tell whether the next word begins with a space.
+        self._stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
+
+    def push(self, token_id: int) -> str:
+        """The text that this id completes."""
+        return self._stream.step(self._tokenizer, token_id) or ""
+
+
+class StopStrings:
+    """Holds text back while it may be the beginning of a stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.hit = False
+
+    def push(self, text: str) -> str:
+        """Text that is safe to show; `hit` is set once a stop string was met."""
+        self._held += text
+        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.hit = True
+            shown, self._held = self._held[: min(found)], ""
+            return shown
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        shown, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * bool(keep)
+        return shown
+
+    def flush(self) -> str:
+        """What is still held back when the text ends."""
+        shown, self._held = self._held, ""
+        return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0
+
+
+def _raise_template_error(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as err:
+        raise BundleError(f"`{path}` is not valid JSON ({err})") from err
+    return value if isinstance(value, dict) else {}

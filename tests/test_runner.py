@@ -1,0 +1,159 @@
+"""The runner: generation, streaming, several at once, refusals, and life without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pleexport
+from pleexport.errors import RunnerError
+
+SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
+
+
+@pytest.fixture(scope="session")
+def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped sample, built as for phones."""
+    out = tmp_path_factory.mktemp("sample") / "bundle"
+    return pleexport.build(SAMPLE, out, target="android", verify=False).path
+
+
+def test_the_sample_writes_text_that_streams_as_it_reads(sample_bundle: Path) -> None:
+    runner = pleexport.Runner(sample_bundle)
+    assert runner.text is not None
+    tokens = list(runner.generate("And the LORD said unto", max_new_tokens=40))
+    streamed = "".join(token.text for token in tokens)
+    ids = runner.text.encode("And the LORD said unto")
+    whole = runner.text.decode([*ids, *(token.id for token in tokens)])
+    assert whole == "And the LORD said unto" + streamed
+    known = set((SAMPLE.parent / "heldout.txt").read_text(encoding="utf-8").split())
+    words = streamed.split()[1:-1]  # the ends may be cut
+    assert sum(word in known for word in words) >= 0.8 * len(words)
+
+
+def test_sampling_with_a_seed_repeats_and_without_differs(sample_bundle: Path) -> None:
+    runner = pleexport.Runner(sample_bundle)
+
+    def ids(seed: int) -> list[int]:
+        options = {"temperature": 1.0, "top_k": 50, "top_p": 0.95, "min_p": 0.01}
+        tokens = runner.generate("In the", max_new_tokens=20, seed=seed, **options)  # type: ignore[arg-type]
+        return [token.id for token in tokens]
+
+    assert ids(1) == ids(1)
+    assert ids(1) != ids(2)
+
+
+def test_a_stop_string_ends_the_text_before_it(sample_bundle: Path) -> None:
+    runner = pleexport.Runner(sample_bundle)
+    full = "".join(t.text for t in runner.generate("And the LORD said", max_new_tokens=40))
+    stop = full[10:14]
+    cut = "".join(
+        t.text for t in runner.generate("And the LORD said", max_new_tokens=40, stop=[stop])
+    )
+    assert cut == full[: full.index(stop)]
+    assert runner.stats.finish_reason == "stop"
+
+
+def test_a_longer_prompt_reads_only_its_new_part(gemma4_bundle: Path) -> None:
+    runner, fresh = pleexport.Runner(gemma4_bundle), pleexport.Runner(gemma4_bundle)
+    first = [5, 6, 7, 8, 9]
+    answer = [t.id for t in runner.generate(first, max_new_tokens=5, ignore_eos=True)]
+    longer = [*first, *answer, 11, 12]
+    continued = [t.id for t in runner.generate(longer, max_new_tokens=8, ignore_eos=True)]
+    assert runner.stats.prompt_tokens == 3  # the last token of the answer, and two new ones
+    expected = [t.id for t in fresh.generate(longer, max_new_tokens=8, ignore_eos=True)]
+    assert fresh.stats.prompt_tokens == len(longer)
+    assert continued == expected
+
+
+def test_runners_on_one_bundle_do_not_disturb_each_other(gemma4_bundle: Path) -> None:
+    a, b = pleexport.Runner(gemma4_bundle), pleexport.Runner(gemma4_bundle)
+    expected = [t.id for t in a.generate([3, 4, 5], max_new_tokens=10, ignore_eos=True)]
+    one = a.generate([3, 4, 5], max_new_tokens=10, ignore_eos=True)
+    two = b.generate([60, 61], max_new_tokens=10, ignore_eos=True)
+    a.reset()
+    got = [x.id for x, _ in zip(one, two, strict=True)]
+    assert got == expected
+
+
+def test_stats_count_rows_pages_and_memory(gemma4_bundle: Path) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    list(runner.generate([3, 4, 5], max_new_tokens=4, ignore_eos=True))
+    stats = runner.stats
+    assert (stats.prompt_tokens, stats.generated_tokens, stats.finish_reason) == (3, 4, "length")
+    assert stats.rows == 6  # the last token is not fed
+    assert stats.row_bytes == 6 * runner.blob.row_stride
+    assert 1 <= stats.pages <= 2 * stats.rows
+    assert stats.first_token_seconds >= stats.prefill_seconds > 0
+    if sys.platform == "linux":
+        assert stats.anonymous_bytes
+        assert stats.file_backed_bytes
+
+
+def test_the_context_ends_a_text(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = pleexport.build(gemma4_checkpoint, tmp_path / "b", context=12, verify=False)
+    runner = pleexport.Runner(bundle)
+    tokens = list(runner.generate([1, 2, 3, 4], max_new_tokens=50, ignore_eos=True))
+    assert len(tokens) == 8
+    assert runner.stats.finish_reason == "context"
+    with pytest.raises(RunnerError, match="13 tokens exceed the bundle's context of 12"):
+        runner.logits(list(range(13)))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        ([500], {}, "token id 500 has no row; ids go from 0 to 119"),
+        ([-1], {}, "token id -1 has no row"),
+        ("text", {}, "this bundle has no tokenizer"),
+        ([1], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([1], {"temperature": -1.0}, "temperature is -1.0"),
+        ([1], {"stop": ["x"]}, "stop strings need a tokenizer"),
+    ],
+)
+def test_unusable_prompts_and_options_are_refused_at_once(
+    gemma4_bundle: Path, prompt: object, options: dict[str, object], message: str
+) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    with pytest.raises(RunnerError, match=message):
+        runner.generate(prompt, **options)  # type: ignore[arg-type]
+
+
+def test_ids_beyond_the_per_layer_table_follow_the_original(gemma3n_bundle: Path) -> None:
+    blob = pleexport.Runner(gemma3n_bundle).blob
+    rows = blob.lookup(np.array([0, 120, 123]))["embed_tokens_per_layer"]
+    assert (rows[0] == rows[1]).all()
+    assert (rows[0] == rows[2]).all()
+
+
+def test_the_runner_needs_neither_torch_nor_transformers(
+    gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    code = f"""
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "transformers", "onnx", "onnxscript", "safetensors"):
+            raise ImportError(f"{{name}} must not be imported")
+
+sys.meta_path.insert(0, Refuse())
+import pleexport
+runner = pleexport.Runner({str(gemma4_bundle)!r})
+print([t.id for t in runner.generate([1, 2, 3], max_new_tokens=4, ignore_eos=True)])
+pleexport.verify({str(gemma4_bundle)!r})
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=os.environ
+    )
+    assert result.returncode == 0, result.stderr
+    expected = pleexport.Runner(gemma4_bundle).generate(
+        [1, 2, 3], max_new_tokens=4, ignore_eos=True
+    )
+    assert result.stdout.strip() == str([t.id for t in expected])

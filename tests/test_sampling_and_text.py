@@ -1,0 +1,147 @@
+"""Sampling filters against their definitions; text that streams in whole characters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from pleexport.errors import BundleError, RunnerError
+from pleexport.sampling import Sampling
+from pleexport.text import StopStrings, Text
+
+LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
+
+
+def drawn(sampling: Sampling, ids: list[int] | None = None) -> set[int]:
+    generator = np.random.default_rng(0)
+    return {sampling.choose(LOGITS, ids or [], generator) for _ in range(400)}
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        (Sampling(), {0}),
+        (Sampling(temperature=1.0), {0, 1, 2, 3, 4}),
+        (Sampling(temperature=1.0, top_k=2), {0, 1}),
+        (Sampling(temperature=1.0, top_k=99), {0, 1, 2, 3, 4}),
+        (Sampling(temperature=1.0, top_p=0.7), {0, 1}),
+        (Sampling(temperature=1.0, top_p=0.76), {0, 1, 2}),
+        (Sampling(temperature=1.0, min_p=0.2), {0, 1, 2}),
+        (Sampling(temperature=0.01), {0}),
+    ],
+)
+def test_filters_keep_what_they_say(sampling: Sampling, expected: set[int]) -> None:
+    assert drawn(sampling) == expected
+
+
+def test_repetition_penalty_pushes_seen_tokens_down() -> None:
+    assert drawn(Sampling(repetition_penalty=5.0), ids=[0, 0]) == {1}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1; it must be 0 or more"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0}, "top_p is 0; it must be above 0"),
+        ({"min_p": 2}, "min_p is 2; it must be from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ],
+)
+def test_options_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(RunnerError, match=message):
+        Sampling(**options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level tokenizer without merges: every byte is a token of its own."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<bos>", "<end>"])
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@given(text=st.text(max_size=12), prompt=st.text(alphabet="abc é", max_size=5))
+def test_streamed_pieces_are_whole_characters_and_join_to_the_text(
+    folder: Path, text: str, prompt: str
+) -> None:
+    tokenizer = Text(folder)
+    before, ids = tokenizer.encode(prompt), tokenizer.encode(text)
+    stream = tokenizer.stream(before)
+    pieces = [stream.push(i) for i in ids]
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
+
+
+@given(text=st.text(alphabet="abEND", max_size=30), cuts=st.lists(st.integers(1, 5), max_size=30))
+def test_stop_strings_are_found_across_any_cut(text: str, cuts: list[int]) -> None:
+    stops, shown, rest = StopStrings(["END", "aab"]), "", text
+    for cut in [*cuts, len(text) + 1]:
+        shown += stops.push(rest[:cut])
+        rest = rest[cut:]
+        if stops.hit:
+            break
+    found = [at for stop in ("END", "aab") if (at := text.find(stop)) >= 0]
+    assert stops.hit == bool(found)
+    if found:
+        assert text.startswith(shown)
+        assert "END" not in shown
+        assert "aab" not in shown
+    else:
+        assert shown + stops.flush() == text
+
+
+def with_config(folder: Path, tmp_path: Path, **config: object) -> Text:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    return Text(tmp_path)
+
+
+def test_a_chat_template_is_rendered(folder: Path, tmp_path: Path) -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content }}<end>{% endfor %}"
+        "{% if add_generation_prompt %}model:{% endif %}"
+    )
+    text = with_config(folder, tmp_path, chat_template=template, bos_token="<bos>")
+    ids = text.encode_chat([{"role": "user", "content": "hi"}])
+    assert ids[0] == text.tokenizer.token_to_id("<bos>")
+    assert text.decode(ids) == "user:himodel:"
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('no system role') }}", "{{ ''.__class__.__mro__ }}", "{% if %}"],
+)
+def test_a_template_that_refuses_or_attacks_is_one_sentence(
+    template: str, folder: Path, tmp_path: Path
+) -> None:
+    text = with_config(folder, tmp_path, chat_template=template)
+    with pytest.raises(RunnerError, match="the chat template cannot render"):
+        text.encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_without_a_template_a_chat_is_refused(folder: Path) -> None:
+    with pytest.raises(RunnerError, match="has no chat template"):
+        Text(folder).encode_chat([{"role": "user", "content": "hi"}])
+
+
+def test_bos_is_put_in_front_where_the_config_asks_for_it(folder: Path, tmp_path: Path) -> None:
+    text = with_config(folder, tmp_path, add_bos_token=True, bos_token={"content": "<bos>"})
+    assert text.encode("a")[0] == text.tokenizer.token_to_id("<bos>")
+
+
+def test_a_malformed_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(BundleError, match="cannot be read"):
+        Text(tmp_path)
