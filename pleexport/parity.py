@@ -1,0 +1,486 @@
+"""Does a bundle compute what the PyTorch original computes? Rows, logits, greedy text.
+
+A bundle with fp32 weights and lossless tables must agree within float32 noise. Any other is judged
+by how far its predictions move: the KL divergence from the original, in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.binding import Binding
+from pleexport.blob import Blob
+from pleexport.bundle import Bundle, ParitySummary
+from pleexport.families.base import Table
+from pleexport.graph.contract import hidden_name
+from pleexport.quantize import group_scales
+from pleexport.runner import PREFILL_CHUNK, Runner
+
+# Largest logit error of an exact bundle, as a share of the range of the logits.
+EXACT_LOGITS = 1e-4
+# Largest relative error (root mean square) of a layer's output before it counts as diverging.
+EXACT_LAYER = 1e-3
+QUANTIZED_LAYER = 0.5
+# Rounded bundles, by the coarser of their two dtypes: the largest mean KL divergence, and the least
+# correlation of the logits with the original's. Rounding stays well inside; wrong rows or weights
+# are far outside, also where flat predictions keep the divergence small.
+KL_LIMITS = {"fp16": 0.01, "int8": 0.05, "int4": 0.5}
+LEAST_CORRELATION = {"fp16": 0.999, "int8": 0.95, "int4": 0.7}
+# Two best logits closer than this share of the range may swap places by rounding alone.
+NEAR_TIE = 1e-4
+_ROWS_PER_BATCH_BYTES = 8 << 20
+_GREEDY_TOKENS = 32
+_SEED = 20_240_517
+
+LOSSLESS = {"F32": ("fp32",), "F16": ("fp16", "fp32"), "BF16": ("bf16", "fp32")}
+
+
+class Oracle(Protocol):
+    """The original, whoever implements it."""
+
+    name: str
+
+    def logits(
+        self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None = None
+    ) -> NDArray[np.float32]: ...
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]: ...
+
+
+class TableCheck(msgspec.Struct):
+    """One table, every row read back.
+
+    Attributes:
+        lossless: rows must equal the source bit for bit; else within half a quantization step.
+        max_error: largest absolute difference, multiplier applied.
+        max_steps: largest difference in quantization steps; 0.5 is the bound.
+        first_bad_row: token id, or None.
+    """
+
+    table: str
+    dtype: str
+    lossless: bool
+    rows: int
+    max_error: float
+    max_steps: float | None
+    first_bad_row: int | None
+    first_bad_layer: int | None
+
+
+class LogitsCheck(msgspec.Struct):
+    """Logits of one way to feed the text, against the original's.
+
+    Attributes:
+        mode: "prefill" (at once), "chunked" (uneven pieces) or "step" (one by one, with cache).
+        max_error, mean_error: absolute; `logit_range` is what they are measured against.
+        kl: mean KL divergence from the original, nats per token.
+        correlation: of the logits with the original's, the mean of each position taken off.
+        top1_agreement: share of positions with the same best token; near ties count as agreement
+            and are counted in `near_ties`.
+    """
+
+    mode: str
+    tokens: int
+    max_error: float
+    mean_error: float
+    logit_range: float
+    kl: float
+    correlation: float
+    top1_agreement: float
+    near_ties: int
+
+    @property
+    def relative_error(self) -> float:
+        """Largest error as a share of the range of the logits."""
+        return self.max_error / self.logit_range
+
+
+class TextCheck(msgspec.Struct):
+    """Greedy text against the original's.
+
+    Attributes:
+        equal_tokens: how many agree before the first difference.
+        near_tie: the first difference is between two logits closer than rounding.
+    """
+
+    tokens: int
+    equal_tokens: int
+    near_tie: bool
+
+
+class Fidelity(msgspec.Struct):
+    """What rounding costs on a text: KL divergence in nats per token, and perplexity.
+
+    Attributes:
+        what: "tables" (original weights), "dense" (original tables) or "both".
+        top1_agreement: share of positions with the same best token.
+    """
+
+    what: str
+    kl: float
+    perplexity: float
+    top1_agreement: float
+
+
+class ParityReport(msgspec.Struct):
+    """The outcome of `verify`.
+
+    Attributes:
+        exact: the bundle is held to float32 noise instead of a KL limit.
+        layer_errors: by layer, relative error of what it hands on (root mean square).
+        first_diverging_layer: None where none is beyond the limit.
+        original_perplexity: of the original, on the text that `fidelity` was measured on.
+        failures: one sentence for each check that failed; empty when passed.
+    """
+
+    oracle: str
+    exact: bool
+    tables: list[TableCheck]
+    logits: list[LogitsCheck]
+    text: TextCheck | None
+    layer_errors: list[float]
+    first_diverging_layer: int | None
+    original_perplexity: float | None
+    fidelity: list[Fidelity]
+    fidelity_tokens: int
+    failures: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """The verdict."""
+        return not self.failures
+
+    @property
+    def max_logit_error(self) -> float:
+        """Largest logit error of all modes, as a share of the range."""
+        return max(check.relative_error for check in self.logits)
+
+    def summary(self) -> ParitySummary:
+        """The manifest's line about it."""
+        return ParitySummary(True, self.passed, self.max_logit_error)
+
+
+def compare(
+    bundle: Bundle,
+    binding: Binding,
+    oracle: Oracle,
+    *,
+    text_ids: Sequence[int] | None = None,
+    progress: Callable[[int], object] = lambda _: None,
+) -> ParityReport:
+    """Run all three levels.
+
+    Args:
+        text_ids: a text to measure logits and fidelity on; random ids where there is none.
+        progress: called with the number of rows checked since its last call.
+    """
+    runner = Runner(bundle)
+    dtypes = {s.table: s.dtype for s in runner.blob.segments}
+    lossless = {
+        t.name: dtypes[t.name] in LOSSLESS[binding.entry(t).dtype] for t in binding.model.tables
+    }
+    exact = all(lossless.values()) and bundle.manifest.weight_dtype == "fp32"
+    tables = [
+        check_table(runner.blob, binding, table, lossless=lossless[table.name], progress=progress)
+        for table in binding.model.tables
+    ]
+    ids = parity_ids(runner, text_ids)
+    reference = oracle.logits(ids)
+    logits = [check_logits(mode, reference, got) for mode, got in _feed_modes(runner, ids)]
+    errors = layer_errors(bundle, runner, oracle, ids)
+    limit = EXACT_LAYER if exact else QUANTIZED_LAYER
+    report = ParityReport(
+        oracle=oracle.name,
+        exact=exact,
+        tables=tables,
+        logits=logits,
+        text=check_text(runner, oracle, ids[: min(16, len(ids))], reference),
+        layer_errors=errors,
+        first_diverging_layer=next((i for i, e in enumerate(errors) if not e <= limit), None),
+        original_perplexity=perplexity(reference, ids) if text_ids else None,
+        fidelity=[] if exact else _fidelity(runner, binding, oracle, ids, reference),
+        fidelity_tokens=len(ids),
+        failures=[],
+    )
+    report.failures = _failures(report, bundle)
+    return report
+
+
+def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
+    """The ids to compare on: long enough to leave the sliding window where that is affordable."""
+    windows = [c.window for c in runner.bundle.manifest.contract.caches if c.window is not None]
+    length = min(
+        max(128, 2 * max(windows, default=0) + 33), PREFILL_CHUNK + 128, runner.context - 1
+    )
+    if text_ids:
+        return [int(i) for i in text_ids[:length]]
+    generator = np.random.default_rng(_SEED)
+    return [int(i) for i in generator.integers(0, runner.blob.num_rows, length)]
+
+
+def check_table(
+    blob: Blob,
+    binding: Binding,
+    table: Table,
+    *,
+    lossless: bool,
+    progress: Callable[[int], object] = lambda _: None,
+) -> TableCheck:
+    """Read every row of one table back through the reader and compare it with the source."""
+    segments = [s for s in blob.segments if s.table == table.name]
+    check = TableCheck(
+        table=table.name,
+        dtype=segments[0].dtype,
+        lossless=lossless,
+        rows=blob.num_rows,
+        max_error=0.0,
+        max_steps=None if lossless else 0.0,
+        first_bad_row=None,
+        first_bad_layer=None,
+    )
+    count, width = table.layers or 1, table.width
+    multiplier = np.float32(table.multiplier)
+    step = max(1, _ROWS_PER_BATCH_BYTES // (4 * table.row_width))
+    for begin in range(0, blob.num_rows, step):
+        ids = np.arange(begin, min(begin + step, blob.num_rows))
+        source = binding.rows(table, table.source_rows(ids)).astype(np.float32)
+        expected = source.reshape(len(ids), count, width)
+        got = blob.lookup(ids)[table.name].reshape(expected.shape)
+        difference = np.abs(got - expected * multiplier)
+        check.max_error = max(check.max_error, float(difference.max()))
+        if lossless:
+            bad = difference.max(axis=-1) != 0
+        else:
+            group, bits = segments[0].group_size, 8 if segments[0].dtype == "int8" else 4
+            steps = _quantization_steps(expected, segments[0].dtype, group, bits)
+            in_steps = difference / (steps * multiplier)
+            check.max_steps = max(check.max_steps or 0.0, float(in_steps.max()))
+            bad = in_steps.max(axis=-1) > 0.5 + 1e-3
+        if bad.any() and check.first_bad_row is None:
+            row, layer = np.argwhere(bad)[0]
+            check.first_bad_row = begin + int(row)
+            check.first_bad_layer = None if table.layers is None else int(layer)
+        progress(len(ids))
+    return check
+
+
+def check_logits(
+    mode: str, reference: NDArray[np.float32], got: NDArray[np.float32]
+) -> LogitsCheck:
+    """Compare logits `[T, vocab]`."""
+    difference = np.abs(reference - got)
+    spread = float(reference.max() - reference.min())
+    best = got.argmax(-1)
+    agree = best == reference.argmax(-1)
+    gaps = reference.max(-1) - np.take_along_axis(reference, best[:, None], -1)[:, 0]
+    near = ~agree & (gaps <= NEAR_TIE * spread)
+    return LogitsCheck(
+        mode=mode,
+        tokens=len(reference),
+        max_error=float(difference.max()),
+        mean_error=float(difference.mean()),
+        logit_range=spread,
+        kl=mean_kl(reference, got),
+        correlation=correlation(reference, got),
+        top1_agreement=float((agree | near).mean()),
+        near_ties=int(near.sum()),
+    )
+
+
+def check_text(
+    runner: Runner, oracle: Oracle, prompt: list[int], reference: NDArray[np.float32]
+) -> TextCheck | None:
+    """Compare greedy continuations of a prompt."""
+    count = min(_GREEDY_TOKENS, runner.context - len(prompt))
+    if count < 1:
+        return None
+    expected = oracle.generate(prompt, count)
+    runner.reset()
+    got = [t.id for t in runner.generate(prompt, max_new_tokens=count, ignore_eos=True)]
+    pairs = zip(expected, got, strict=False)
+    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(got)))
+    near_tie = False
+    if equal < count and equal < len(got):
+        last = oracle.logits([*prompt, *expected[:equal]])[-1]
+        spread = float(reference.max() - reference.min())
+        near_tie = bool(last[expected[equal]] - last[got[equal]] <= NEAR_TIE * spread)
+    return TextCheck(tokens=count, equal_tokens=equal, near_tie=near_tie)
+
+
+def layer_errors(bundle: Bundle, runner: Runner, oracle: Oracle, ids: Sequence[int]) -> list[float]:
+    """By layer, the relative error of what it hands on to the next."""
+    expected = oracle.hidden(ids)
+    got = hidden_states(bundle, runner, ids)
+    return [
+        float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(a**2)), 1e-30))
+        for a, b in zip(expected, got, strict=True)
+    ]
+
+
+def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[NDArray[np.float32]]:
+    """What each layer of the bundle's graph hands on, `[T, ...]`, for a text from its start."""
+    import onnx
+    import onnxruntime as ort
+
+    model = onnx.load(bundle.graph_path, load_external_data=False)
+    names = [hidden_name(i) for i in range(bundle.manifest.contract.num_layers)]
+    for name in names:
+        model.graph.output.append(onnx.ValueInfoProto(name=name))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path)
+    )
+    session = ort.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    vectors = runner.blob.lookup(runner.blob.row_ids(ids))
+    contract = bundle.manifest.contract
+    inputs: dict[str, NDArray[Any]] = {
+        lookup.name: vectors[lookup.table][None] for lookup in contract.lookup_inputs
+    }
+    for cache in contract.caches:
+        shape = [n if isinstance(n, int) else len(ids) for n in cache.shape]
+        inputs[cache.input] = np.zeros(shape, dtype=np.float32)
+    inputs["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
+    inputs["num_logits_to_keep"] = np.array(0, dtype=np.int64)
+    return [array[0] for array in session.run(names, inputs)]
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Log probabilities over the last axis, in float64."""
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def mean_kl(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    """Mean over positions of KL(reference || got), nats."""
+    total = 0.0
+    for a, b in zip(reference, got, strict=True):  # one position at a time bounds memory
+        p, q = log_softmax(a), log_softmax(b)
+        total += float((np.exp(p) * (p - q)).sum())
+    return total / len(reference)
+
+
+def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    """Correlation of logits `[T, vocab]`, each position's mean taken off."""
+    a = reference - reference.mean(-1, keepdims=True)
+    b = got - got.mean(-1, keepdims=True)
+    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-30))
+
+
+def perplexity(logits: NDArray[np.float32], ids: Sequence[int]) -> float:
+    """Perplexity of a text's tokens after the first."""
+    losses = [-log_softmax(logits[t])[ids[t + 1]] for t in range(len(ids) - 1)]
+    return float(np.exp(np.mean(losses)))
+
+
+def _feed_modes(runner: Runner, ids: list[int]) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    yield "prefill", runner.logits(ids)
+    runner.reset()
+    pieces, begin, size = [], 0, 1
+    while begin < len(ids):  # 1, 3, 7, 15, ... tokens: starts, ends and wraps at odd places
+        pieces.append(runner.feed(ids[begin : begin + size], keep=0).copy())
+        begin, size = begin + size, min(2 * size + 1, PREFILL_CHUNK)
+    yield "chunked", np.concatenate(pieces)
+    runner.reset()
+    yield "step", np.stack([runner.feed([i], keep=1)[0].copy() for i in ids])
+
+
+def _quantization_steps(
+    expected: NDArray[np.float32], dtype: str, group: int | None, bits: int
+) -> NDArray[np.float32]:
+    """By element, the distance between neighbouring codes, from the source alone."""
+    if group is None:  # a narrower float: half a unit in the last place
+        narrow = {"fp16": 2.0**-10, "bf16": 2.0**-7}[dtype]
+        smallest = 2.0**-24 if dtype == "fp16" else 0.0
+        return np.maximum(np.abs(expected) * np.float32(narrow), np.float32(max(smallest, 1e-38)))
+    scales = group_scales(expected, bits=bits, group_size=group).astype(np.float32)
+    steps = np.repeat(scales, group, axis=-1)[..., : expected.shape[-1]]
+    return np.maximum(steps, np.float32(1e-38))
+
+
+def _fidelity(
+    runner: Runner,
+    binding: Binding,
+    oracle: Oracle,
+    ids: list[int],
+    reference: NDArray[np.float32],
+) -> list[Fidelity]:
+    """What the tables cost, what the dense weights cost, and both together."""
+    rows = runner.blob.row_ids(ids)
+    stored, exact = {}, {}
+    lookups = runner.blob.lookup(rows)
+    for table in binding.model.tables:
+        source = binding.rows(table, table.source_rows(rows)).astype(np.float32)
+        vectors = source * np.float32(table.multiplier)
+        exact[table.name] = vectors.reshape(lookups[table.name].shape)
+        stored[table.graph_input] = lookups[table.name]
+    measured = {
+        "tables": oracle.logits(ids, stored),
+        "dense": runner.logits(ids, vectors=exact),
+        "both": runner.logits(ids),
+    }
+    return [
+        Fidelity(
+            what=what,
+            kl=mean_kl(reference, got),
+            perplexity=perplexity(got, ids),
+            top1_agreement=float((got.argmax(-1) == reference.argmax(-1)).mean()),
+        )
+        for what, got in measured.items()
+    ]
+
+
+def _failures(report: ParityReport, bundle: Bundle) -> list[str]:
+    failures = []
+    for table in report.tables:
+        if table.first_bad_row is not None:
+            layer = "" if table.first_bad_layer is None else f", layer {table.first_bad_layer}"
+            expected = "the source" if table.lossless else "the source within half a step"
+            failures.append(
+                f"table `{table.table}`: the row of token id {table.first_bad_row}{layer} is not "
+                f"{expected} (largest error {table.max_error:.3g})"
+            )
+    where = (
+        f"; layer {report.first_diverging_layer} is the first that diverges"
+        if report.first_diverging_layer is not None
+        else ""
+    )
+    for check in report.logits:
+        problem = _logits_problem(report, check, bundle)
+        if problem:
+            failures.append(f"logits, {check.mode}: {problem}{where}")
+    text = report.text
+    if report.exact and text and text.equal_tokens < text.tokens and not text.near_tie:
+        failures.append(
+            f"greedy text differs from the original's at token {text.equal_tokens}{where}"
+        )
+    if report.exact and not failures and where:
+        failures.append(f"hidden states differ{where}")
+    return failures
+
+
+def _logits_problem(report: ParityReport, check: LogitsCheck, bundle: Bundle) -> str | None:
+    if report.exact:
+        if check.relative_error <= EXACT_LOGITS:
+            return None
+        return f"largest error {check.relative_error:.2e} of the range exceeds {EXACT_LOGITS:.0e}"
+    dtypes = {bundle.manifest.weight_dtype, *(table.dtype for table in report.tables), "fp16"}
+    coarsest = next(dtype for dtype in ("int4", "int8", "fp16") if dtype in dtypes)
+    if not check.kl <= KL_LIMITS[coarsest]:
+        return f"KL divergence {check.kl:.3g} nats exceeds {KL_LIMITS[coarsest]:g}"
+    if not check.correlation >= LEAST_CORRELATION[coarsest]:
+        return (
+            f"correlation {check.correlation:.3f} with the original's is below "
+            f"{LEAST_CORRELATION[coarsest]:g}"
+        )
+    return None

@@ -1,0 +1,78 @@
+"""Verify a bundle: its files, and what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from pleexport import families
+from pleexport.binding import Binding
+from pleexport.blob import Blob
+from pleexport.bundle import Bundle
+from pleexport.checkpoint import Checkpoint
+from pleexport.parity import ParityReport, compare
+from pleexport.progress import Progress
+from pleexport.text import TOKENIZER, Text
+
+PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    text: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ParityReport | None:
+    """Check a bundle's files, and compare it with the PyTorch original.
+
+    Args:
+        bundle: a folder, or an open bundle.
+        checkpoint: the folder that the bundle was built from; without it, files only.
+        text: a text file to measure logits and fidelity on; a short English text by default.
+    Returns:
+        the report, or None without a checkpoint.
+    Raises:
+        CheckFailed: a file is damaged. Parity failures are in the report.
+        BundleError, CheckpointError: folders that cannot be used.
+    """
+    progress = progress or Progress(quiet=True)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    with progress.bytes("Checking file digests", opened.nbytes) as update:
+        opened.verify_files(update)
+    blob = Blob(opened.blob_path)
+    with progress.bytes("Checking row checksums", blob.nbytes) as update:
+        blob.verify(update)
+    if checkpoint is None:
+        return None
+    source = Checkpoint(checkpoint)
+    binding = Binding(families.resolve(source.config, dtype=source.dtype), source)
+    return compare_with_original(opened, binding, text=text, progress=progress)
+
+
+def compare_with_original(
+    bundle: Bundle,
+    binding: Binding,
+    *,
+    text: str | Path | None = None,
+    progress: Progress,
+) -> ParityReport:
+    """Parity of a bundle with the checkpoint that it was built from."""
+    from pleexport.oracle import TransformersOracle
+
+    with progress.step("Loading the PyTorch original"):
+        oracle = TransformersOracle(binding)
+    ids = None
+    if (bundle.path / TOKENIZER).is_file():
+        content = Path(text or PARITY_TEXT).read_text(encoding="utf-8")
+        ids = Text(bundle.path).encode(content)
+    rows = binding.model.num_rows * len(binding.model.tables)
+    with progress.count("Comparing rows, logits and text", rows, "rows") as update:
+        return compare(bundle, binding, oracle, text_ids=ids, progress=update)
+
+
+def write_report(report: ParityReport, path: Path) -> None:
+    """Write a report as JSON."""
+    encoded = msgspec.json.encode(msgspec.to_builtins(report) | {"passed": report.passed})
+    path.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")

@@ -1,0 +1,151 @@
+"""Verification passes sound bundles and catches broken ones, naming the layer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pleexport
+from pleexport.blob import Blob
+from pleexport.errors import CheckFailed
+from pleexport.families import gemma
+from pleexport.report import describe_parity, write_html
+
+
+@pytest.mark.parametrize("family", ["gemma4", "gemma3n"])
+def test_an_exact_bundle_passes_every_level(
+    family: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    bundle = request.getfixturevalue(f"{family}_bundle")
+    checkpoint = request.getfixturevalue(f"{family}_checkpoint")
+    report = pleexport.verify(bundle, checkpoint=checkpoint)
+    assert report is not None
+    assert report.passed
+    assert report.exact
+    assert [check.mode for check in report.logits] == ["prefill", "chunked", "step"]
+    assert report.max_logit_error < 1e-4
+    assert all(check.lossless and check.max_error == 0 for check in report.tables)
+    assert report.text is not None
+    assert report.text.equal_tokens == report.text.tokens == 32
+    assert report.first_diverging_layer is None
+    assert "PASSED" in describe_parity(report)
+    write_html(report, bundle, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "PASSED" in page
+    assert page.count("<svg") == 2
+
+
+def break_blob(bundle: Path, change: Callable[[Any], None]) -> None:
+    """Change the rows of a blob, and make its checksums and the manifest fit again."""
+    import hashlib
+
+    import xxhash
+    from safetensors.numpy import load_file
+
+    path = bundle / "embeddings.safetensors"
+    raw = bytearray(path.read_bytes())
+    tensors = load_file(path)
+    rows, offset = tensors["rows"], Blob(path).rows_offset
+    change(rows)
+    raw[offset : offset + rows.nbytes] = rows.tobytes()
+    sums = [
+        xxhash.xxh3_64_intdigest(rows.tobytes()[i : i + (1 << 20)])
+        for i in range(0, rows.nbytes, 1 << 20)
+    ]
+    raw[offset + rows.nbytes :] = np.array(sums, dtype="<u8").tobytes()
+    path.write_bytes(raw)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for record in manifest["files"]:
+        data = (bundle / record["name"]).read_bytes()
+        record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def swap_layers(rows: Any, bundle: Path, first: int, second: int) -> None:
+    segments = {s.name: s for s in Blob(bundle / "embeddings.safetensors").segments}
+    a, b = (segments[f"embed_tokens_per_layer.{i}"] for i in (first, second))
+    left = rows[:, a.offset : a.end].copy()
+    rows[:, a.offset : a.end] = rows[:, b.offset : b.end]
+    rows[:, b.offset : b.end] = left
+
+
+@pytest.fixture
+def broken(gemma4_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the bundle, to break."""
+    return Path(shutil.copytree(gemma4_bundle, tmp_path / "broken"))
+
+
+def test_rows_shifted_by_one_token_fail_at_the_first_layer(
+    broken: Path, gemma4_checkpoint: Path
+) -> None:
+    def shift(rows: Any) -> None:
+        rows[:] = np.roll(rows, 1, axis=0)
+
+    break_blob(broken, shift)
+    report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
+    assert report is not None
+    assert not report.passed
+    assert report.first_diverging_layer == 0
+    assert "token id 0" in report.failures[0]
+    assert "layer 0 is the first that diverges" in describe_parity(report)
+
+
+def test_a_swapped_segment_fails_at_its_layer(broken: Path, gemma4_checkpoint: Path) -> None:
+    break_blob(broken, lambda rows: swap_layers(rows, broken, 2, 4))
+    report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
+    assert report is not None
+    assert not report.passed
+    assert report.first_diverging_layer == 2
+    assert "layer 2 is not the source" in report.failures[0]
+
+
+def test_a_scale_applied_twice_fails(broken: Path, gemma4_checkpoint: Path) -> None:
+    path = broken / "embeddings.safetensors"
+    raw = path.read_bytes()
+    multiplier = str(Blob(path).segments[-1].multiplier).encode()
+    squared = str(Blob(path).segments[-1].multiplier ** 2).encode()
+    header = int.from_bytes(raw[:8], "little")
+    text = raw[8 : 8 + header].rstrip()
+    parts = text.split(b'\\"multiplier\\":' + multiplier)
+    # Only the per-layer segments have this multiplier.
+    assert len(parts) == 7
+    text = (b'\\"multiplier\\":' + squared).join(parts)
+    path.write_bytes(raw[:8] + text.ljust(header) + raw[8 + header :])
+    break_blob(broken, lambda rows: None)
+    report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
+    assert report is not None
+    assert not report.passed
+    assert report.first_diverging_layer == 0
+
+
+@pytest.mark.parametrize("weight_dtype", ["fp32", "int8"])
+def test_keys_shared_from_the_wrong_layer_fail_at_the_sharing_layer(
+    weight_dtype: str, gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = gemma.kv_sources
+
+    def wrong(layer_types: list[str], shared: int) -> list[int]:
+        # Layer 3, the first that shares, reads layer 0 instead of layer 1.
+        return [0 if i == 3 else source for i, source in enumerate(real(layer_types, shared))]
+
+    monkeypatch.setattr(gemma, "kv_sources", wrong)
+    with pytest.raises(CheckFailed, match="layer 3 is the first that diverges"):
+        pleexport.build(
+            gemma4_checkpoint, tmp_path / "out", table_dtype="source", weight_dtype=weight_dtype
+        )
+    assert not list(tmp_path.glob("*out*")), "a bundle that fails is not kept"
+
+
+def test_damaged_rows_are_found_without_the_checkpoint(broken: Path) -> None:
+    path = broken / "embeddings.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[Blob(path).rows_offset + 5] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(CheckFailed, match="does not match its digest"):
+        pleexport.verify(broken)
