@@ -1,0 +1,364 @@
+"""The command line: parse, call, print. Data goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from pleexport import errors
+from pleexport.progress import Progress
+
+app = typer.Typer(
+    name="pleexport",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode=None,
+)
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="Hugging Face folder of the trained model.")
+]
+BundleArgument = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="Folder that `pleexport build` wrote.")
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+TextFileOption = Annotated[
+    Path | None, typer.Option("--text", help="Text file to measure logits and fidelity on.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Ship language models with per-layer embeddings (Gemma 3n, Gemma 4) on devices.
+
+    Splits a trained checkpoint into a dense graph and a memory-mapped file of all table rows,
+    proves that both together compute what the PyTorch original computes, and runs them.
+
+    Example: pleexport build my-gemma-4-E2B --target android
+    """
+    if version:
+        import importlib.metadata
+
+        typer.echo(importlib.metadata.version("pleexport"))
+        raise typer.Exit
+
+
+@app.command()
+def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+    """Show what a checkpoint holds and what a bundle of it would weigh; reads no weights.
+
+    Example: pleexport inspect my-gemma-4-E2B
+    """
+    from pleexport.inspection import inspect as inspect_checkpoint
+    from pleexport.inspection import render
+
+    info = inspect_checkpoint(checkpoint)
+    _print_json(info) if as_json else typer.echo(render(info))
+
+
+@app.command()
+def build(
+    checkpoint: CheckpointArgument,
+    target: Annotated[
+        str, typer.Option(help="Device profile: a name from `pleexport targets`, or a .toml file.")
+    ] = "laptop",
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the bundle.", show_default="CKPT-TARGET")
+    ] = None,
+    table_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="source (bit-exact), fp32, fp16, bf16, int8, int4.", show_default="the target's"
+        ),
+    ] = None,
+    weight_dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16, int8, int4.", show_default="the target's")
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(help="Largest number of positions.", show_default="the target's"),
+    ] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="onnx, the only one so far.", show_default="the target's")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a bundle at the same place.")] = False,
+    verify: Annotated[
+        bool, typer.Option(help="Compare with the PyTorch original; keep only what passes.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a checkpoint into a bundle: dense graph, blob of rows, tokenizer, parity report.
+
+    Example: pleexport build my-gemma-4-E2B --target android --out phone-bundle
+    """
+    from pleexport.builder import build as build_bundle
+
+    bundle = build_bundle(
+        checkpoint,
+        out,
+        target=target,
+        table_dtype=table_dtype,
+        weight_dtype=weight_dtype,
+        context=context,
+        backend=backend,
+        overwrite=overwrite,
+        verify=verify,
+        progress=Progress(quiet=as_json),
+    )
+    if as_json:
+        _print_json({"bundle": str(bundle.path), **msgspec.to_builtins(bundle.manifest)})
+        return
+    from pleexport.report import describe_bundle
+
+    typer.echo(describe_bundle(bundle))
+
+
+@app.command()
+def verify(
+    bundle: BundleArgument,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
+    ] = None,
+    text: TextFileOption = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that a bundle is undamaged and computes what the PyTorch original computes.
+
+    Exit code 1 when a check fails.
+
+    Example: pleexport verify phone-bundle --checkpoint my-gemma-4-E2B --report parity.html
+    """
+    from pleexport.report import describe_parity, write_html
+    from pleexport.verification import verify as verify_bundle
+
+    if report and not checkpoint:
+        raise errors.PleexportError(
+            "a report compares with the original", hint="add `--checkpoint CKPT`"
+        )
+    result = verify_bundle(
+        bundle, checkpoint=checkpoint, text=text, progress=Progress(quiet=as_json)
+    )
+    if result is None:
+        if as_json:
+            _print_json({"files": "intact"})
+        else:
+            typer.echo("Files are intact. Add `--checkpoint CKPT` to compare with the original.")
+        return
+    if report:
+        write_html(result, bundle, report)
+    if as_json:
+        _print_json(msgspec.to_builtins(result) | {"passed": result.passed})
+    else:
+        typer.echo(describe_parity(result))
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    prompt: Annotated[
+        str | None, typer.Option(help="Text to continue; interactive without it.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 for all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this sum.")] = 1.0,
+    min_p: Annotated[
+        float, typer.Option(help="Keep tokens at least this likely, relative to the best.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1 discourages tokens that the text has already.")
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End the text at this string; may be repeated.")
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456; prints ids.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
+    ] = True,
+    stats: Annotated[bool, typer.Option(help="Print speed, memory and lookups.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+) -> None:
+    """Generate text with a bundle, streaming.
+
+    Example: pleexport run phone-bundle --prompt "In the beginning" --stats
+    """
+    from pleexport.report import describe_stats
+    from pleexport.runner import Prompt, Runner
+
+    if prompt is not None and ids is not None:
+        raise errors.PleexportError("`--prompt` and `--ids` exclude each other")
+    runner = Runner(bundle, threads=threads)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or [],
+    }
+
+    def answer(text: Prompt) -> str:
+        shown = []
+        for token in runner.generate(text, **options):
+            piece = token.text if runner.text else f"{token.id} "
+            shown.append(piece)
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        if stats:
+            typer.echo(describe_stats(runner.stats), err=True)
+        return "".join(shown)
+
+    as_chat = chat and runner.text is not None and runner.text.chat_template is not None
+    if ids is not None:
+        answer(_parse_ids(ids))
+    elif prompt is not None:
+        answer([{"role": "user", "content": prompt}] if as_chat else prompt)
+    else:
+        _interactive(answer, as_chat=as_chat)
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Prompt lengths to measure, separated by commas.")
+    ] = "128,512",
+    decode_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 64,
+    repeat: Annotated[int, typer.Option(help="Runs of each; the median is shown.")] = 3,
+    cold: Annotated[
+        bool, typer.Option(help="Drop the blob from the page cache before each run.")
+    ] = False,
+    threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure prefill, decode and time to first token of a bundle.
+
+    Example: pleexport bench phone-bundle --prompt-tokens 128,512 --decode-tokens 64
+    """
+    from pleexport.bench import bench as bench_bundle
+    from pleexport.bench import render
+
+    lengths = _parse_ids(prompt_tokens)
+    result = bench_bundle(
+        bundle,
+        prompt_tokens=lengths,
+        decode_tokens=decode_tokens,
+        repeat=repeat,
+        cold=cold,
+        threads=threads,
+        progress=Progress(quiet=as_json),
+    )
+    _print_json(result) if as_json else typer.echo(render(result))
+
+
+@app.command(name="targets")
+def show_targets(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Show one target in full.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the device profiles, or show one.
+
+    Example: pleexport targets android
+    """
+    from pleexport import targets
+
+    chosen = [targets.load(name)] if name else [targets.load(n) for n in targets.names()]
+    if as_json:
+        _print_json(chosen[0] if name else {"targets": msgspec.to_builtins(chosen)})
+    elif name:
+        typer.echo(targets.render(chosen[0]))
+    else:
+        width = max(len(target.name) for target in chosen)
+        for target in chosen:
+            typer.echo(f"{target.name:<{width}}  {target.description}")
+
+
+class _Interrupted(BaseException):
+    """Ctrl-C; not KeyboardInterrupt, which Typer would answer itself."""
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise _Interrupted
+
+
+def main() -> None:
+    """Run the command line; every expected failure is one sentence and an exit code."""
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        app(standalone_mode=True)
+    except errors.PleexportError as err:
+        typer.echo(f"error: {err.message}", err=True)
+        if err.hint:
+            typer.echo(f"\nhint: {err.hint}", err=True)
+        raise SystemExit(err.exit_code) from None
+    except _Interrupted:
+        typer.echo("\ninterrupted; nothing half-written was left", err=True)
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away, as with `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _interactive(answer: Any, *, as_chat: bool) -> None:
+    what = "message" if as_chat else "text to continue"
+    typer.echo(f"Type a {what} and press Enter; end with Ctrl-D.", err=True)
+    messages: list[dict[str, str]] = []
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return
+        if not line.strip():
+            continue
+        if not as_chat:
+            answer(line)
+            continue
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": answer(messages)})
+
+
+def _parse_ids(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise errors.PleexportError(
+            f"`{text}` is not a list of numbers separated by commas"
+        ) from None
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()

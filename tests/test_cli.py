@@ -1,0 +1,176 @@
+"""The command line, as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
+
+
+def pleexport(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    command = [sys.executable, "-m", "pleexport.cli", *(str(a) for a in args)]
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"NO_COLOR": "1", "COLUMNS": "100"},
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def test_build_verify_and_run_work_end_to_end(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "bundle"
+    built = pleexport(
+        "build",
+        gemma4_checkpoint,
+        "--out",
+        out,
+        "--table-dtype",
+        "source",
+        "--weight-dtype",
+        "fp32",
+    )
+    assert built.returncode == 0, built.stderr
+    assert "Parity with the PyTorch original: passed" in built.stdout
+    assert "warning: the checkpoint has no tokenizer.json" in built.stderr
+    assert sorted(path.name for path in out.iterdir()) == [
+        "embeddings.safetensors",
+        "generation_config.json",
+        "manifest.json",
+        "model.onnx",
+        "model.onnx.data",
+        "parity.json",
+    ]
+    ran = pleexport("run", out, "--ids", "1,2,3", "--max-new-tokens", 5, "--stats")
+    assert ran.returncode == 0, ran.stderr
+    assert len(ran.stdout.split()) == 5
+    assert "tokens/s" in ran.stderr
+    again = pleexport("build", gemma4_checkpoint, "--out", out)
+    assert again.returncode == 2
+    assert again.stderr.startswith("error: ")
+    assert "holds a bundle already" in again.stderr
+    report = tmp_path / "report.html"
+    verified = pleexport(
+        "verify", out, "--checkpoint", gemma4_checkpoint, "--report", report, "--json"
+    )
+    assert verified.returncode == 0, verified.stderr
+    assert json.loads(verified.stdout)["passed"] is True
+    assert "<svg" in report.read_text()
+    benched = pleexport(
+        "bench", out, "--prompt-tokens", "8", "--decode-tokens", 4, "--repeat", 1, "--json"
+    )
+    assert benched.returncode == 0, benched.stderr
+    assert json.loads(benched.stdout)["timings"][0]["prompt_tokens"] == 8
+
+
+def test_rebuilding_gives_the_same_bytes(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        built = pleexport("build", gemma4_checkpoint, "--out", tmp_path / name, "--no-verify")
+        assert built.returncode == 0, built.stderr
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes(), path.name
+
+
+def test_inspect_prints_json_and_nothing_else(gemma4_checkpoint: Path) -> None:
+    result = pleexport("inspect", gemma4_checkpoint, "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["family"] == "gemma4"
+    assert "embed_tokens_per_layer" in pleexport("inspect", gemma4_checkpoint).stdout
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(command: str) -> None:
+    result = pleexport(command, "--help")
+    assert result.returncode == 0
+    assert f"Example: pleexport {command}" in " ".join(result.stdout.split())
+
+
+def test_targets_lists_and_shows() -> None:
+    listed = pleexport("targets")
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == [
+        "android",
+        "ios",
+        "laptop",
+        "raspberry-pi",
+        "web",
+    ]
+    assert "16,384" in pleexport("targets", "android").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["inspect", "nowhere"], "`nowhere` is not a folder"),
+        (["build", "{checkpoint}", "--target", "androd"], "target `androd` is not known"),
+        (["build", "{checkpoint}", "--table-dtype", "int3"], "table dtype `int3` is not known"),
+        (["build", "{checkpoint}", "--backend", "tflite"], "backend `tflite` is not known"),
+        (["build", "{checkpoint}", "--context", "999999"], "context 999999 is not possible"),
+        (["build", "{checkpoint}", "--out", "{occupied}"], "exists and is not a bundle"),
+        (["verify", "{checkpoint}"], "is not a bundle"),
+        (["run", "{bundle}", "--prompt", "hello"], "this bundle has no tokenizer"),
+        (["run", "{bundle}", "--ids", "1,x"], "is not a list of numbers"),
+        (["verify", "{bundle}", "--report", "x.html"], "a report compares with the original"),
+    ],
+)
+def test_wrong_input_gets_one_sentence_and_exit_code_2(
+    args: list[str],
+    message: str,
+    gemma4_checkpoint: Path,
+    gemma4_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "occupied").mkdir()
+    (tmp_path / "occupied" / "thesis.txt").write_text("keep me")
+    places = {
+        "checkpoint": gemma4_checkpoint,
+        "bundle": gemma4_bundle,
+        "occupied": tmp_path / "occupied",
+    }
+    result = pleexport(*(arg.format(**places) for arg in args), cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert (tmp_path / "occupied" / "thesis.txt").read_text() == "keep me"
+
+
+def test_a_damaged_bundle_fails_with_exit_code_1(gemma4_bundle: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(gemma4_bundle, tmp_path / "broken"))
+    data = broken / "model.onnx.data"
+    data.write_bytes(data.read_bytes()[:-1])
+    result = pleexport("verify", broken)
+    assert result.returncode == 1
+    assert "the manifest says" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
+def test_an_interrupted_build_leaves_nothing(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pleexport.cli", "build", str(gemma4_checkpoint), "--out", "bundle"],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".bundle.partial-*")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in stderr
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
