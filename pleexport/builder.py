@@ -30,7 +30,7 @@ from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckFailed, MissingDependencyError, PleexportError, TargetError
 from pleexport.families.base import Model
 from pleexport.graph.contract import describe
-from pleexport.graph.storage import WEIGHT_DTYPES, stored_bytes
+from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
 from pleexport.inspection import cache_bytes
 from pleexport.progress import Progress
 from pleexport.targets import Target
@@ -51,7 +51,7 @@ class Plan:
 
     target: Target
     table_dtype: str
-    weight_dtype: str
+    weights: WeightFormat
     context: int
     segments: list[Segment]
     sizes: dict[str, int]
@@ -69,6 +69,9 @@ def build(
     target: str = "laptop",
     table_dtype: str | None = None,
     weight_dtype: str | None = None,
+    block_size: int | None = None,
+    symmetric: bool = True,
+    head_dtype: str | None = None,
     context: int | None = None,
     backend: str | None = None,
     overwrite: bool = False,
@@ -84,6 +87,11 @@ def build(
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
             by default.
         weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.
+        block_size: weights that share a scale in int8 and int4: 16, 32, 64, 128 or 256; the
+            target's by default.
+        symmetric: one zero point for all blocks; otherwise each has its own, which is closer to
+            the original and takes half a byte or a byte a block.
+        head_dtype: of the output head, like weight_dtype; the target's by default.
         context: largest number of positions; the target's by default, the model's at most.
         backend: "onnx", the only one so far.
         overwrite: replace a bundle at `out`.
@@ -99,7 +107,19 @@ def build(
     source = Checkpoint(checkpoint)
     model = families.resolve(source.config, dtype=source.dtype)
     binding = Binding(model, source)
-    plan = make_plan(binding, target, table_dtype, weight_dtype, context)
+    chosen = targets.load(target)
+    plan = make_plan(
+        binding,
+        chosen,
+        table_dtype=table_dtype or chosen.table_dtype,
+        weights=WeightFormat(
+            weight_dtype or chosen.weight_dtype,
+            block_size or chosen.block_size,
+            symmetric,
+            head_dtype or chosen.head_dtype,
+        ),
+        context=context,
+    )
     destination = Path(out) if out else Path(f"{source.path.resolve().name}-{plan.target.name}")
     with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
@@ -128,52 +148,53 @@ def build(
 
 def make_plan(
     binding: Binding,
-    target: str,
-    table_dtype: str | None,
-    weight_dtype: str | None,
+    target: Target,
+    *,
+    table_dtype: str,
+    weights: WeightFormat,
     context: int | None,
 ) -> Plan:
-    """Choose dtypes and context, and compute the sizes of what will be written.
+    """Check dtypes and context, and compute the sizes of what will be written.
 
     Raises:
-        TargetError: an unknown target or dtype, a context beyond the model's, or files that exceed
-            the target's limits; with the numbers.
+        TargetError: an unknown dtype or block size, a context beyond the model's, or files that
+            exceed the target's limits; with the numbers.
     """
-    chosen = targets.load(target)
-    tables = _choice("table dtype", table_dtype or chosen.table_dtype, TABLE_DTYPES)
-    weights = _choice("weight dtype", weight_dtype or chosen.weight_dtype, WEIGHT_DTYPES)
+    _choice("table dtype", table_dtype, TABLE_DTYPES)
+    _choice("weight dtype", weights.dtype, WEIGHT_DTYPES)
+    _choice("head dtype", weights.head_dtype or weights.dtype, WEIGHT_DTYPES)
+    _choice("block size", str(weights.block_size), tuple(map(str, BLOCK_SIZES)))
     model = binding.model
     if context is not None and not 1 <= context <= model.max_context:
         raise TargetError(
             f"context {context} is not possible; the model knows 1 to {model.max_context} positions"
         )
-    segments = plan_segments(model.tables, segment_dtypes(binding, tables))
+    segments = plan_segments(model.tables, segment_dtypes(binding, table_dtype))
     sizes = {
-        GRAPH_DATA: sum(stored_bytes(weight, weights) for weight in model.weights),
-        BLOB: blob_bytes(model, segments, chosen.page_size),
+        GRAPH_DATA: sum(weights.stored_bytes(weight) for weight in model.weights),
+        BLOB: blob_bytes(model, segments, target.page_size),
     }
-    positions = context or min(chosen.context, model.max_context)
+    positions = context or min(target.context, model.max_context)
     resident = sizes[GRAPH_DATA] + cache_bytes(model, positions)
-    problems = targets.exceeded(chosen, resident_bytes=resident, sizes=sizes)
+    problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     if problems:
         raise TargetError(
-            f"the bundle does not fit target `{chosen.name}`: {'; '.join(problems)}",
+            f"the bundle does not fit target `{target.name}`: {'; '.join(problems)}",
             hint="choose smaller dtypes, or another target",
         )
     return Plan(
-        target=chosen,
-        table_dtype=tables,
-        weight_dtype=weights,
+        target=target,
+        table_dtype=table_dtype,
+        weights=weights,
         context=positions,
         segments=segments,
         sizes=sizes,
     )
 
 
-def _choice(what: str, value: str, allowed: tuple[str, ...]) -> str:
+def _choice(what: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise TargetError(f"{what} `{value}` is not known; choose one of {', '.join(allowed)}")
-    return value
 
 
 def _note_what_is_left_out(binding: Binding, progress: Progress) -> None:
@@ -218,9 +239,7 @@ def _write_graph(binding: Binding, plan: Plan, folder: Path, progress: Progress)
     with progress.step("Tracing the dense graph"):
         program = trace.trace(binding.model)
     with progress.step("Translating it to ONNX"):
-        graph = onnx.attach_weights(
-            onnx.translate(program, binding.model), binding, plan.weight_dtype
-        )
+        graph = onnx.attach_weights(onnx.translate(program, binding.model), binding, plan.weights)
     with progress.bytes("Writing dense weights", plan.sizes[GRAPH_DATA]) as update:
         return {"weights": onnx.save(graph, folder / GRAPH, progress=update)}
 
@@ -235,7 +254,12 @@ def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest
         context=plan.context,
         eos_token_ids=_eos_token_ids(model, source),
         table_dtype=plan.table_dtype,
-        weight_dtype=plan.weight_dtype,
+        weight_dtype=plan.weights.dtype,
+        head_dtype=next(
+            plan.weights.stored_dtype(w) for w in model.weights if w.precision == "head"
+        ),
+        block_size=plan.weights.block_size,
+        symmetric=plan.weights.symmetric,
         target=plan.target.name,
         source_digest=digests,
         versions={name: _version(name) for name in _VERSIONED}

@@ -51,6 +51,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     Attributes:
         context: largest number of positions the bundle was built for.
+        weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
+            `graph.storage.WeightFormat`.
         source_digest: digests of the source tables and of the stored weights.
         versions: of the tools that wrote the bundle.
     """
@@ -63,6 +65,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     eos_token_ids: list[int]
     table_dtype: str
     weight_dtype: str
+    head_dtype: str
+    block_size: int
+    symmetric: bool
     target: str
     source_digest: dict[str, str]
     versions: dict[str, str]

@@ -87,6 +87,19 @@ def build(
     weight_dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16, int8, int4.", show_default="the target's")
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale: 16, 32, 64, 128, 256.", show_default="the target's"
+        ),
+    ] = None,
+    symmetric: Annotated[
+        bool, typer.Option(help="One zero point for all blocks, or one for each.")
+    ] = True,
+    head_dtype: Annotated[
+        str | None,
+        typer.Option(help="Output head: fp32, fp16, int8, int4.", show_default="the target's"),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Largest number of positions.", show_default="the target's"),
@@ -112,6 +125,9 @@ def build(
         target=target,
         table_dtype=table_dtype,
         weight_dtype=weight_dtype,
+        block_size=block_size,
+        symmetric=symmetric,
+        head_dtype=head_dtype,
         context=context,
         backend=backend,
         overwrite=overwrite,

@@ -23,7 +23,6 @@ from pleexport.bundle import BLOB, GRAPH_DATA
 from pleexport.checkpoint import CONFIG_DTYPES, Checkpoint
 from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Table
-from pleexport.graph.storage import stored_bytes
 from pleexport.targets import Target
 
 _CACHE_ITEM_BYTES = 4
@@ -274,7 +273,7 @@ def estimate(model: Model, target: Target, sources: dict[str, str]) -> TargetEst
     """
     segments = _segments(model, target.table_dtype, sources)
     context = min(target.context, model.max_context)
-    graph = sum(stored_bytes(weight, target.weight_dtype) for weight in model.weights)
+    graph = sum(target.weights.stored_bytes(weight) for weight in model.weights)
     blob = blob_bytes(model, segments, target.page_size)
     cache = cache_bytes(model, context)
     sizes = {GRAPH_DATA: graph, BLOB: blob}

@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pleexport.bundle import BLOB, GRAPH_DATA, Bundle
 from pleexport.errors import MissingDependencyError
-from pleexport.parity import EXACT_LOGITS, ParityReport
+from pleexport.parity import EXACT_LOGITS, ParityReport, TableCheck
 from pleexport.runner import Stats
 
 _ROLES = {
@@ -52,9 +52,7 @@ def describe_parity(report: ParityReport) -> str:
     """A parity report as text."""
     lines = [f"Compared with {report.oracle}.", "", "Rows, every one read back:"]
     for check in report.tables:
-        result = "as the source, bit for bit" if check.lossless else "within half a step"
-        if check.first_bad_row is not None:
-            result = f"DIFFERS first at token id {check.first_bad_row}"
+        result = row_verdict(check)
         lines.append(f"  {check.table} ({check.dtype}, {check.rows:,} rows): {result}")
     limit = f"limit {EXACT_LOGITS:.0e}" if report.exact else "judged by KL divergence"
     lines += ["", f"Logits ({limit}):"]
@@ -91,6 +89,17 @@ def describe_parity(report: ParityReport) -> str:
         if report.first_diverging_layer is not None:
             lines.append(f"  First diverging layer: {report.first_diverging_layer}")
     return "\n".join(lines)
+
+
+def row_verdict(check: TableCheck) -> str:
+    """How close the rows of a table are to the source."""
+    if check.first_bad_row is not None:
+        return f"DIFFERS first at token id {check.first_bad_row}"
+    if check.lossless:
+        return "as the source, bit for bit"
+    if check.dtype == "int4":
+        return "no group further off than rounding to nearest"
+    return "within half a step"
 
 
 def verdict(report: ParityReport) -> str:
@@ -147,6 +156,7 @@ def write_html(report: ParityReport, bundle: Path, path: Path) -> None:
         manifest=opened.manifest,
         files=[(r.name, size_text(r.size), _ROLES.get(r.name, "")) for r in opened.manifest.files],
         verdict=verdict(report),
+        row_verdict=row_verdict,
         exact_limit=EXACT_LOGITS,
         layers_plot=_plot_layers(report),
         sizes_plot=_plot_sizes(opened),

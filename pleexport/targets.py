@@ -14,6 +14,7 @@ import msgspec
 
 from pleexport.blob.layout import MINIMUM_PAGE_SIZE
 from pleexport.errors import TargetError
+from pleexport.graph.storage import WeightFormat
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
@@ -50,6 +51,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         page_size: bytes, a power of two; the blob's rows begin at a multiple of it.
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
+        block_size: weights that share a scale, likewise; matters to int8 and int4.
+        head_dtype: how the output head is stored, likewise; None for what goes with weight_dtype.
         context: positions that a bundle is built for, capped by the model's own maximum.
         opset: version of the ONNX operators.
         runtime: packages that execute a bundle there, with the oldest version to use.
@@ -62,6 +65,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE)]
     table_dtype: Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
     weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
+    block_size: Literal[16, 32, 64, 128, 256] = 64
+    head_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
     context: Positive
     opset: Literal[24]
     runtime: dict[str, str]
@@ -71,6 +76,11 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"`page_size` is {self.page_size}; expected a power of two")
+
+    @property
+    def weights(self) -> WeightFormat:
+        """How dense weights are stored, unless the build says otherwise."""
+        return WeightFormat(self.weight_dtype, self.block_size, head_dtype=self.head_dtype)
 
 
 def load(name_or_path: str) -> Target:
@@ -151,7 +161,7 @@ def render(target: Target) -> str:
         "runtime": ", ".join(f"{name} {version}" for name, version in target.runtime.items()),
         "page size": f"{target.page_size:,} bytes",
         "table dtype": target.table_dtype,
-        "weight dtype": target.weight_dtype,
+        "weight dtype": f"{target.weight_dtype}, blocks of {target.block_size}",
         "context": f"{target.context:,} positions",
     } | {
         name.removesuffix("_bytes").replace("_", " "): _gigabytes(value)

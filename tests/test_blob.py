@@ -45,7 +45,7 @@ def test_rows_come_back_in_every_dtype(dtype: str, binding: Binding, tmp_path: P
         source = binding.rows(table, ids).astype(np.float32) * np.float32(table.multiplier)
         expected = source.reshape(got[table.name].shape)
         largest = np.abs(expected).max()
-        bound = {"fp16": 1e-3, "int8": 0.01, "int4": 0.08}.get(dtype, 0) * largest
+        bound = {"fp16": 1e-3, "int8": 0.01, "int4": 0.12}.get(dtype, 0) * largest
         assert np.abs(got[table.name] - expected).max() <= bound
 
 

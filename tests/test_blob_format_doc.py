@@ -279,7 +279,10 @@ def test_vector_is_within_half_a_step_of_its_source(name: str) -> None:
         assert segment.group_size is not None
         raw = np.ascontiguousarray(blob.rows[:, segment.scale_offset : segment.end])
         steps = np.repeat(raw.view("<f2").astype(np.float32), segment.group_size, axis=-1)
-        assert np.all(np.abs(got - wanted) <= 0.5001 * steps[:, : segment.width])
+        steps = steps[:, : segment.width]
+        within = np.abs(got - wanted) <= 0.5001 * steps
+        clipped = (np.abs(got) > 6.99 * steps) & (np.abs(wanted) > np.abs(got))
+        assert np.all(within | (clipped & (segment.dtype == "int4")))
 
 
 @pytest.mark.parametrize("name", VECTOR_SOURCES)

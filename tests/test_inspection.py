@@ -16,7 +16,7 @@ import pytest
 from pleexport import families, targets
 from pleexport.blob.layout import TABLE_DTYPES
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.graph.storage import stored_bytes
+from pleexport.graph.storage import WeightFormat
 from pleexport.inspection import ModelInfo, cache_bytes, estimate, inspect, render
 
 PREFIX = "model.language_model."
@@ -400,7 +400,7 @@ def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
     info = inspect(folder)
     model = families.resolve(json.loads((folder / "config.json").read_text()), dtype="BF16")
     android = next(e for e in info.targets if e.target == "android")
-    assert android.graph_bytes == sum(stored_bytes(w, "int4") for w in model.weights)
+    assert android.graph_bytes == sum(WeightFormat("int4").stored_bytes(w) for w in model.weights)
     assert android.blob_bytes == info.blobs[TABLE_DTYPES.index("int8")].file_bytes
     assert android.bundle_bytes == android.graph_bytes + android.blob_bytes
     assert android.resident_bytes == android.graph_bytes + android.cache_bytes
@@ -425,7 +425,7 @@ def test_estimate_that_does_not_fit_says_the_number(tmp_path: Path) -> None:
     assert not result.fits
     assert result.problems == [
         "`embeddings.safetensors` has 2.92 GB, and the largest file is 2.00 GB",
-        "1.48 GB have to stay in memory, and the budget is 1.00 GB",
+        "1.55 GB have to stay in memory, and the budget is 1.00 GB",
     ]
     info = msgspec.structs.replace(inspect(folder), targets=[result])
     text = _flat(info)

@@ -8,12 +8,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pleexport.quantize import (
+    Blocks,
     dequantize_rows,
     pack_nibbles,
     quantize_blocks,
@@ -24,20 +25,48 @@ from pleexport.quantize import (
 VALUES = st.floats(-1e5, 1e5, width=32)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+ROWS = arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 70)), elements=VALUES)
+SMALLEST = np.full((1, 1), 1e-45, dtype=np.float32)
+
+
 @settings(max_examples=60, deadline=None)
-@given(
-    values=arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 70)), elements=VALUES),
-    group_size=st.integers(1, 40),
-)
-def test_every_value_is_within_half_a_stored_step(
-    bits: int, values: NDArray[np.float32], group_size: int
+@given(values=ROWS, group_size=st.integers(1, 40))
+@example(values=SMALLEST, group_size=1)
+def test_int8_values_are_within_half_a_stored_step(
+    values: NDArray[np.float32], group_size: int
 ) -> None:
-    codes, scales = quantize_rows(values, bits=bits, group_size=group_size)
-    assert np.abs(codes).max() <= {8: 127, 4: 7}[bits]
+    codes, scales = quantize_rows(values, bits=8, group_size=group_size)
+    assert np.abs(codes).max() <= 127
     got = dequantize_rows(codes, scales, group_size=group_size)
+    assert (np.abs(got - values) <= half_steps(scales, values, group_size)).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(values=ROWS, group_size=st.integers(1, 40))
+@example(values=SMALLEST, group_size=1)
+def test_int4_values_are_within_half_a_stored_step_or_clipped(
+    values: NDArray[np.float32], group_size: int
+) -> None:
+    codes, scales = quantize_rows(values, bits=4, group_size=group_size)
+    assert np.abs(codes).max() <= 7
+    got = dequantize_rows(codes, scales, group_size=group_size)
+    clipped = (np.abs(codes) == 7) & (np.abs(got) < np.abs(values))
+    assert ((np.abs(got - values) <= half_steps(scales, values, group_size)) | clipped).all()
+
+
+def half_steps(scales: Any, values: Any, group_size: int) -> Any:
     steps = np.repeat(scales.astype(np.float32), group_size, axis=-1)[:, : values.shape[1]]
-    assert (np.abs(got - values) <= steps * (0.5 + 1e-4)).all()
+    return steps * (0.5 + 1e-4)
+
+
+def test_searched_int4_rows_are_closer_than_rounded_ones() -> None:
+    values = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    codes, scales = quantize_rows(values, bits=4, group_size=32)
+    error = ((dequantize_rows(codes, scales, group_size=32) - values) ** 2).sum()
+    grouped = values.reshape(64, -1, 32)
+    steps = np.abs(grouped).max(-1, keepdims=True) / 7
+    rounded = ((np.rint(grouped / steps) * steps - grouped) ** 2).sum()
+    assert error < 0.97 * rounded
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 1e9])
@@ -56,35 +85,79 @@ def test_nibbles_survive_packing(codes: NDArray[np.int8]) -> None:
     np.testing.assert_array_equal(unpack_nibbles(packed, width=len(codes)), codes)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block_size", [16, 32, 64])
+@pytest.mark.parametrize("inputs", [128, 40])
 @pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("inputs", [64, 40])
-def test_blocks_mean_what_onnx_runtime_takes_them_for(bits: int, inputs: int) -> None:
+def test_blocks_mean_what_onnx_runtime_takes_them_for(
+    bits: int, inputs: int, block_size: int, symmetric: bool
+) -> None:
     generator = np.random.default_rng(bits)
-    weight = generator.standard_normal((24, inputs)).astype(np.float32)
+    weight = generator.standard_normal((24, inputs)).astype(np.float32) + np.float32(0.3)
     x = generator.standard_normal((3, inputs)).astype(np.float32)
-    codes, scales = quantize_blocks(weight, bits=bits, block_size=32)
-    got = matmul_nbits(x, codes, scales, bits=bits, inputs=inputs)
-    # A plain dequantizer: the zero point is half the code range.
-    levels = codes if bits == 8 else np.stack((codes & 15, codes >> 4), -1).reshape(24, -1, 32)
-    plain = (levels.astype(np.float32) - 2 ** (bits - 1)) * scales[..., None]
-    plain = plain.reshape(24, -1)[:, :inputs]
-    np.testing.assert_allclose(got, x @ plain.T, atol=1e-4)
-    assert np.abs(plain - weight).max() < np.abs(weight).max() * {8: 0.01, 4: 0.13}[bits]
+    blocks = quantize_blocks(weight, bits=bits, block_size=block_size, symmetric=symmetric)
+    plain = dequantized(blocks, bits, inputs)
+    got = matmul_nbits(x, blocks, bits=bits, inputs=inputs, block_size=block_size)
+    np.testing.assert_allclose(got, x @ plain.T, atol=2e-4)
+    assert np.abs(plain - weight).max() < np.abs(weight).max() * {8: 0.01, 4: 0.2}[bits]
 
 
-def matmul_nbits(x: Any, codes: Any, scales: Any, *, bits: int, inputs: int) -> Any:
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_searched_blocks_are_closer_than_rounded_ones(symmetric: bool) -> None:
+    weight = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
+    blocks = quantize_blocks(weight, bits=4, block_size=32, symmetric=symmetric)
+    error = ((dequantized(blocks, 4, 256) - weight) ** 2).sum()
+    grouped = weight.reshape(64, -1, 32)
+    if symmetric:  # as llama.cpp's Q4_0 rounds
+        extreme = np.take_along_axis(grouped, np.abs(grouped).argmax(-1)[..., None], -1)
+        steps, low, high = extreme / -8, -8, 7
+    else:
+        steps = (grouped.max(-1) - grouped.min(-1))[..., None] / 15
+        low = np.rint(grouped.min(-1)[..., None] / steps)
+        high = low + 15
+    rounded = ((np.clip(np.rint(grouped / steps), low, high) * steps - grouped) ** 2).sum()
+    assert error < 0.97 * rounded
+
+
+def test_blocks_of_zeros_and_of_the_smallest_numbers_stay_finite() -> None:
+    weight = np.zeros((2, 64), dtype=np.float32)
+    weight[1] = 1e-42
+    for symmetric in (True, False):
+        blocks = quantize_blocks(weight, bits=4, block_size=32, symmetric=symmetric)
+        assert np.abs(dequantized(blocks, 4, 64)).max() <= 1e-37
+
+
+def dequantized(blocks: Blocks, bits: int, inputs: int) -> Any:
+    """What codes, scales and zero points stand for, written from the operator's description."""
+    count = blocks.scales.shape[1]
+
+    def unpacked(packed: Any) -> Any:
+        pairs = packed if bits == 8 else np.stack((packed & 15, packed >> 4), -1)
+        return pairs.reshape(*packed.shape[:-1], -1).astype(np.float32)
+
+    zero = np.full(blocks.scales.shape, 2.0 ** (bits - 1))
+    if blocks.zero_points is not None:
+        zero = unpacked(blocks.zero_points)[:, :count]
+    values = (unpacked(blocks.codes) - zero[..., None]) * blocks.scales[..., None]
+    return values.reshape(len(values), -1)[:, :inputs].astype(np.float32)
+
+
+def matmul_nbits(x: Any, blocks: Blocks, *, bits: int, inputs: int, block_size: int) -> Any:
     """Run one MatMulNBits with full precision activations."""
     helper, kinds = onnx.helper, onnx.TensorProto
+    stored = {"b": blocks.codes, "s": blocks.scales}
+    if blocks.zero_points is not None:
+        stored["z"] = blocks.zero_points
     node = helper.make_node(
-        "MatMulNBits", ["x", "b", "s"], ["y"], domain="com.microsoft",
-        K=inputs, N=len(codes), bits=bits, block_size=32, accuracy_level=1,
+        "MatMulNBits", ["x", *stored], ["y"], domain="com.microsoft",
+        K=inputs, N=len(blocks.codes), bits=bits, block_size=block_size, accuracy_level=1,
     )  # fmt: skip
     graph = helper.make_graph(
         [node],
         "g",
         [helper.make_tensor_value_info("x", kinds.FLOAT, x.shape)],
         [helper.make_tensor_value_info("y", kinds.FLOAT, None)],
-        [onnx.numpy_helper.from_array(codes, "b"), onnx.numpy_helper.from_array(scales, "s")],
+        [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)

@@ -27,9 +27,10 @@ from pleexport.blob.layout import (
 )
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.base import Model, Table
+from pleexport.parallel import map_in_order
 from pleexport.quantize import pack_nibbles, quantize_rows
 
-_BATCH_BYTES = 8 << 20
+_BATCH_BYTES = 2 << 20
 _FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
@@ -86,16 +87,22 @@ def write_blob(
     header_bytes = _header_bytes(model, segments, page_size)
     checksums = _Checksums()
     digests = {table.name: xxhash.xxh3_128() for table in model.tables}
+    own = {t.name: [s for s in segments if s.table == t.name] for t in model.tables}
+
+    def encode(begin: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.generic]]]:
+        ids = np.arange(begin, min(begin + batch_rows, model.num_rows))
+        batch = np.zeros((len(ids), stride), dtype=np.uint8)
+        sources = {}
+        for table in model.tables:
+            sources[table.name] = source = _source_rows(binding, table, ids)
+            _encode(batch, source, table, own[table.name])
+        return batch, sources
+
     with path.open("wb") as file:
         file.seek(header_bytes)
-        for begin in range(0, model.num_rows, batch_rows):
-            ids = np.arange(begin, min(begin + batch_rows, model.num_rows))
-            batch = np.zeros((len(ids), stride), dtype=np.uint8)
-            for table in model.tables:
-                source = _source_rows(binding, table, ids)
-                digests[table.name].update(np.ascontiguousarray(source).view(np.uint8).data)
-                own = [segment for segment in segments if segment.table == table.name]
-                _encode(batch, source, table, own)
+        for batch, sources in map_in_order(encode, range(0, model.num_rows, batch_rows)):
+            for name, source in sources.items():
+                digests[name].update(np.ascontiguousarray(source).view(np.uint8).data)
             file.write(batch.data)
             checksums.update(batch)
             progress(batch.nbytes)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from pleexport.layers import Parameters
 
-Precision = Literal["quantizable", "sensitive", "full"]
+Precision = Literal["quantizable", "sensitive", "head", "full"]
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 
 
@@ -67,7 +67,8 @@ class Weight:
         key: another key, where the checkpoint holds it under one (a tied head).
         constant: the values, where they follow from the config instead of the checkpoint.
         precision: "quantizable" may be stored in the build's weight dtype, "sensitive" in at least
-            8 bits, "full" is always float32.
+            8 bits, "full" is always float32; "head" is the output head, for which a build may
+            choose a dtype of its own.
         is_buffer: in the checkpoint, but not counted as a parameter by the original.
     """
 

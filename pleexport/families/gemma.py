@@ -204,10 +204,15 @@ def attention_weights(
 ) -> tuple[list[Weight], dict[str, Unused]]:
     """The tensors of one layer's attention, and those that checkpoints carry for nothing."""
     prefix, a = f"layers.{attention.layer}.self_attn", attention
-    keys = linear(f"{prefix}.k_proj", a.kv_heads * a.head_dim, hidden, bias=bias)
+    # Keys and values are few, are shared by many layers, and lose most when rounded to 4 bits.
+    keys = linear(
+        f"{prefix}.k_proj", a.kv_heads * a.head_dim, hidden, bias=bias, precision="sensitive"
+    )
     keys.append(Weight(f"{prefix}.k_norm.weight", (a.head_dim,)))
     if not a.value_is_key:
-        keys += linear(f"{prefix}.v_proj", a.kv_heads * a.head_dim, hidden, bias=bias)
+        keys += linear(
+            f"{prefix}.v_proj", a.kv_heads * a.head_dim, hidden, bias=bias, precision="sensitive"
+        )
     used = [
         *linear(f"{prefix}.q_proj", a.heads * a.head_dim, hidden, bias=bias),
         *linear(f"{prefix}.o_proj", hidden, a.heads * a.head_dim, bias=bias),
@@ -278,9 +283,9 @@ def head_weight(
         tied = config["tie_word_embeddings"]
     name, shape = "lm_head.weight", (vocab, hidden)
     if tied:
-        head = Weight(name, shape, "quantizable", key="embed_tokens.weight")
+        head = Weight(name, shape, "head", key="embed_tokens.weight")
         return head, {name: Unused(shape, "the head is tied to the input embedding")}
-    return Weight(name, shape, "quantizable"), {}
+    return Weight(name, shape, "head"), {}
 
 
 class AttentionContext:

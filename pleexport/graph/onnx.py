@@ -23,9 +23,10 @@ from pleexport.binding import Binding
 from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Weight
 from pleexport.graph.contract import NUM_LOGITS_TO_KEEP
-from pleexport.graph.storage import BITS, BLOCK_SIZE, stored_dtype
+from pleexport.graph.storage import BITS, WeightFormat
 from pleexport.graph.trace import LOGIT_POSITIONS, input_names, input_shapes, output_names
-from pleexport.quantize import quantize_blocks
+from pleexport.parallel import map_in_order
+from pleexport.quantize import Blocks, groups, quantize_blocks
 
 OPSET = 24
 MICROSOFT = "com.microsoft"
@@ -105,25 +106,20 @@ def translate(program: torch.export.ExportedProgram, model: Model) -> ir.Model:
     return graph_model
 
 
-def attach_weights(graph_model: ir.Model, binding: Binding, weight_dtype: str) -> OnnxGraph:
-    """Replace the weights by references into a data file, in their stored form.
-
-    Args:
-        weight_dtype: "fp32", "fp16", "int8" or "int4".
-    """
+def attach_weights(graph_model: ir.Model, binding: Binding, weights: WeightFormat) -> OnnxGraph:
+    """Replace the weights by references into a data file, in their stored form."""
     result = OnnxGraph(graph_model)
     graph = graph_model.graph
     for weight in binding.model.weights:
         value = graph.initializers.pop(weight.name, None)
         if value is None:
             raise AssertionError(f"weight `{weight.name}` is not in the graph")
-        dtype = stored_dtype(weight, weight_dtype)
         if weight.precision == "full":
             _store(result, value, _plain(binding, weight))
             continue
         for transpose in list(value.consumers()):
             (matmul,) = transpose.outputs[0].consumers()
-            _replace_matmul(result, matmul, binding, weight, dtype)
+            _replace_matmul(result, matmul, binding, weight, weights)
             graph.remove(transpose, safe=True)
     position = 0
     for tensor in result.tensors:
@@ -236,21 +232,23 @@ def _initializer(result: OnnxGraph, tensor: StoredTensor) -> ir.Value:
 
 
 def _replace_matmul(
-    result: OnnxGraph, matmul: ir.Node, binding: Binding, weight: Weight, dtype: str
+    result: OnnxGraph, matmul: ir.Node, binding: Binding, weight: Weight, weights: WeightFormat
 ) -> None:
     """Make a product with a transposed weight one with the weight's stored form."""
     x, out = matmul.inputs[0], matmul.outputs[0]
-    graph = result.model.graph
+    graph, dtype = result.model.graph, weights.stored_dtype(weight)
     if dtype in BITS:
-        codes, scales = _quantized(binding, weight, BITS[dtype])
         attributes = {
             "K": weight.shape[1],
             "N": weight.shape[0],
             "bits": BITS[dtype],
-            "block_size": BLOCK_SIZE,
+            "block_size": weights.block_size,
             "accuracy_level": 4,
         }
-        stored = [_initializer(result, codes), _initializer(result, scales)]
+        stored = [
+            _initializer(result, tensor)
+            for tensor in _quantized(binding, weight, BITS[dtype], weights)
+        ]
         nodes = [ir.node("MatMulNBits", [x, *stored], attributes, domain=MICROSOFT)]
         graph.opset_imports[MICROSOFT] = 1
     else:
@@ -293,35 +291,57 @@ def _transposed(binding: Binding, weight: Weight, dtype: str) -> StoredTensor:
     return StoredTensor(weight.name, data_type, (inputs, outputs), produce)
 
 
-def _quantized(binding: Binding, weight: Weight, bits: int) -> tuple[StoredTensor, StoredTensor]:
-    """Codes and scales of a matrix; the scales are kept while the codes are written."""
+def _quantized(
+    binding: Binding, weight: Weight, bits: int, weights: WeightFormat
+) -> list[StoredTensor]:
+    """Codes, scales and zero points of a matrix.
+
+    Scales and zero points, a tenth of the codes, are kept while the codes are written.
+    """
     outputs, inputs = weight.shape
-    blocks = -(-inputs // BLOCK_SIZE)
+    blocks = groups(inputs, weights.block_size)
     scales: list[NDArray[np.float32]] = []
+    zero_points: list[NDArray[np.uint8]] = []
+
+    def quantize(rows: slice) -> Blocks:
+        values = _finite(weight, binding.rows(weight, rows).astype(np.float32))
+        return quantize_blocks(
+            values, bits=bits, block_size=weights.block_size, symmetric=weights.symmetric
+        )
 
     def produce_codes() -> Iterator[NDArray[Any]]:
         step = max(1, _BATCH_VALUES // inputs)
-        for begin in range(0, outputs, step):
-            part = binding.rows(weight, slice(begin, begin + step)).astype(np.float32)
-            codes, part_scales = quantize_blocks(
-                _finite(weight, part), bits=bits, block_size=BLOCK_SIZE
-            )
-            scales.append(part_scales)
-            yield codes
+        parts = (slice(begin, begin + step) for begin in range(0, outputs, step))
+        for part in map_in_order(quantize, parts):
+            scales.append(part.scales)
+            if part.zero_points is not None:
+                zero_points.append(part.zero_points)
+            yield part.codes
 
-    def produce_scales() -> Iterator[NDArray[Any]]:
-        yield from scales
-        scales.clear()
+    def produce_kept(kept: list[Any]) -> Iterator[NDArray[Any]]:
+        yield from kept
+        kept.clear()
 
-    return (
+    code_shape = (outputs, blocks, weights.block_size * bits // 8)
+    stored = [
+        StoredTensor(f"{weight.name}.codes", ir.DataType.UINT8, code_shape, produce_codes),
         StoredTensor(
-            f"{weight.name}.codes",
-            ir.DataType.UINT8,
-            (outputs, blocks, BLOCK_SIZE * bits // 8),
-            produce_codes,
+            f"{weight.name}.scales",
+            ir.DataType.FLOAT,
+            (outputs, blocks),
+            lambda: produce_kept(scales),
         ),
-        StoredTensor(f"{weight.name}.scales", ir.DataType.FLOAT, (outputs, blocks), produce_scales),
-    )
+    ]
+    if not weights.symmetric:
+        stored.append(
+            StoredTensor(
+                f"{weight.name}.zero_points",
+                ir.DataType.UINT8,
+                (outputs, groups(blocks * bits, 8)),
+                lambda: produce_kept(zero_points),
+            )
+        )
+    return stored
 
 
 def _finite(weight: Weight, values: NDArray[Any]) -> NDArray[Any]:

@@ -1,32 +1,52 @@
-"""How a dense weight is stored, and how many bytes that takes. Needs no torch."""
+"""How dense weights are stored, and how many bytes that takes. Needs no torch."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from pleexport.families.base import Weight
 from pleexport.quantize import groups
 
 WEIGHT_DTYPES = ("fp32", "fp16", "int8", "int4")
 BITS = {"int8": 8, "int4": 4}
-BLOCK_SIZE = 32
+# `MatMulNBits` takes powers of two; smaller blocks are slower, larger ones lose more.
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+# By precision of a weight, what it is stored as in an int4 bundle; docs/quantization.md has the
+# measurements behind it.
+_INT4_BUNDLE = {"quantizable": "int4", "head": "int8", "sensitive": "int8"}
 
 
-def stored_dtype(weight: Weight, weight_dtype: str) -> str:
-    """The dtype a weight is stored in when the build asks for `weight_dtype`.
+@dataclass(frozen=True)
+class WeightFormat:
+    """What a build asks for.
 
-    Norms and other vectors stay fp32; sensitive matrices keep at least 8 bits.
+    Attributes:
+        dtype: one of `WEIGHT_DTYPES`.
+        block_size: weights that share a scale, along the inputs of a matrix.
+        symmetric: one zero point for all blocks; otherwise each has its own.
+        head_dtype: of the output head; None for what goes with `dtype`.
     """
-    if weight.precision == "full":
-        return "fp32"
-    if weight.precision == "sensitive" and weight_dtype == "int4":
-        return "int8"
-    return weight_dtype
 
+    dtype: str
+    block_size: int = 64
+    symmetric: bool = True
+    head_dtype: str | None = None
 
-def stored_bytes(weight: Weight, weight_dtype: str, block_size: int = BLOCK_SIZE) -> int:
-    """Bytes of a weight in the graph's data file; codes and float32 scales for int8 and int4."""
-    dtype = stored_dtype(weight, weight_dtype)
-    if dtype in BITS:
+    def stored_dtype(self, weight: Weight) -> str:
+        """The dtype of one weight: norms and other vectors stay fp32."""
+        if weight.precision == "full":
+            return "fp32"
+        if weight.precision == "head" and self.head_dtype is not None:
+            return self.head_dtype
+        return _INT4_BUNDLE[weight.precision] if self.dtype == "int4" else self.dtype
+
+    def stored_bytes(self, weight: Weight) -> int:
+        """Bytes in the graph's data file: for int8 and int4 codes, float32 scales, zero points."""
+        dtype = self.stored_dtype(weight)
+        if dtype not in BITS:
+            return weight.size * (2 if dtype == "fp16" else 4)
         outputs, inputs = weight.shape
-        blocks = outputs * groups(inputs, block_size)
-        return blocks * (block_size * BITS[dtype] // 8 + 4)
-    return weight.size * (2 if dtype == "fp16" else 4)
+        blocks = groups(inputs, self.block_size)
+        block_bytes = self.block_size * BITS[dtype] // 8 + 4
+        zero_points = 0 if self.symmetric else groups(blocks * BITS[dtype], 8)
+        return outputs * (blocks * block_bytes + zero_points)

@@ -1,0 +1,87 @@
+"""Configs of the models that the benchmarks build, as published checkpoints spell them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def _gemma4(*, layers: int, period: int, shared: int, **changes: Any) -> dict[str, Any]:
+    """A Gemma 4 config whose every `period`-th layer is a full one."""
+    text = {
+        "model_type": "gemma4_text",
+        "num_hidden_layers": layers,
+        "layer_types": [
+            "sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)
+        ],
+        "num_kv_shared_layers": shared,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 1,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "vocab_size": 262_144,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "sliding_window": 512,
+        "use_double_wide_mlp": True,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {
+                "rope_type": "proportional",
+                "rope_theta": 1e6,
+                "partial_rotary_factor": 0.25,
+            },
+        },
+        "final_logit_softcapping": 30.0,
+        "max_position_embeddings": 131_072,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    } | changes
+    return {
+        "architectures": ["Gemma4ForConditionalGeneration"],
+        "model_type": "gemma4",
+        "dtype": "bfloat16",
+        "eos_token_id": 1,
+        "text_config": text,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    # The published text models.
+    "gemma4-e2b": _gemma4(layers=35, period=5, shared=20, hidden_size=1536, intermediate_size=6144),
+    "gemma4-e4b": _gemma4(
+        layers=42,
+        period=6,
+        shared=18,
+        hidden_size=2560,
+        intermediate_size=10_240,
+        num_key_value_heads=2,
+        use_double_wide_mlp=False,
+    ),
+    # E2B's structure at a ninth of its size: every mechanism, in a minute.
+    "gemma4-small": _gemma4(
+        layers=20,
+        period=5,
+        shared=10,
+        hidden_size=768,
+        intermediate_size=2304,
+        num_attention_heads=4,
+        vocab_size=65_536,
+        vocab_size_per_layer_input=65_536,
+    ),
+    # E2B's layers, narrow: caches of E2B's pattern, next to nothing else.
+    "gemma4-narrow": _gemma4(
+        layers=35,
+        period=5,
+        shared=20,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=2,
+        head_dim=64,
+        global_head_dim=128,
+        hidden_size_per_layer_input=16,
+        vocab_size=2048,
+        vocab_size_per_layer_input=2048,
+    ),
+}
