@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Table, Weight
-from pleexport.safetensors_file import TensorEntry
+from pleexport.safetensors_file import DTYPES, TensorEntry
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_PROBLEMS_SHOWN = 20
+_ROWS_COMPARED = 4096
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,40 @@ class Binding:
         key = item.key if isinstance(item, Table) else item.source_key
         return self.checkpoint.entries[self._full_name(key)]
 
+    @property
+    def dtype(self) -> str:
+        """The dtype of the tensors that `rows` gives, e.g. "BF16"."""
+        return self.checkpoint.dtype
+
     def rows(self, item: Table | Weight, rows: NDArray[np.int64] | slice) -> NDArray[np.generic]:
-        """Rows of a table or weight, in the stored dtype; a slice is not copied."""
+        """Rows of a table or weight, in the checkpoint's dtype; a slice is not copied.
+
+        A tensor that is stored in another dtype than the config names is rounded to the config's,
+        as the original does when it loads it.
+        """
         view: NDArray[np.generic] = self.checkpoint.array(self.entry(item).name)[rows]
-        return view
+        return view.astype(DTYPES[self.dtype], copy=False)
+
+    def check_tied_head(self) -> None:
+        """Refuse a head that the config ties and the files contradict; reads both.
+
+        Raises:
+            CheckpointError: the file's own head differs from what it is tied to.
+        """
+        for weight in self.model.weights:
+            own = self._full_name(weight.name)
+            if weight.key is None or own not in self.checkpoint.entries:
+                continue
+            mine, tied = self.checkpoint.array(own), self.checkpoint.array(self.entry(weight).name)
+            for begin in range(0, len(mine), _ROWS_COMPARED):
+                rows = slice(begin, begin + _ROWS_COMPARED)
+                if not np.array_equal(mine[rows], tied[rows]):
+                    raise CheckpointError(
+                        f"`{self.checkpoint.path}` ties its head to `{weight.key}`, but holds a "
+                        f"different `{own}`",
+                        hint="set `tie_word_embeddings` to false in config.json, or remove the "
+                        "tensor",
+                    )
 
     def _full_name(self, key: str) -> str:
         for name in _candidates(self.prefix, key):

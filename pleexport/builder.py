@@ -12,8 +12,8 @@ import msgspec
 
 from pleexport import families, targets
 from pleexport.binding import Binding
-from pleexport.blob.layout import TABLE_DTYPES, Segment, plan_segments
-from pleexport.blob.writer import blob_bytes, segment_dtypes, write_blob
+from pleexport.blob.layout import TABLE_DTYPES, Segment, plan_segments, segment_dtype
+from pleexport.blob.writer import blob_bytes, write_blob
 from pleexport.bundle import (
     BLOB,
     GRAPH,
@@ -107,6 +107,7 @@ def build(
     source = Checkpoint(checkpoint)
     model = families.resolve(source.config, dtype=source.dtype)
     binding = Binding(model, source)
+    binding.check_tied_head()
     chosen = targets.load(target)
     plan = make_plan(
         binding,
@@ -169,13 +170,14 @@ def make_plan(
         raise TargetError(
             f"context {context} is not possible; the model knows 1 to {model.max_context} positions"
         )
-    segments = plan_segments(model.tables, segment_dtypes(binding, table_dtype))
+    segments = plan_segments(model.tables, segment_dtype(table_dtype, binding.dtype))
     sizes = {
         GRAPH_DATA: sum(weights.stored_bytes(weight) for weight in model.weights),
         BLOB: blob_bytes(model, segments, target.page_size),
     }
     positions = context or min(target.context, model.max_context)
-    resident = sizes[GRAPH_DATA] + cache_bytes(model, positions)
+    resident = sum(weights.resident_bytes(weight) for weight in model.weights)
+    resident += cache_bytes(model, positions)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     if problems:
         raise TargetError(

@@ -152,6 +152,9 @@ def _read_manifest(path: Path) -> Manifest:
     for record in manifest.files:
         if Path(record.name).name != record.name:
             raise BundleError(f"`{manifest_path}` points outside the bundle: `{record.name}`")
+    for name in (GRAPH, GRAPH_DATA, BLOB):
+        if all(record.name != name for record in manifest.files):
+            raise BundleError(f"`{manifest_path}` does not list `{name}`")
     return manifest
 
 
@@ -162,16 +165,27 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         BundleError: `out` exists and may not be replaced.
     """
+    out = out.resolve()  # a link to a bundle stays a link, and `.` has a name
     _check_replaceable(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as err:
+        raise BundleError(
+            f"`{out.parent}` is no folder that can be written to: {err.strerror}",
+            hint="choose another folder with `--out`",
+        ) from err
     try:
         yield staging
         staging.chmod(0o755)
         if out.exists():
             retired = staging.with_name(staging.name + "-old")
             out.rename(retired)
-            staging.rename(out)
+            try:
+                staging.rename(out)
+            except BaseException:
+                retired.rename(out)
+                raise
             shutil.rmtree(retired)
         else:
             staging.rename(out)
@@ -190,17 +204,26 @@ def seal(folder: Path, manifest: Manifest) -> None:
 
 
 def _check_replaceable(out: Path, overwrite: bool) -> None:
-    if not out.exists():
+    """Refuse to replace anything but an empty folder or, when told to, a bundle."""
+    if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
-    if not (out / MANIFEST).is_file() and not (out.is_dir() and not os.listdir(out)):
+    try:
+        manifest = _read_manifest(out)
+    except BundleError as err:
         raise BundleError(
             f"`{out}` exists and is not a bundle",
             hint="choose another folder with `--out`; nothing was changed",
-        )
-    if not overwrite and (out / MANIFEST).is_file():
+        ) from err
+    if not overwrite:
         raise BundleError(
             f"`{out}` holds a bundle already",
             hint="pass `--overwrite` to replace it, or choose another folder with `--out`",
+        )
+    foreign = sorted(set(os.listdir(out)) - {record.name for record in manifest.files} - {MANIFEST})
+    if foreign:
+        raise BundleError(
+            f"`{out}` holds a bundle and other things, `{foreign[0]}` first",
+            hint="move them away, or choose another folder with `--out`; nothing was changed",
         )
 
 

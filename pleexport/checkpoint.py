@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.errors import CheckpointError
@@ -79,7 +78,7 @@ class Checkpoint:
             name = config.get("dtype") or config.get("torch_dtype")
             if name is None:
                 continue
-            if name not in CONFIG_DTYPES:
+            if not isinstance(name, str) or name not in CONFIG_DTYPES:
                 raise CheckpointError(
                     f"`{self.path / 'config.json'}` has dtype `{name}`; "
                     f"expected one of {', '.join(CONFIG_DTYPES)}"
@@ -102,10 +101,6 @@ class Checkpoint:
     def array(self, name: str) -> NDArray[Any]:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
         return self._file_of[name].array(name)
-
-    def float32(self, name: str, rows: slice = slice(None)) -> NDArray[np.float32]:
-        """Rows `rows` of tensor `name`, copied to float32."""
-        return self.array(name)[rows].astype(np.float32)
 
     def _check_index(self) -> None:
         index_path = self.path / "model.safetensors.index.json"

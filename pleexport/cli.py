@@ -331,18 +331,22 @@ def main() -> None:
     signal.signal(signal.SIGINT, _interrupt)
     try:
         app(standalone_mode=True)
+    except BrokenPipeError:
+        # The reader of our output went away, as with `| head`.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
     except errors.PleexportError as err:
         typer.echo(f"error: {err.message}", err=True)
         if err.hint:
             typer.echo(f"\nhint: {err.hint}", err=True)
         raise SystemExit(err.exit_code) from None
+    except OSError as err:
+        where = f"`{err.filename}`: " if err.filename else ""
+        typer.echo(f"error: {where}{err.strerror or err}", err=True)
+        raise SystemExit(2) from None
     except _Interrupted:
         typer.echo("\ninterrupted; nothing half-written was left", err=True)
         raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output went away, as with `| head`.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(0) from None
 
 
 def _interactive(answer: Any, *, as_chat: bool) -> None:

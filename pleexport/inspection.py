@@ -14,9 +14,9 @@ from pleexport.blob.layout import (
     MINIMUM_PAGE_SIZE,
     SAFETENSORS_TO_SEGMENT,
     TABLE_DTYPES,
-    Segment,
     plan_segments,
     row_stride,
+    segment_dtype,
 )
 from pleexport.blob.writer import blob_bytes
 from pleexport.bundle import BLOB, GRAPH_DATA
@@ -167,7 +167,7 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         bundle_bytes: dense weights and blob; tokenizer and reports come on top.
         cache_bytes: keys and values of a full context, in float32.
-        resident_bytes: dense weights and cache.
+        resident_bytes: dense weights as ONNX Runtime holds them, and cache.
         fits: whether the target's limits allow it.
         problems: the limits that do not, with the numbers.
         delivery: what the target's store cannot deliver in one piece.
@@ -232,7 +232,8 @@ def inspect(path: str | Path) -> ModelInfo:
     binding = _bind(model, checkpoint, notes)
     towers, scalars = _towers(model, binding)
     counts = _count(model, binding, towers, scalars)
-    sources = _source_dtypes(model, binding, checkpoint, notes)
+    _note_other_dtypes(binding, checkpoint, notes)
+    source = checkpoint.dtype
     if scalars:
         notes.append(f"{scalars:,} tensors without a dimension (single numbers) are in no count.")
     if published := _published(model, counts):
@@ -241,17 +242,17 @@ def inspect(path: str | Path) -> ModelInfo:
         path=str(path),
         family=model.family,
         model_type=str(checkpoint.config["model_type"]),
-        dtype=SAFETENSORS_TO_SEGMENT[checkpoint.dtype],
+        dtype=SAFETENSORS_TO_SEGMENT[source],
         layers=model.num_layers,
         vocab=model.vocab_size,
         context=model.max_context,
         weights="found" if binding else "unusable" if checkpoint.files else "none",
         counts=counts,
-        tables=[_table(model, table, sources[table.name]) for table in model.tables],
-        blobs=_blobs(model, sources),
+        tables=[_table(model, table, source) for table in model.tables],
+        blobs=_blobs(model, source),
         towers=towers,
         effective=_effective(model, counts),
-        targets=[estimate(model, targets.load(name), sources) for name in targets.names()],
+        targets=[estimate(model, targets.load(name), source) for name in targets.names()],
         notes=notes,
     )
 
@@ -265,19 +266,20 @@ def cache_bytes(model: Model, context: int) -> int:
     )
 
 
-def estimate(model: Model, target: Target, sources: dict[str, str]) -> TargetEstimate:
+def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     """What a build of a model for a target will weigh.
 
     Args:
-        sources: by table name, the segment dtype that "source" means.
+        source: the checkpoint's dtype, e.g. "BF16".
     """
-    segments = _segments(model, target.table_dtype, sources)
+    segments = plan_segments(model.tables, segment_dtype(target.table_dtype, source))
     context = min(target.context, model.max_context)
     graph = sum(target.weights.stored_bytes(weight) for weight in model.weights)
     blob = blob_bytes(model, segments, target.page_size)
     cache = cache_bytes(model, context)
     sizes = {GRAPH_DATA: graph, BLOB: blob}
-    problems = targets.exceeded(target, resident_bytes=graph + cache, sizes=sizes)
+    resident = cache + sum(target.weights.resident_bytes(weight) for weight in model.weights)
+    problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     return TargetEstimate(
         target=target.name,
         table_dtype=target.table_dtype,
@@ -287,7 +289,7 @@ def estimate(model: Model, target: Target, sources: dict[str, str]) -> TargetEst
         blob_bytes=blob,
         bundle_bytes=graph + blob,
         cache_bytes=cache,
-        resident_bytes=graph + cache,
+        resident_bytes=resident,
         fits=not problems,
         problems=problems,
         delivery=targets.delivery_notes(target, sizes),
@@ -375,43 +377,27 @@ def _unused(model: Model, binding: Binding | None) -> tuple[int, int]:
     )
 
 
-def _source_dtypes(
-    model: Model, binding: Binding | None, checkpoint: Checkpoint, notes: list[str]
-) -> dict[str, str]:
-    """By table, the segment dtype that "source" means."""
-    sources = {}
-    for table in model.tables:
-        stored = binding.entry(table).dtype if binding else checkpoint.dtype
-        if stored not in SAFETENSORS_TO_SEGMENT:
-            notes.append(
-                f"Table `{table.name}` is stored as {stored}, which a blob cannot keep as it is; "
-                "its source sizes are given for fp32."
-            )
-        sources[table.name] = SAFETENSORS_TO_SEGMENT.get(stored, "fp32")
-    if binding and any(binding.entry(t).dtype != checkpoint.dtype for t in model.tables):
+def _note_other_dtypes(binding: Binding | None, checkpoint: Checkpoint, notes: list[str]) -> None:
+    """Say that tensors are stored in another dtype than config.json names."""
+    stored = {binding.entry(t).dtype for t in binding.model.tables} if binding else set()
+    if stored - {checkpoint.dtype}:
         config_dtype = next(k for k, v in CONFIG_DTYPES.items() if v == checkpoint.dtype)
         notes.append(
-            f"config.json says {config_dtype}, which constants are rounded to; the tables are "
-            f"stored as {', '.join(sorted({binding.entry(t).dtype for t in model.tables}))}."
+            f"config.json says {config_dtype}, and the tables are stored as "
+            f"{', '.join(sorted(stored))}: they are rounded to it, as the original does."
         )
-    return sources
-
-
-def _segments(model: Model, dtype: str, sources: dict[str, str]) -> list[Segment]:
-    dtypes = sources if dtype == "source" else {table.name: dtype for table in model.tables}
-    return plan_segments(model.tables, dtypes)
 
 
 def _table(model: Model, table: Table, source: str) -> TableInfo:
     stored = []
     for dtype in TABLE_DTYPES:
-        segment_dtype = source if dtype == "source" else dtype
-        segments = plan_segments([table], {table.name: segment_dtype})
+        stored_as = segment_dtype(dtype, source)
+        segments = plan_segments([table], stored_as)
         row = sum(segment.end - segment.offset for segment in segments)
         stored.append(
             StoredTable(
                 dtype=dtype,
-                segment_dtype=segment_dtype,
+                segment_dtype=stored_as,
                 row_bytes=row,
                 table_bytes=row * table.rows,
             )
@@ -427,10 +413,10 @@ def _table(model: Model, table: Table, source: str) -> TableInfo:
     )
 
 
-def _blobs(model: Model, sources: dict[str, str]) -> list[BlobInfo]:
+def _blobs(model: Model, source: str) -> list[BlobInfo]:
     blobs = []
     for dtype in TABLE_DTYPES:
-        segments = _segments(model, dtype, sources)
+        segments = plan_segments(model.tables, segment_dtype(dtype, source))
         nbytes = blob_bytes(model, segments, MINIMUM_PAGE_SIZE)
         blobs.append(BlobInfo(dtype=dtype, row_stride=row_stride(segments), file_bytes=nbytes))
     return blobs

@@ -51,14 +51,17 @@ class TransformersOracle:
         self,
         token_ids: Sequence[int],
         vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
     ) -> NDArray[np.float32]:
-        """Logits `[T, vocab]` of a text.
+        """Logits `[T, vocab]` of a text, or `[keep, vocab]`.
 
         Args:
             vectors: looked-up vectors by graph input, to use in place of the model's own tables.
+            keep: how many of the last positions want logits; 0 for all.
         """
         with self._torch.no_grad():
-            return self._call(token_ids, vectors)
+            return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
         """What each layer hands on: `[T, ...]` float32, AltUp streams on the second axis."""
@@ -72,7 +75,9 @@ class TransformersOracle:
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            self.logits(token_ids)
+            with self._torch.no_grad():
+                ids = self._torch.tensor([list(token_ids)])
+                self._model.get_decoder()(input_ids=ids, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -80,53 +85,63 @@ class TransformersOracle:
 
     def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
         """The `count` ids that greedy decoding adds, end-of-text ids not ending it."""
-        config = self._model.generation_config
-        config.eos_token_id = None
+        from transformers import GenerationConfig
+
+        # A checkpoint's own generation settings (beams, penalties) are not greedy decoding.
+        greedy = GenerationConfig(
+            do_sample=False, num_beams=1, max_new_tokens=count, pad_token_id=0
+        )
+        self._model.generation_config = greedy
         with self._torch.no_grad():
             ids = self._model.generate(
-                self._torch.tensor([list(token_ids)]),
-                max_new_tokens=count,
-                do_sample=False,
-                eos_token_id=None,
+                self._torch.tensor([list(token_ids)]), generation_config=greedy
             )
         result: list[int] = ids[0, len(token_ids) :].tolist()
         return result
 
     def _call(
-        self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None,
+        keep: int,
     ) -> NDArray[np.float32]:
-        if vectors is None:
-            output = self._model(self._torch.tensor([list(token_ids)]), use_cache=False)
-        else:
+        inputs: dict[str, Any] = {"input_ids": self._torch.tensor([list(token_ids)])}
+        if vectors is not None:
             inputs = {name: self._torch.from_numpy(v)[None] for name, v in vectors.items()}
-            output = self._model(**inputs, use_cache=False)
+        output = self._model(**inputs, use_cache=False, logits_to_keep=keep)
         logits: NDArray[np.float32] = output.logits[0].numpy(force=True)
         return logits
 
     def _load(self, binding: Binding) -> Any:
+        """Load the text model alone, also of a multimodal checkpoint."""
         import transformers
 
-        path, checkpoint = str(binding.checkpoint.path), binding.checkpoint
-        loader = transformers.AutoModelForCausalLM
-        options: dict[str, Any] = {"dtype": "auto"}
-        if binding.prefix.startswith("language_model."):
-            # A layout that transformers does not know: load the text model under its own names.
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            options = {
-                "config": config.get_text_config(),
-                "key_mapping": {r"^language_model\.": ""},
-                "dtype": getattr(self._torch, TORCH_DTYPES[checkpoint.dtype]),
-            }
+        checkpoint = binding.checkpoint
+        values = dict(checkpoint.text_config)
+        values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
+        model_type = f"{binding.model.family}_text"
+        # The layouts of multimodal checkpoints and of repacks, as a text model names them.
+        key_mapping = {
+            r"^model\.language_model\.": "model.",
+            r"^language_model\.model\.": "model.",
+            r"^language_model\.lm_head\.": "lm_head.",
+        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model, info = loader.from_pretrained(
-                path, local_files_only=True, output_loading_info=True, **options
+            config = transformers.AutoConfig.for_model(**(values | {"model_type": model_type}))
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.path),
+                config=config,
+                key_mapping=key_mapping,
+                dtype=getattr(self._torch, TORCH_DTYPES[checkpoint.dtype]),
+                local_files_only=True,
+                output_loading_info=True,
             )
         missing = sorted(info["missing_keys"])
         if missing:
             raise CheckpointError(
                 f"transformers does not find `{missing[0]}` and {len(missing) - 1} other tensors "
-                f"in `{path}`, so it cannot serve as the reference",
+                f"in `{checkpoint.path}`, so it cannot serve as the reference",
                 hint="build with `--no-verify`, or rename the tensors as transformers has them",
             )
         return model

@@ -6,6 +6,7 @@ by how far its predictions move: the KL divergence from the original, in nats pe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -36,6 +37,7 @@ NEAR_TIE = 1e-4
 _ROWS_PER_BATCH_BYTES = 8 << 20
 _GREEDY_TOKENS = 32
 _FIDELITY_TOKENS = 4096
+_LOGITS_BYTES = 256 << 20
 _SEED = 20_240_517
 
 LOSSLESS = {"F32": ("fp32",), "F16": ("fp16", "fp32"), "BF16": ("bf16", "fp32")}
@@ -47,7 +49,11 @@ class Oracle(Protocol):
     name: str
 
     def logits(
-        self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None = None
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
     ) -> NDArray[np.float32]: ...
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
@@ -187,9 +193,7 @@ def compare(
     """
     runner = Runner(bundle)
     dtypes = {s.table: s.dtype for s in runner.blob.segments}
-    lossless = {
-        t.name: dtypes[t.name] in LOSSLESS[binding.entry(t).dtype] for t in binding.model.tables
-    }
+    lossless = {t.name: dtypes[t.name] in LOSSLESS[binding.dtype] for t in binding.model.tables}
     dense = {bundle.manifest.weight_dtype, bundle.manifest.head_dtype}
     exact = all(lossless.values()) and dense == {"fp32"}
     tables = [
@@ -197,8 +201,11 @@ def compare(
         for table in binding.model.tables
     ]
     ids = parity_ids(runner, text_ids)
-    reference = oracle.logits(ids)
-    logits = [check_logits(mode, reference, got) for mode, got in _feed_modes(runner, ids)]
+    compared = _compared_positions(runner, ids)
+    reference = oracle.logits(ids, keep=compared)
+    logits = [
+        check_logits(mode, reference, got) for mode, got in _feed_modes(runner, ids, compared)
+    ]
     errors = layer_errors(bundle, runner, oracle, ids)
     limit = EXACT_LAYER if exact else QUANTIZED_LAYER
     report = ParityReport(
@@ -215,21 +222,23 @@ def compare(
         failures=[],
     )
     if not exact:
-        _measure_fidelity(report, runner, binding, oracle, _windows(text_ids or ids, len(ids)))
+        _measure_fidelity(report, runner, binding, oracle, _windows(text_ids or ids, compared))
     report.failures = _failures(report, bundle)
     return report
 
 
 def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
-    """The ids to compare on: long enough to leave the sliding window where that is affordable."""
+    """The ids to compare on: enough for every ring to wrap around, where the context allows.
+
+    A text that is too short is repeated. Random ids leave out those that stand for others.
+    """
     windows = [c.window for c in runner.bundle.manifest.contract.caches if c.window is not None]
-    length = min(
-        max(128, 2 * max(windows, default=0) + 33), PREFILL_CHUNK + 128, runner.context - 1
-    )
+    longest = min(max(windows, default=0), runner.context)
+    length = min(longest + PREFILL_CHUNK + 64, runner.context - 1)
     if text_ids:
-        return [int(i) for i in text_ids[:length]]
-    generator = np.random.default_rng(_SEED)
-    return [int(i) for i in generator.integers(0, runner.blob.num_rows, length)]
+        return [int(i) for i in np.resize(np.asarray(text_ids), max(length, 1))]
+    own = np.setdiff1d(np.arange(runner.blob.num_rows), [i for i, _ in runner.blob.row_aliases])
+    return [int(i) for i in np.random.default_rng(_SEED).choice(own, length)]
 
 
 def check_table(
@@ -261,18 +270,19 @@ def check_table(
         expected = source.reshape(len(ids), count, width)
         got = blob.lookup(ids)[table.name].reshape(expected.shape)
         difference = np.abs(got - expected * multiplier)
-        check.max_error = max(check.max_error, float(difference.max()))
+        # Maxima and comparisons that do not overlook a NaN.
+        check.max_error = float(np.maximum(check.max_error, difference.max()))
         if lossless:
-            bad = difference.max(axis=-1) != 0
+            bad = ~(difference.max(axis=-1) == 0)
         else:
             group, bits = segments[0].group_size, 8 if segments[0].dtype == "int8" else 4
             steps = _quantization_steps(expected, segments[0].dtype, group, bits)
             in_steps = difference / (steps * multiplier)
-            check.max_steps = max(check.max_steps or 0.0, float(in_steps.max()))
+            check.max_steps = float(np.maximum(check.max_steps or 0.0, in_steps.max()))
             if segments[0].dtype == "int4":
                 bad = _further_than_nearest(expected, got / multiplier, steps, group or 1)
             else:
-                bad = in_steps.max(axis=-1) > 0.5 + 1e-3
+                bad = ~(in_steps.max(axis=-1) <= 0.5 + 1e-3)
         if bad.any() and check.first_bad_row is None:
             row, layer = np.argwhere(bad)[0]
             check.first_bad_row = begin + int(row)
@@ -318,9 +328,9 @@ def check_text(
     equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(got)))
     near_tie = False
     if equal < count and equal < len(got):
-        last = oracle.logits([*prompt, *expected[:equal]])[-1]
+        last = oracle.logits([*prompt, *expected[:equal]], keep=1)[-1]
         spread = float(reference.max() - reference.min())
-        near_tie = bool(last[expected[equal]] - last[got[equal]] <= NEAR_TIE * spread)
+        near_tie = bool(abs(last[expected[equal]] - last[got[equal]]) <= NEAR_TIE * spread)
     return TextCheck(tokens=count, equal_tokens=equal, near_tie=near_tie)
 
 
@@ -387,16 +397,33 @@ def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> flo
     return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-30))
 
 
-def _feed_modes(runner: Runner, ids: list[int]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    yield "prefill", runner.logits(ids)
-    runner.reset()
-    pieces, begin, size = [], 0, 1
-    while begin < len(ids):  # 1, 3, 7, 15, ... tokens: starts, ends and wraps at odd places
-        pieces.append(runner.feed(ids[begin : begin + size], keep=0).copy())
-        begin, size = begin + size, min(2 * size + 1, PREFILL_CHUNK)
-    yield "chunked", np.concatenate(pieces)
-    runner.reset()
-    yield "step", np.stack([runner.feed([i], keep=1)[0].copy() for i in ids])
+def _compared_positions(runner: Runner, ids: list[int]) -> int:
+    """How many of the last positions have their logits compared: all, or what fits in memory."""
+    row_bytes = 4 * runner.bundle.manifest.contract.vocab_size
+    return min(len(ids), max(PREFILL_CHUNK // 2, _LOGITS_BYTES // row_bytes))
+
+
+def _feed_modes(
+    runner: Runner, ids: list[int], compared: int
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Logits of the last `compared` positions: at once, in uneven pieces, and token by token."""
+    first = len(ids) - compared
+    # 1, 3, 7, 15, ... tokens: starts, ends and wraps at odd places.
+    uneven, size = [0], 1
+    while uneven[-1] < len(ids):
+        uneven.append(min(uneven[-1] + size, len(ids)))
+        size = min(2 * size + 1, PREFILL_CHUNK)
+    even = [*range(0, len(ids), PREFILL_CHUNK), len(ids)]
+    single = sorted({*(cut for cut in even if cut < first), *range(first, len(ids) + 1)})
+    for mode, cuts in (("prefill", even), ("chunked", uneven), ("step", single)):
+        runner.reset()
+        pieces = []
+        for begin, end in itertools.pairwise(cuts):
+            wanted = min(end - first, end - begin)
+            got = runner.feed(ids[begin:end], keep=max(wanted, 1))
+            if wanted > 0:
+                pieces.append(got.copy())
+        yield mode, np.concatenate(pieces)
 
 
 def _quantization_steps(
@@ -428,8 +455,8 @@ def _further_than_nearest(
         np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1))
         for values in (got - expected, nearest, expected)
     )
-    beyond: NDArray[np.bool_] = error > bound * (1 + 1e-3) + size * 2.0**-11
-    return np.asarray(beyond.any(axis=-1))
+    close: NDArray[np.bool_] = error <= bound * (1 + 1e-3) + size * 2.0**-11
+    return ~np.asarray(close.all(axis=-1))
 
 
 def _windows(ids: Sequence[int], length: int) -> list[list[int]]:

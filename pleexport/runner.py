@@ -17,6 +17,7 @@ from pleexport.bundle import Bundle
 from pleexport.errors import BundleError, RunnerError
 from pleexport.graph.contract import (
     CONTEXT_CAPACITY,
+    LOGITS_OUTPUT,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
     GraphContract,
@@ -169,7 +170,13 @@ class Runner:
 
         Args:
             keep: n, how many of the last positions want logits; 0 for all.
+        Raises:
+            RunnerError: no tokens or too many, an id without a row, or an impossible `keep`.
         """
+        if not 1 <= len(token_ids) <= PREFILL_CHUNK:
+            raise RunnerError(f"{len(token_ids)} tokens at once; feed 1 to {PREFILL_CHUNK}")
+        if not 0 <= keep <= len(token_ids):
+            raise RunnerError(f"keep is {keep}; it must be 0 to {len(token_ids)}")
         return self._feed(self.blob.row_ids(token_ids), token_ids, keep=keep)
 
     def reset(self) -> None:
@@ -206,16 +213,14 @@ class Runner:
             RunnerError: a prompt or option that cannot be used; before anything is generated.
         """
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        if seed is not None and seed < 0:
+            raise RunnerError(f"seed is {seed}; it must be 0 or more")
         if max_new_tokens < 1:
             raise RunnerError(f"max_new_tokens is {max_new_tokens}; it must be 1 or more")
         if stop and self.text is None:
             raise RunnerError("stop strings need a tokenizer, and this bundle has none")
-        ids = self.encode(prompt)
-        known = len(self._ids)
-        if not (known and known < len(ids) and ids[:known] == self._ids):
-            self.reset()
         return self._generate(
-            ids,
+            self.encode(prompt),
             sampling,
             max_new_tokens=max_new_tokens,
             generator=np.random.default_rng(seed),
@@ -252,6 +257,10 @@ class Runner:
         eos: frozenset[int],
     ) -> Iterator[Token]:
         started, faults = time.perf_counter(), page_faults()
+        # Now, not when the call was made: other calls may have fed tokens in between.
+        known = len(self._ids)
+        if not (known and known < len(ids) and ids[:known] == self._ids):
+            self.reset()
         stats = self.stats = Stats()
         self._rows_read.clear()
         new_ids = ids[len(self._ids) :]
@@ -329,7 +338,8 @@ class Runner:
         vectors = vectors or self.blob.lookup(rows)
         # The bound arrays must live until the run is over.
         inputs: dict[str, NDArray[Any]] = {
-            lookup.name: vectors[lookup.table][None] for lookup in self._contract.lookup_inputs
+            lookup.name: np.ascontiguousarray(vectors[lookup.table], dtype=np.float32)[None]
+            for lookup in self._contract.lookup_inputs
         }
         inputs[POSITION_IDS] = np.arange(begin, begin + count, dtype=np.int64)[None]
         inputs[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
@@ -337,7 +347,7 @@ class Runner:
             _bind_input(self._binding, name, array)
         shape = (keep or count, self._contract.vocab_size)
         logits: NDArray[np.float32] = np.empty(shape, dtype=np.float32)
-        _bind_output(self._binding, "logits", logits[None])
+        _bind_output(self._binding, LOGITS_OUTPUT, logits[None])
         self._session.run_with_iobinding(self._binding)
         self._ids.extend(int(i) for i in ids)
         self.stats.rows += count
@@ -358,20 +368,29 @@ class Runner:
             )
 
     def _check_inputs(self) -> None:
-        """Refuse a graph whose inputs are not those of the manifest, or a blob that lacks one."""
+        """Refuse a graph, a manifest and a blob that do not fit each other."""
         expected = {lookup.name for lookup in self._contract.lookup_inputs}
         expected |= {cache.input for cache in self._contract.caches}
         expected |= {POSITION_IDS, NUM_LOGITS_TO_KEEP}
-        found = {value.name for value in self._session.get_inputs()}
-        if expected != found:
-            names = ", ".join(sorted(expected ^ found))
+        inputs = {value.name: value.shape for value in self._session.get_inputs()}
+        outputs = {value.name: value.shape for value in self._session.get_outputs()}
+        names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
+        names |= {cache.output for cache in self._contract.caches} - set(outputs)
+        names |= {c.input for c in self._contract.caches if inputs.get(c.input) != c.shape}
+        names |= {n.name for n in self._contract.lookup_inputs if inputs.get(n.name) != n.shape}
+        if outputs.get(LOGITS_OUTPUT, [None])[-1] != self._contract.vocab_size:
+            names.add(LOGITS_OUTPUT)
+        if names:
             raise BundleError(
-                f"`{self.bundle.graph_path}` and the manifest disagree about inputs: {names}"
+                f"`{self.bundle.graph_path}` and the manifest disagree about "
+                f"{', '.join(sorted(names))}"
             )
-        tables = {segment.table for segment in self.blob.segments}
+        widths = self.blob.shapes
         for lookup in self._contract.lookup_inputs:
-            if lookup.table not in tables:
-                raise BundleError(f"`{self.blob.path}` lacks the table `{lookup.table}`")
+            if widths.get(lookup.table) != tuple(lookup.shape[2:]):
+                raise BundleError(
+                    f"`{self.blob.path}` has no table `{lookup.table}` of shape {lookup.shape[2:]}"
+                )
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:

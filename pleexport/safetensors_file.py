@@ -38,6 +38,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
 }
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 32  # more than NumPy needs and less than it allows
 _GIT_LFS_POINTER = b"version https://git-lfs"
 
 
@@ -133,7 +134,9 @@ class SafetensorsFile:
         try:
             dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
             integers = [*shape, begin, end]
-            if not all(type(n) is int and n >= 0 for n in integers):
+            if not all(type(n) is int and 0 <= n < 2**63 for n in integers):
+                raise ValueError
+            if not isinstance(dtype, str) or len(shape) > MAX_DIMENSIONS:
                 raise ValueError
         except (KeyError, TypeError, ValueError) as err:
             raise self._fail(f"has a malformed header entry for tensor `{name}`") from err

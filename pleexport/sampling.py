@@ -65,8 +65,9 @@ class Sampling:
         count = min(self.top_k, len(logits_V)) or len(logits_V)
         candidates = np.argpartition(-logits_V, count - 1)[:count]
         candidates = candidates[np.argsort(-logits_V[candidates], kind="stable")]
-        scaled = logits_V[candidates].astype(np.float64) / self.temperature
-        probabilities = np.exp(scaled - scaled[0])
+        values = logits_V[candidates].astype(np.float64)
+        with np.errstate(over="ignore"):  # a tiny temperature is greedy
+            probabilities = np.exp((values - values[0]) / self.temperature)
         probabilities /= probabilities.sum()
         before = np.cumsum(probabilities) - probabilities
         kept = (before < self.top_p) & (probabilities >= self.min_p * probabilities[0])

@@ -11,6 +11,8 @@ from pleexport.binding import Binding
 from pleexport.blob import Blob
 from pleexport.bundle import Bundle
 from pleexport.checkpoint import Checkpoint
+from pleexport.errors import CheckpointError, RunnerError
+from pleexport.graph.contract import describe
 from pleexport.parity import ParityReport, compare
 from pleexport.progress import Progress
 from pleexport.text import TOKENIZER, Text
@@ -48,6 +50,11 @@ def verify(
         return None
     source = Checkpoint(checkpoint)
     binding = Binding(families.resolve(source.config, dtype=source.dtype), source)
+    if describe(binding.model) != opened.manifest.contract:
+        raise CheckpointError(
+            f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
+            hint="pass the checkpoint that the bundle was built from",
+        )
     return compare_with_original(opened, binding, text=text, progress=progress)
 
 
@@ -65,11 +72,27 @@ def compare_with_original(
         oracle = TransformersOracle(binding)
     ids = None
     if (bundle.path / TOKENIZER).is_file():
-        content = Path(text or PARITY_TEXT).read_text(encoding="utf-8")
-        ids = Text(bundle.path).encode(content)
+        ids = Text(bundle.path).encode(_read_text(Path(text or PARITY_TEXT)))
+    elif text:
+        raise RunnerError(
+            f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
+            hint="leave the text out; random token ids are used",
+        )
     rows = binding.model.num_rows * len(binding.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
         return compare(bundle, binding, oracle, text_ids=ids, progress=update)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise RunnerError(f"`{path}` cannot be read: {err.strerror}") from err
+    except UnicodeDecodeError as err:
+        raise RunnerError(f"`{path}` is not a UTF-8 text") from err
+    if not content.strip():
+        raise RunnerError(f"`{path}` holds no text")
+    return content
 
 
 def write_report(report: ParityReport, path: Path) -> None:

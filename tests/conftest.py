@@ -6,8 +6,13 @@ from pathlib import Path
 
 import pytest
 from checkpoints import gemma3n, gemma4
+from hypothesis import settings
 
 import pleexport
+
+# The same examples in every run: a failure is one that anybody can repeat.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

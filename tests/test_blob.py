@@ -16,7 +16,7 @@ from pleexport.binding import Binding
 from pleexport.blob import Blob, write_blob
 from pleexport.blob.layout import CHECKSUM_CHUNK_BYTES
 from pleexport.checkpoint import Checkpoint
-from pleexport.errors import BlobError, CheckFailed, RunnerError
+from pleexport.errors import BlobError, CheckFailed, CheckpointError, RunnerError
 
 
 @pytest.fixture(scope="session")
@@ -107,7 +107,8 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "codes without scales": (segments(lambda s: s[0].update(scale_offset=None)), "B-06"),
     "scales of another dtype": (segments(lambda s: s[0].update(scale_dtype="fp8")), "B-06"),
     "a group of nothing": (segments(lambda s: s[0].update(group_size=-1)), "B-06"),
-    "one name twice": (segments(lambda s: s[1].update(name=s[2]["name"])), "B-0"),
+    "one name twice": (segments(lambda s: s[1].update(name=s[2]["name"])), "B-06"),
+    "scales before their codes": (segments(lambda s: s[0].update(scale_offset=0)), "B-08"),
     "a page size that rows miss": (metadata(page_size="32769"), "B-07"),
     "a small page size": (metadata(page_size="4096"), "B-07"),
     "overlapping segments": (segments(lambda s: s[1].update(offset=0, scale_offset=8)), "B-08"),
@@ -116,6 +117,15 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "aliases that are no pairs": (metadata(row_aliases="[1]"), "B-09"),
     "an alias outside": (metadata(row_aliases="[[1, 120]]"), "B-09"),
 }
+
+
+def test_values_too_large_for_a_narrower_float_are_refused(
+    binding: Binding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = binding.checkpoint.array
+    monkeypatch.setattr(binding.checkpoint, "array", lambda name: real(name).astype("f4") * 1e6)
+    with pytest.raises(CheckpointError, match="holds values that are not finite in fp16"):
+        write_blob(binding, tmp_path / "blob.safetensors", table_dtype="fp16", page_size=16384)
 
 
 @pytest.mark.parametrize("name", BROKEN)

@@ -29,10 +29,6 @@ LARGEST_VECTOR = 32 * 1024
 Decoder = Callable[[Path, int], dict[str, NDArray[np.float32]]]
 
 
-class Entry(NamedTuple):
-    dtype: str
-
-
 class Model(NamedTuple):
     tables: tuple[Table, ...]
     num_rows: int
@@ -46,9 +42,11 @@ class Source:
     model: Model
     tensors: dict[str, NDArray[Any]]
 
-    def entry(self, table: Table) -> Entry:
+    @property
+    def dtype(self) -> str:
         names = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
-        return Entry(names[self.tensors[table.name].dtype])
+        (dtype,) = {names[tensor.dtype] for tensor in self.tensors.values()}
+        return dtype
 
     def rows(self, table: Table, rows: NDArray[np.int64] | slice) -> NDArray[Any]:
         return self.tensors[table.name][rows]

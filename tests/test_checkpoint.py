@@ -140,8 +140,22 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "a rope type": (
         {"rope_parameters": {t: {"rope_type": "yarn", "rope_theta": 1e4} for t in (
             "sliding_attention", "full_attention")}},
-        "rope type `yarn` is not implemented",
+        "`rope_type` is 'yarn'",
     ),
+    "a rope factor of nothing": (
+        {"rope_parameters": {t: {"rope_type": "linear", "rope_theta": 1e4, "factor": 0} for t in (
+            "sliding_attention", "full_attention")}},
+        "`factor` is 0; expected a positive number",
+    ),
+    "a rope base beyond numbers": (
+        {"rope_parameters": {t: {"rope_theta": float("nan")} for t in (
+            "sliding_attention", "full_attention")}},
+        "`rope_theta` is nan",
+    ),
+    "an unknown field that is false": ({"is_causal": False}, "unknown fields `is_causal`"),
+    "a text part that is none": ({"text_config": "x"}, "`text_config` is 'x'; expected an object"),
+    "a model type that is none": ({"model_type": []}, "`model_type` is []"),
+    "a size beyond sense": ({"hidden_size": 10**400}, "expected an integer from 1"),
     "an unknown field": ({"attention_sinks": 4}, "unknown fields `attention_sinks`"),
     "quantized weights": ({"quantization_config": {"bits": 4}}, "are quantized already"),
     "another family": ({"model_type": "llama"}, "model type 'llama' is not supported"),
@@ -171,6 +185,64 @@ def test_what_a_config_asks_for_and_is_not_done_is_refused_by_name(
         bind(remake(**fields))
     assert message in caught.value.message
     assert isinstance(caught.value, CheckpointError | UnsupportedError)
+
+
+def multimodal(folder: Path, **fields: object) -> Path:
+    """Wrap the config of a text checkpoint as multimodal checkpoints have it, in place."""
+    text = json.loads((folder / "config.json").read_text())
+    outer = {"model_type": text["model_type"].removesuffix("_text"), "dtype": text["dtype"]}
+    config = outer | {"text_config": text} | fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("field", ["attention_sinks", "quantization_config"])
+def test_the_whole_config_of_a_multimodal_checkpoint_is_read(
+    field: str, remake: Callable[..., Path]
+) -> None:
+    assert bind(multimodal(remake(), eos_token_id=[1, 106])).model.eos_token_ids == (1, 106)
+    with pytest.raises(UnsupportedError, match=r"unknown fields|quantized already"):
+        bind(multimodal(remake(), **{field: {"bits": 4}}))
+
+
+def test_a_multimodal_gemma3n_is_verified_without_its_towers(
+    gemma3n_checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "changed"
+    tensors = renamed("model.", "model.language_model.")(tensors_of(gemma3n_checkpoint))
+    write_tensors(folder / "model.safetensors", tensors)
+    shutil.copy(gemma3n_checkpoint / "config.json", folder)
+    multimodal(folder, vision_config={"vocab_offset": 118}, audio_config={"vocab_offset": 119})
+    bundle = pleexport.build(folder, tmp_path / "bundle", table_dtype="source", weight_dtype="fp32")
+    assert bundle.manifest.parity.passed
+    assert pleexport.Runner(bundle).blob.num_rows == 118
+
+
+def test_a_head_that_contradicts_its_tie_is_refused(
+    remake: Callable[..., Path], tmp_path: Path
+) -> None:
+    def add(change: float) -> Callable[[Tensors], Tensors]:
+        def apply(tensors: Tensors) -> Tensors:
+            own = tensors["model.embed_tokens.weight"].copy()
+            own[-1] += own.dtype.type(change)
+            return tensors | {"lm_head.weight": own}
+
+        return apply
+
+    bind(remake(add(0.0))).check_tied_head()
+    with pytest.raises(CheckpointError, match=r"holds a different `lm_head.weight`"):
+        pleexport.build(remake(add(1.0)), tmp_path / "bundle", verify=False)
+
+
+def test_tensors_in_another_dtype_than_the_configs_are_rounded_as_the_original_does(
+    remake: Callable[..., Path], tmp_path: Path
+) -> None:
+    def widen(tensors: Tensors) -> Tensors:
+        noise = np.float32(1 + 2**-10)
+        return {name: t.astype(np.float32) * noise for name, t in tensors.items()}
+
+    folder = remake(widen)
+    pleexport.build(folder, tmp_path / "bundle", table_dtype="source", weight_dtype="fp32")
 
 
 def test_both_spellings_of_the_global_head_size_mean_the_same(

@@ -121,6 +121,11 @@ def test_targets_lists_and_shows() -> None:
         (["run", "{bundle}", "--prompt", "hello"], "this bundle has no tokenizer"),
         (["run", "{bundle}", "--ids", "1,x"], "is not a list of numbers"),
         (["verify", "{bundle}", "--report", "x.html"], "a report compares with the original"),
+        (["verify", "{bundle}", "--checkpoint", "{checkpoint}", "--text", "x"], "no tokenizer"),
+        (["run", "{bundle}", "--ids", "1" * 30], "a token id has no row"),
+        (["run", "{bundle}", "--ids", "1", "--seed", "-1"], "seed is -1"),
+        (["build", "{checkpoint}", "--block-size", "48"], "block size `48` is not known"),
+        (["build", "{checkpoint}", "--out", "{occupied}/thesis.txt/x"], "is no folder that can"),
     ],
 )
 def test_wrong_input_gets_one_sentence_and_exit_code_2(
@@ -144,6 +149,28 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert (tmp_path / "occupied" / "thesis.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("manifest", ['{"name": "a web app"}', None])
+def test_overwrite_replaces_bundles_and_nothing_else(
+    manifest: str | None, gemma4_bundle: Path, gemma4_checkpoint: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(gemma4_bundle, tmp_path / "out"))
+    (out / "thesis.txt").write_text("keep me")
+    if manifest is not None:
+        (out / "manifest.json").write_text(manifest)
+    result = pleexport("build", gemma4_checkpoint, "--out", out, "--overwrite", "--no-verify")
+    assert result.returncode == 2
+    assert "is not a bundle" in result.stderr or "and other things" in result.stderr
+    assert (out / "thesis.txt").read_text() == "keep me"
+
+
+def test_verify_with_another_checkpoint_says_so(
+    gemma4_bundle: Path, gemma3n_checkpoint: Path
+) -> None:
+    result = pleexport("verify", gemma4_bundle, "--checkpoint", gemma3n_checkpoint)
+    assert result.returncode == 2
+    assert "was not built from" in result.stderr
 
 
 def test_a_damaged_bundle_fails_with_exit_code_1(gemma4_bundle: Path, tmp_path: Path) -> None:

@@ -81,6 +81,33 @@ def test_runners_on_one_bundle_do_not_disturb_each_other(gemma4_bundle: Path) ->
     assert got == expected
 
 
+def test_generators_that_are_used_later_read_their_whole_prompt(gemma4_bundle: Path) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    expected = [t.id for t in runner.generate([60, 61], max_new_tokens=5, ignore_eos=True)]
+    runner.reset()
+    one = runner.generate([3, 4, 5], max_new_tokens=5, ignore_eos=True)
+    two = runner.generate([60, 61], max_new_tokens=5, ignore_eos=True)
+    list(one)
+    assert [t.id for t in two] == expected
+
+
+@pytest.mark.parametrize(("count", "keep"), [(0, 1), (257, 1), (3, 4), (3, -1)])
+def test_feeding_what_the_rings_cannot_hold_is_refused(
+    count: int, keep: int, gemma4_bundle: Path
+) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    with pytest.raises(RunnerError, match=r"tokens at once|keep is"):
+        runner.feed([1] * count, keep=keep)
+
+
+def test_vectors_in_any_memory_order_are_read_right(gemma4_bundle: Path) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    ids = [3, 4, 5]
+    vectors = runner.blob.lookup(runner.blob.row_ids(ids))
+    fortran = {name: np.asfortranarray(v) for name, v in vectors.items()}
+    np.testing.assert_array_equal(runner.logits(ids), runner.logits(ids, vectors=fortran))
+
+
 def test_stats_count_rows_pages_and_memory(gemma4_bundle: Path) -> None:
     runner = pleexport.Runner(gemma4_bundle)
     list(runner.generate([3, 4, 5], max_new_tokens=4, ignore_eos=True))

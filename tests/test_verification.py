@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import gemma4
 
 import pleexport
 from pleexport.blob import Blob
@@ -140,6 +141,46 @@ def test_keys_shared_from_the_wrong_layer_fail_at_the_sharing_layer(
             gemma4_checkpoint, tmp_path / "out", table_dtype="source", weight_dtype=weight_dtype
         )
     assert not list(tmp_path.glob("*out*")), "a bundle that fails is not kept"
+
+
+def test_rows_that_are_no_numbers_fail(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    bundle = pleexport.build(gemma4_checkpoint, tmp_path / "out", table_dtype="int8", verify=False)
+    segment = Blob(bundle.blob_path).segments[0]
+    assert segment.scale_offset is not None
+
+    def poison(rows: Any) -> None:
+        rows[:2, segment.scale_offset : segment.end].view(np.uint16)[:] = 0x7E00
+
+    break_blob(bundle.path, poison)
+    report = pleexport.verify(bundle.path, checkpoint=gemma4_checkpoint)
+    assert report is not None
+    assert report.tables[0].first_bad_row == 0
+
+
+def test_a_window_that_is_ignored_fails_also_where_it_is_wide(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pleexport import layers
+
+    folder = gemma4(tmp_path / "checkpoint", sliding_window=400)
+    real = layers.visible_slots
+    monkeypatch.setattr(
+        layers, "visible_slots", lambda *args, **options: real(*args, **options | {"window": None})
+    )
+    with pytest.raises(CheckFailed, match="logits"):
+        pleexport.build(folder, tmp_path / "out", table_dtype="source", weight_dtype="fp32")
+
+
+def test_the_original_decodes_greedily_whatever_its_generation_config_says(
+    gemma4_checkpoint: Path, gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(gemma4_checkpoint, tmp_path / "checkpoint"))
+    settings = {"num_beams": 4, "repetition_penalty": 1.3, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(settings))
+    report = pleexport.verify(gemma4_bundle, checkpoint=folder)
+    assert report is not None
+    assert report.text is not None
+    assert report.text.equal_tokens == report.text.tokens
 
 
 def test_damaged_rows_are_found_without_the_checkpoint(broken: Path) -> None:

@@ -73,16 +73,16 @@ def align(position: int, alignment: int) -> int:
     return -(-position // alignment) * alignment
 
 
-def plan_segments(tables: Iterable[Table], dtypes: dict[str, str]) -> list[Segment]:
-    """Lay out the segments of a row: tables in order, layer after layer.
+def segment_dtype(table_dtype: str, source: str) -> str:
+    """The segment dtype that a build's `table_dtype` means for a checkpoint of dtype `source`."""
+    return SAFETENSORS_TO_SEGMENT[source] if table_dtype == "source" else table_dtype
 
-    Args:
-        dtypes: by table name, the segment dtype to store it in.
-    """
+
+def plan_segments(tables: Iterable[Table], dtype: str) -> list[Segment]:
+    """Lay out the segments of a row, all of one dtype: tables in order, layer after layer."""
     segments: list[Segment] = []
     position = 0
     for table in tables:
-        dtype = dtypes[table.name]
         for layer in range(table.layers or 1):
             group_size = min(GROUP_SIZES[dtype], table.width) if dtype in GROUP_SIZES else None
             segment = Segment(

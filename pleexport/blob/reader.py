@@ -33,7 +33,6 @@ from pleexport.safetensors_file import SafetensorsFile
 
 _KNOWN_METADATA = {"format", "version", "page_size", "row_aliases", "segments", "source_digest"}
 _FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-_CHUNKS_CHECKED_AT_OPEN = 3
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Blob:
         self._check_segments()
         self._runs = self._plan_runs()
         last = max(0, self.num_chunks - 1)
-        for chunk in sorted({0, last // 2, last})[:_CHUNKS_CHECKED_AT_OPEN]:
+        for chunk in sorted({0, last // 2, last}):
             self._check_chunk(chunk)
 
     @cached_property
@@ -94,13 +93,26 @@ class Blob:
         """Number of checksummed chunks."""
         return self._file.entries[CHECKSUMS].shape[0]
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """By table, the shape of what a token id looks up: `(width,)` or `(layers, width)`."""
+        return {
+            name: (run.count, run.first.width) if run.per_layer else (run.first.width,)
+            for name, run in self._runs.items()
+        }
+
     def row_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows that token ids select, aliases replaced.
 
         Raises:
             RunnerError: an id has no row.
         """
-        rows = np.asarray(ids, dtype=np.int64).reshape(-1)
+        try:
+            rows = np.asarray(ids, dtype=np.int64).reshape(-1)
+        except OverflowError as err:
+            raise RunnerError(
+                f"a token id has no row; ids go from 0 to {self.num_rows - 1}"
+            ) from err
         outside = (rows < 0) | (rows >= self.num_rows)
         if outside.any():
             raise RunnerError(
@@ -280,7 +292,8 @@ class Blob:
             if segment.group_size is not None and segment.group_size < 1:
                 raise self._fail(f"{where} has group size {segment.group_size} (B-06)")
             codes_end = segment.offset + segment.code_bytes
-            if segment.offset < position or (segment.scale_offset or codes_end) < codes_end:
+            scales_begin = codes_end if segment.scale_offset is None else segment.scale_offset
+            if segment.offset < position or scales_begin < codes_end:
                 raise self._fail(f"{where} overlaps what lies before it (B-08)")
             if segment.end > self.row_stride:
                 raise self._fail(

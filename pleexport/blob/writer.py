@@ -18,39 +18,20 @@ from pleexport.blob.layout import (
     CHECKSUMS,
     FORMAT,
     ROWS,
-    SAFETENSORS_TO_SEGMENT,
     VERSION,
     Segment,
     align,
     plan_segments,
     row_stride,
+    segment_dtype,
 )
-from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Table
 from pleexport.parallel import map_in_order
 from pleexport.quantize import pack_nibbles, quantize_rows
 
 _BATCH_BYTES = 2 << 20
 _FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-
-
-def segment_dtypes(binding: Binding, table_dtype: str) -> dict[str, str]:
-    """By table, the segment dtype that `table_dtype` ("source" or an explicit one) means.
-
-    Raises:
-        UnsupportedError: the source has a dtype that segments cannot have.
-    """
-    dtypes = {}
-    for table in binding.model.tables:
-        stored = binding.entry(table).dtype
-        if table_dtype == "source" and stored not in SAFETENSORS_TO_SEGMENT:
-            raise UnsupportedError(
-                f"table `{table.key}` is stored as {stored}, which a blob cannot keep as it is",
-                hint="choose another table dtype, e.g. `--table-dtype fp32`",
-            )
-        explicit = table_dtype != "source"
-        dtypes[table.name] = table_dtype if explicit else SAFETENSORS_TO_SEGMENT[stored]
-    return dtypes
 
 
 def blob_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
@@ -81,7 +62,7 @@ def write_blob(
     Source: docs/blob-format.md.
     """
     model = binding.model
-    segments = plan_segments(model.tables, segment_dtypes(binding, table_dtype))
+    segments = plan_segments(model.tables, segment_dtype(table_dtype, binding.dtype))
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
     header_bytes = _header_bytes(model, segments, page_size)
@@ -132,7 +113,13 @@ def _encode(
     )
     values = source.reshape(len(batch), count, table.width)
     if first.group_size is None:
-        raw = values.astype(_FLOAT_DTYPES[first.dtype])
+        with np.errstate(over="ignore"):
+            raw = values.astype(_FLOAT_DTYPES[first.dtype])
+        if raw.dtype != values.dtype and not np.isfinite(raw).all():
+            raise CheckpointError(
+                f"table `{table.key}` holds values that are not finite in {first.dtype}",
+                hint="`--table-dtype source` keeps the values as they are",
+            )
         slots[:] = raw.view(np.uint8).reshape(slots.shape)
         return
     bits = 8 if first.dtype == "int8" else 4

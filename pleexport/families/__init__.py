@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pleexport.errors import UnsupportedError
+from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import gemma3n, gemma4
 from pleexport.families.base import Family, Model
 
@@ -29,6 +29,8 @@ def resolve(config: dict[str, Any], *, dtype: str) -> Model:
         CheckpointError: the config is incomplete or malformed.
     """
     model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"config.json: `model_type` is {model_type!r}; expected a name")
     for family in FAMILIES:
         if model_type in family.MODEL_TYPES:
             return family.configure(config, dtype=dtype)

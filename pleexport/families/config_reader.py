@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
 
+# No size in a config comes near it, and products of two stay exact.
+LARGEST_INTEGER = 2**31 - 1
 # Fields that do not change what a trained model computes.
 HARMLESS = frozenset(
     {
@@ -51,6 +53,20 @@ HARMLESS = frozenset(
 )
 
 
+# Fields that do not matter when they are false.
+HARMLESS_IF_FALSE = frozenset(
+    {
+        "add_cross_attention",
+        "do_sample",
+        "early_stopping",
+        "output_scores",
+        "remove_invalid_values",
+        "return_dict_in_generate",
+        "tie_encoder_decoder",
+    }
+)
+
+
 class ConfigReader:
     """Typed access to one config object; every field that is read is remembered.
 
@@ -76,8 +92,8 @@ class ConfigReader:
     def integer(self, name: str, *, minimum: int = 1, default: int | None = None) -> int:
         """An integer field of at least `minimum`."""
         value = self._required(name, default)
-        if type(value) is not int or value < minimum:
-            raise self.malformed(name, f"an integer of at least {minimum}")
+        if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
+            raise self.malformed(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
@@ -86,7 +102,7 @@ class ConfigReader:
         if (
             isinstance(value, bool)
             or not isinstance(value, int | float)
-            or not math.isfinite(value)
+            or not abs(value) <= sys.float_info.max
         ):
             raise self.malformed(name, "a number")
         return float(value)
@@ -144,7 +160,10 @@ class ConfigReader:
         unknown = sorted(
             name
             for name, value in self._values.items()
-            if name not in self._read and name not in HARMLESS and value not in (None, False)
+            if name not in self._read
+            and name not in HARMLESS
+            and value is not None
+            and not (value is False and name in HARMLESS_IF_FALSE)
         )
         if "quantization_config" in unknown:
             raise UnsupportedError(

@@ -39,6 +39,30 @@ TOWERS = {
 }
 
 
+# What the top level of a multimodal config says of the other modalities.
+_MODALITIES = ("audio_", "image_", "mm_", "video_", "vision_")
+
+
+def open_config(config: dict[str, Any]) -> ConfigReader:
+    """The text part of a config; the rest of a multimodal one has been checked.
+
+    Raises:
+        CheckpointError, UnsupportedError: as `ConfigReader`.
+    """
+    if "text_config" not in config:
+        return ConfigReader(config, where="config.json")
+    outer = ConfigReader(config, where="config.json")
+    text = outer.get("text_config")
+    if not isinstance(text, dict):
+        raise outer.malformed("text_config", "an object")
+    for name in config:
+        if name.startswith(_MODALITIES) or name.endswith(("_token_id", "_token_index")):
+            outer.get(name)
+    outer.get("tie_word_embeddings")
+    outer.finish()
+    return ConfigReader(text, where="config.json: text_config")
+
+
 @dataclass(frozen=True)
 class Attention:
     """The attention of one layer.
@@ -136,12 +160,13 @@ def read_shared_layers(config: ConfigReader, count: int) -> int:
     return shared
 
 
-def read_eos(config: ConfigReader) -> tuple[int, ...]:
-    """`eos_token_id`: none, one or several."""
+def read_eos(config: dict[str, Any], text: ConfigReader) -> tuple[int, ...]:
+    """`eos_token_id`, of the whole model or of its text part: none, one or several."""
     eos = config.get("eos_token_id")
+    eos = text.get("eos_token_id") if eos is None else eos
     ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(i) is int for i in ids):
-        raise config.malformed("eos_token_id", "an id or a list of ids")
+        raise text.malformed("eos_token_id", "an id or a list of ids")
     return tuple(ids)
 
 
@@ -267,7 +292,9 @@ def rotary_weights(
         parameters = rope_parameters.get(a.layer_type)
         if not isinstance(parameters, dict):
             raise CheckpointError(f"{where} is {parameters!r}; expected an object")
-        frequencies = inverse_frequencies(parameters, head_dim=a.head_dim, where=where)
+        frequencies = inverse_frequencies(
+            ConfigReader(parameters, where=where), head_dim=a.head_dim
+        )
         weights[a.inv_freq_name] = Weight(
             a.inv_freq_name, frequencies.shape, constant=frequencies, is_buffer=True
         )

@@ -60,7 +60,7 @@ class Gemma3nConfig:
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
     """Read a config.json; see `families.base.Family.configure`."""
     multimodal = "text_config" in config
-    text = ConfigReader(config.get("text_config") or config, where="config.json")
+    text = gemma.open_config(config)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
     embed_tokens, per_layer = gemma.tables(
         text, num_layers=layers, dtype=dtype, outside="error" if multimodal else "row 0"
@@ -75,7 +75,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         active=text.integer("altup_active_idx", minimum=0),
         correct_scale=text.flag("altup_correct_scale", default=True),
         activation=text.choice("hidden_activation", ACTIVATIONS),
-        final_softcap=text.optional_number("final_logit_softcapping"),
+        final_softcap=text.number("final_logit_softcapping", default=30.0),
         eps=text.number("rms_norm_eps"),
         router_scale=rounded(1 / hidden, dtype),
         projection_scale=rounded(hidden**-0.5, dtype),
@@ -90,8 +90,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         family="gemma3n",
         num_layers=layers,
         vocab_size=embed_tokens.rows,
-        # A multimodal model embeds the ids beyond the per-layer table with its towers.
-        num_rows=min(embed_tokens.rows, per_layer.rows) if multimodal else embed_tokens.rows,
+        num_rows=_text_rows(config, embed_tokens.rows, per_layer.rows),
         max_context=text.integer("max_position_embeddings"),
         tables=(embed_tokens, per_layer),
         weights=(*weights, head),
@@ -100,7 +99,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         unused=unused | unused_head,
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
-        eos_token_ids=gemma.read_eos(text),
+        eos_token_ids=gemma.read_eos(config, text),
     )
     text.finish()
     return model
@@ -238,6 +237,18 @@ def _rescale(x_BTH: Tensor, *, like: Tensor) -> Tensor:
     return x_BTH * target / own
 
 
+def _text_rows(config: dict[str, Any], rows: int, per_layer_rows: int) -> int:
+    """Ids that the text tables embed: all, or those before the first id of another modality."""
+    if "text_config" not in config:
+        return rows
+    offsets = [
+        tower.get("vocab_offset")
+        for tower in (config.get("vision_config"), config.get("audio_config"))
+        if isinstance(tower, dict)
+    ]
+    return min([rows, per_layer_rows, *(n for n in offsets if type(n) is int and n > 0)])
+
+
 def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Attention]:
     layer_types = gemma.read_layer_types(text, layers)
     sources = gemma.kv_sources(layer_types, shared)
@@ -283,12 +294,14 @@ def _sparsity(text: ConfigReader, layers: int) -> list[float]:
 
 
 def _rope_parameters(text: ConfigReader) -> dict[str, Any]:
-    """`rope_parameters`, or the older `rope_theta`, `rope_local_base_freq` and `rope_scaling`."""
+    """`rope_parameters`, or the older `rope_theta` and `rope_local_base_freq`."""
     saved = text.get("rope_parameters") or {}
-    if not isinstance(saved, dict):
+    if not isinstance(saved, dict) or not all(
+        isinstance(saved.get(name) or {}, dict) for name in gemma.LAYER_TYPES
+    ):
         raise text.malformed("rope_parameters", "an object with one entry for each layer type")
+    text.require("rope_scaling", (None,))
     parameters = {name: dict(saved.get(name) or {}) for name in gemma.LAYER_TYPES}
-    parameters["full_attention"].update(text.get("rope_scaling") or {})
     older = {"full_attention": "rope_theta", "sliding_attention": "rope_local_base_freq"}
     for layer_type, name in older.items():
         theta = text.number(name, default=DEFAULT_THETA[layer_type])

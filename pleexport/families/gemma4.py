@@ -42,7 +42,7 @@ class Gemma4Config:
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
     """Read a config.json; see `families.base.Family.configure`."""
-    text = ConfigReader(config.get("text_config") or config, where="config.json")
+    text = gemma.open_config(config)
     _refuse_variants(text)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
     embed_tokens, per_layer = gemma.tables(text, num_layers=layers, dtype=dtype, outside="error")
@@ -74,7 +74,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         row_aliases=_placeholder_aliases(config, num_rows, pad) if "text_config" in config else {},
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
-        eos_token_ids=gemma.read_eos(text),
+        eos_token_ids=gemma.read_eos(config, text),
     )
     text.finish()
     return model

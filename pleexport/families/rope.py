@@ -5,48 +5,44 @@ Source: transformers `modeling_rope_utils`; Su et al. 2021, arXiv 2104.09864, se
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.families.config_reader import ConfigReader
 
-_KNOWN_FIELDS = {"rope_type", "type", "rope_theta", "factor", "partial_rotary_factor"}
+ROPE_TYPES = ("default", "linear", "proportional")
 
 
-def inverse_frequencies(
-    parameters: dict[str, Any], *, head_dim: int, where: str
-) -> NDArray[np.float32]:
+def inverse_frequencies(parameters: ConfigReader, *, head_dim: int) -> NDArray[np.float32]:
     """`[head_dim / 2]` radians per position.
 
     Args:
         parameters: one layer type's `rope_parameters`.
-        where: how messages name it.
     Raises:
-        UnsupportedError: a rope type that is not "default", "linear" or "proportional".
+        UnsupportedError: a rope type or field that is not implemented.
         CheckpointError: a missing or malformed field.
     """
-    unknown = sorted(k for k, v in parameters.items() if k not in _KNOWN_FIELDS and v is not None)
-    if unknown:
-        raise UnsupportedError(f"{where}: rope field `{unknown[0]}` is not implemented")
-    rope_type = parameters.get("rope_type", parameters.get("type", "default"))
-    theta = parameters.get("rope_theta")
-    if not isinstance(theta, int | float) or isinstance(theta, bool) or theta <= 0:
-        raise CheckpointError(f"{where}: `rope_theta` is {theta!r}; expected a positive number")
-    angles = head_dim // 2
-    if rope_type == "proportional":
-        angles = int(parameters.get("partial_rotary_factor", 1.0) * head_dim // 2)
-    elif rope_type not in ("default", "linear"):
-        raise UnsupportedError(
-            f"{where}: rope type `{rope_type}` is not implemented; "
-            "implemented: default, linear, proportional"
-        )
+    name = "rope_type" if parameters.has("rope_type") or not parameters.has("type") else "type"
+    rope_type = parameters.choice(name, ROPE_TYPES) if parameters.has(name) else "default"
+    theta = parameters.number("rope_theta")
+    if theta <= 0:
+        raise parameters.malformed("rope_theta", "a positive number")
+    share = parameters.number("partial_rotary_factor", default=1.0)
+    if not 0 < share <= 1:
+        raise parameters.malformed("partial_rotary_factor", "a number above 0 and at most 1")
+    if rope_type != "proportional":
+        parameters.require("partial_rotary_factor", (None, 1.0))
+    factor = parameters.number("factor", default=1.0)
+    if factor <= 0:
+        raise parameters.malformed("factor", "a positive number")
+    parameters.get("type")
+    parameters.finish()
+    angles = int(share * head_dim // 2)
     exponents = np.arange(0, 2 * angles, 2, dtype=np.float32) / np.float32(head_dim)
     # The power in float64, then rounded: float32 powers differ between NumPy and torch.
-    powers = (float(theta) ** exponents.astype(np.float64)).astype(np.float32)
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.zeros(head_dim // 2, dtype=np.float32)
     frequencies[:angles] = np.float32(1.0) / powers
-    if rope_type in ("linear", "proportional"):
-        frequencies /= np.float32(parameters.get("factor", 1.0))
+    if rope_type != "default":
+        frequencies /= np.float32(factor)
     return frequencies

@@ -13,6 +13,7 @@ CONTEXT_CAPACITY = "context_capacity"
 WINDOW_CAPACITY = "window_capacity"
 POSITION_IDS = "position_ids"
 NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+LOGITS_OUTPUT = "logits"
 
 
 class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -63,12 +63,6 @@ class OnnxGraph:
     model: ir.Model
     tensors: list[StoredTensor] = field(default_factory=list)
 
-    @property
-    def data_bytes(self) -> int:
-        """Size of the data file."""
-        last = self.tensors[-1]
-        return last.offset + last.nbytes
-
 
 def translate(program: torch.export.ExportedProgram, model: Model) -> ir.Model:
     """The ONNX form of a traced program, its weights still without values."""

@@ -50,3 +50,8 @@ class WeightFormat:
         block_bytes = self.block_size * BITS[dtype] // 8 + 4
         zero_points = 0 if self.symmetric else groups(blocks * BITS[dtype], 8)
         return outputs * (blocks * block_bytes + zero_points)
+
+    def resident_bytes(self, weight: Weight) -> int:
+        """Bytes in memory: ONNX Runtime raises fp16 weights to fp32 when it loads them."""
+        factor = 2 if self.stored_dtype(weight) == "fp16" else 1
+        return factor * self.stored_bytes(weight)
