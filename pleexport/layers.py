@@ -61,17 +61,18 @@ def softcap(x: Tensor, cap: float | None) -> Tensor:
 
 
 def rotary_angles(position_ids_BT: Tensor, inv_freq: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine `[B, T, 1, head_dim / 2]` for `rotate`."""
-    angles = (position_ids_BT.unsqueeze(-1).float() * inv_freq).unsqueeze(2)
+    """Cosine and sine `[B, T, head_dim / 2]` for `rotate`."""
+    angles = position_ids_BT.unsqueeze(-1).float() * inv_freq
     return angles.cos(), angles.sin()
 
 
 def rotate(x_BTND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary embedding of N heads; element i pairs with i + D/2. Source: arXiv 2104.09864."""
-    cos, sin = angles
-    half = x_BTND.shape[-1] // 2
-    left, right = x_BTND[..., :half], x_BTND[..., half:]
-    return torch.cat((left * cos - right * sin, right * cos + left * sin), dim=-1)
+    """Rotary embedding of N heads; element i pairs with i + D/2. Source: arXiv 2104.09864.
+
+    One operator of ONNX: written out, it is eight nodes for every projection.
+    """
+    rotated = torch.onnx.ops.rotary_embedding(x_BTND.flatten(2), *angles, num_heads=x_BTND.shape[2])
+    return rotated.reshape(x_BTND.shape)
 
 
 def visible_slots(

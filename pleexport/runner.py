@@ -85,7 +85,8 @@ class Stats:
 class _Caches:
     """The buffers that the graph reads and writes in place.
 
-    Window layers get a fixed ring; the others grow with the text, doubling.
+    They grow with the text, doubling; those of window layers up to the size of their ring, which
+    is reached before a position wraps around.
     """
 
     def __init__(self, contract: GraphContract, *, context: int, chunk: int) -> None:
@@ -93,7 +94,7 @@ class _Caches:
         self._context = context
         windows = [cache.window for cache in contract.caches if cache.window is not None]
         # A chunk's first token must still find its window after the whole chunk was written.
-        self._ring = min(max(windows, default=1) + chunk - 1, context)
+        self._largest_ring = min(max(windows, default=1) + chunk - 1, context)
         self.capacity = 0
         self._buffers: dict[str, NDArray[np.float32]] = {}
 
@@ -103,9 +104,10 @@ class _Caches:
             return
         capacity = max(_SMALLEST_CONTEXT_CAPACITY, 2 * self.capacity, positions)
         self.capacity = min(capacity, self._context)
+        ring = min(self.capacity, self._largest_ring)
         for cache in self._contract.caches:
             sizes = [
-                n if isinstance(n, int) else self.capacity if n == CONTEXT_CAPACITY else self._ring
+                n if isinstance(n, int) else self.capacity if n == CONTEXT_CAPACITY else ring
                 for n in cache.shape
             ]
             buffer = self._buffers.get(cache.input)
