@@ -245,6 +245,7 @@ def run(
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
+        sys.stdout.flush()
         if stats:
             typer.echo(describe_stats(runner.stats), err=True)
         return "".join(shown)

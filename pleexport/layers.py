@@ -115,14 +115,28 @@ def _(cache_BNCD: Tensor, new_BNTD: Tensor, first_slot_B: Tensor) -> Tensor:
     return torch.empty_like(cache_BNCD)
 
 
-def attend(q_BTND: Tensor, keys_BKCD: Tensor, values_BKCD: Tensor, visible: Tensor) -> Tensor:
-    """`[B, T, N * D]`: softmax(q k) v with scale 1; K key heads serve N query heads."""
-    out = F.scaled_dot_product_attention(
-        q_BTND.transpose(1, 2),
-        keys_BKCD,
-        values_BKCD,
-        attn_mask=visible,
-        scale=1.0,
-        enable_gqa=q_BTND.shape[2] != keys_BKCD.shape[1],
-    )
-    return out.transpose(1, 2).flatten(2)
+def attention_bias(visible_B1QC: Tensor, *, repeats: int) -> Tensor:
+    """`[B, 1, Q * repeats, C]`: 0 for a visible slot, else -inf; a row for each query head."""
+    bias = torch.where(visible_B1QC, 0.0, -torch.inf)
+    return bias.unsqueeze(3).expand(-1, -1, -1, repeats, -1).flatten(2, 3)
+
+
+def attend(q_BTND: Tensor, keys_BKCD: Tensor, values_BKCD: Tensor, bias: Tensor) -> Tensor:
+    """`[B, T, N * D]`: softmax(q k) v with scale 1; K key heads serve N query heads.
+
+    The query heads of a key head are rows of one product. ONNX's `Attention` multiplies head by
+    head, which takes three times as long for one token and a long cache.
+
+    Args:
+        bias: `[B, 1, T * N / K, C]`, see `attention_bias`.
+    """
+    tokens, size, shared = q_BTND.shape[1], q_BTND.shape[3], keys_BKCD.shape[1]
+    grouped = q_BTND.reshape(1, tokens, shared, -1, size)
+    if shared > 1:
+        grouped = grouped.transpose(1, 2)
+    rows = grouped.reshape(1, shared, -1, size)
+    weights = torch.softmax(rows @ keys_BKCD.transpose(2, 3) + bias, dim=-1)
+    out = weights @ values_BKCD
+    if shared > 1:
+        out = out.reshape(1, shared, tokens, -1, size).transpose(1, 2)
+    return out.reshape(1, tokens, -1)

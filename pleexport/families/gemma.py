@@ -326,14 +326,14 @@ class AttentionContext:
         self._inputs = inputs
         self._query_ids = inputs.position_ids
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
-        self._visible: dict[int | None, Tensor] = {}
+        self._biases: dict[tuple[int | None, int], Tensor] = {}
         self.caches = dict(inputs.caches)
 
     def narrow(self) -> None:
         """Drop the query positions whose logits are not wanted."""
         self._query_ids = self._inputs.position_ids.index_select(1, self._inputs.logit_positions)
         self._angles.clear()
-        self._visible.clear()
+        self._biases.clear()
 
     def angles(self, name: str) -> tuple[Tensor, Tensor]:
         """Rotary angles of the query positions."""
@@ -343,15 +343,17 @@ class AttentionContext:
             self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
         return self._angles[name]
 
-    def visible(self, window: int | None, capacity: int) -> Tensor:
-        """Which cache slots the queries see."""
+    def bias(self, a: Attention, capacity: int) -> Tensor:
+        """What is added to a layer's scores, so that queries see the slots that they may."""
         from pleexport import layers
 
-        if window not in self._visible:
-            self._visible[window] = layers.visible_slots(
-                self._query_ids, self._inputs.position_ids, capacity=capacity, window=window
+        key = (a.window, a.heads // a.kv_heads)
+        if key not in self._biases:
+            visible = layers.visible_slots(
+                self._query_ids, self._inputs.position_ids, capacity=capacity, window=a.window
             )
-        return self._visible[window]
+            self._biases[key] = layers.attention_bias(visible, repeats=key[1])
+        return self._biases[key]
 
     def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
         """Put a layer's new keys and values into its cache."""
@@ -384,8 +386,8 @@ def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext
         key = layers.rotate(w.rms_norm("k_norm", key, a.eps), context.angles(a.inv_freq_name))
         context.write(a.layer, key, layers.rms_normalize(value, a.eps))
     keys, values = context.caches[a.source]
-    visible = context.visible(a.window, keys.shape[2])
-    return w.linear("o_proj", layers.attend(query, keys, values, visible))
+    bias = context.bias(a, keys.shape[2])
+    return w.linear("o_proj", layers.attend(query, keys, values, bias))
 
 
 def per_layer_inputs(
