@@ -108,6 +108,22 @@ def test_vectors_in_any_memory_order_are_read_right(gemma4_bundle: Path) -> None
     np.testing.assert_array_equal(runner.logits(ids), runner.logits(ids, vectors=fortran))
 
 
+def test_processes_share_a_bundle(gemma4_bundle: Path) -> None:
+    command = [sys.executable, "-m", "pleexport.cli", "run", str(gemma4_bundle)]
+    processes = [
+        subprocess.Popen(
+            [*command, "--ids", "3,4,5", "--max-new-tokens", "6"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    texts = {process.communicate(timeout=120)[0] for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert len(texts) == 1
+
+
 def test_stats_count_rows_pages_and_memory(gemma4_bundle: Path) -> None:
     runner = pleexport.Runner(gemma4_bundle)
     list(runner.generate([3, 4, 5], max_new_tokens=4, ignore_eos=True))
