@@ -1,5 +1,10 @@
 """Ship language models whose knowledge lies in lookup tables: split, export, prove, run."""
 
+import os
+
+# ONNX Runtime would write an id of this device, and send usage to its makers.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 from pleexport.builder import build
 from pleexport.bundle import Bundle
 from pleexport.errors import PleexportError

@@ -68,6 +68,13 @@ def bench(
         if value < 1:
             raise RunnerError(f"{name} is {value}; it must be 1 or more")
     opened = Bundle(bundle)
+    longest = max(prompt_tokens) + decode_tokens
+    if longest > opened.manifest.context:
+        raise RunnerError(
+            f"{longest} tokens of prompt and decoding exceed the bundle's context of "
+            f"{opened.manifest.context}",
+            hint="choose shorter prompts, or build with a larger `--context`",
+        )
     started = time.perf_counter()
     runner = Runner(opened, threads=threads)
     load_seconds = time.perf_counter() - started

@@ -34,6 +34,7 @@ from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
 from pleexport.inspection import cache_bytes
 from pleexport.progress import Progress
 from pleexport.targets import Target
+from pleexport.text import TOKENIZER, Text
 
 BACKENDS = ("onnx",)
 _VERSIONED = ("pleexport", "torch", "onnx-ir", "onnxscript", "numpy")
@@ -103,21 +104,22 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    _choice("backend", backend or BACKENDS[0], BACKENDS)
+    _choice("backend", BACKENDS[0] if backend is None else backend, BACKENDS)
     source = Checkpoint(checkpoint)
     model = families.resolve(source.config, dtype=source.dtype)
     binding = Binding(model, source)
+    _check_tokenizer(source)
     binding.check_tied_head()
     chosen = targets.load(target)
     plan = make_plan(
         binding,
         chosen,
-        table_dtype=table_dtype or chosen.table_dtype,
+        table_dtype=chosen.table_dtype if table_dtype is None else table_dtype,
         weights=WeightFormat(
-            weight_dtype or chosen.weight_dtype,
-            block_size or chosen.block_size,
+            chosen.weight_dtype if weight_dtype is None else weight_dtype,
+            chosen.block_size if block_size is None else block_size,
             symmetric,
-            head_dtype or chosen.head_dtype,
+            chosen.head_dtype if head_dtype is None else head_dtype,
         ),
         context=context,
     )
@@ -163,7 +165,8 @@ def make_plan(
     """
     _choice("table dtype", table_dtype, TABLE_DTYPES)
     _choice("weight dtype", weights.dtype, WEIGHT_DTYPES)
-    _choice("head dtype", weights.head_dtype or weights.dtype, WEIGHT_DTYPES)
+    if weights.head_dtype is not None:
+        _choice("head dtype", weights.head_dtype, WEIGHT_DTYPES)
     _choice("block size", str(weights.block_size), tuple(map(str, BLOCK_SIZES)))
     model = binding.model
     if context is not None and not 1 <= context <= model.max_context:
@@ -219,6 +222,13 @@ def _note_what_is_left_out(binding: Binding, progress: Progress) -> None:
 def _reason(binding: Binding) -> str:
     first = binding.ignored[0]
     return next(u.reason for key, u in binding.model.unused.items() if first.endswith(key))
+
+
+def _check_tokenizer(source: Checkpoint) -> None:
+    """Read the small files that the bundle will carry, before the long work."""
+    _ = source.generation_config
+    if (source.path / TOKENIZER).is_file():
+        Text(source.path)
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -61,7 +62,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     family: str
     backend: str
     contract: GraphContract
-    context: int
+    context: Annotated[int, msgspec.Meta(ge=1)]
     eos_token_ids: list[int]
     table_dtype: str
     weight_dtype: str
@@ -142,7 +143,7 @@ def _read_manifest(path: Path) -> Manifest:
                 hint="install the version of pleexport that wrote the bundle, or rebuild it",
             )
         manifest = msgspec.json.decode(raw, type=Manifest)
-    except msgspec.DecodeError as err:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as err:
         raise BundleError(f"`{manifest_path}` is malformed: {err}") from err
     if manifest.contract.id != CONTRACT:
         raise BundleError(
@@ -166,6 +167,11 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         BundleError: `out` exists and may not be replaced.
     """
     out = out.resolve()  # a link to a bundle stays a link, and `.` has a name
+    if out == Path.cwd():
+        raise BundleError(
+            "the current folder cannot be replaced by a bundle",
+            hint="go one up, or choose another folder with `--out`",
+        )
     _check_replaceable(out, overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,6 +184,7 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
+        _check_replaceable(out, overwrite)  # again: a build takes its time
         if out.exists():
             retired = staging.with_name(staging.name + "-old")
             out.rename(retired)

@@ -164,10 +164,13 @@ def verify(
     from pleexport.report import describe_parity, write_html
     from pleexport.verification import verify as verify_bundle
 
-    if report and not checkpoint:
+    if (report or text) and not checkpoint:
+        what = "a report" if report else "a text"
         raise errors.PleexportError(
-            "a report compares with the original", hint="add `--checkpoint CKPT`"
+            f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
+    if report and not report.resolve().parent.is_dir():
+        raise errors.PleexportError(f"`{report.resolve().parent}` is not a folder")
     result = verify_bundle(
         bundle, checkpoint=checkpoint, text=text, progress=Progress(quiet=as_json)
     )
@@ -207,9 +210,7 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text at this string; may be repeated.")
     ] = None,
-    ids: Annotated[
-        str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456; prints ids.")
-    ] = None,
+    ids: Annotated[str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
     ] = True,
@@ -329,7 +330,9 @@ def main() -> None:
     """Run the command line; every expected failure is one sentence and an exit code."""
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    signal.signal(signal.SIGINT, _interrupt)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _interrupt)
     try:
         app(standalone_mode=True)
     except BrokenPipeError:
@@ -351,21 +354,27 @@ def main() -> None:
 
 
 def _interactive(answer: Any, *, as_chat: bool) -> None:
+    if sys.stdin is None:
+        raise errors.PleexportError("there is no input", hint="pass `--prompt TEXT`")
     what = "message" if as_chat else "text to continue"
     typer.echo(f"Type a {what} and press Enter; end with Ctrl-D.", err=True)
     messages: list[dict[str, str]] = []
     while True:
         try:
-            line = input("> ")
+            # A prompt, and editing of the line, for people only.
+            line = input("> " if sys.stdin.isatty() and sys.stdout.isatty() else "")
         except EOFError:
             return
         if not line.strip():
             continue
-        if not as_chat:
-            answer(line)
-            continue
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": answer(messages)})
+        try:
+            text = answer(messages if as_chat else line)
+        except errors.PleexportError as err:
+            typer.echo(f"error: {err.message}", err=True)
+            messages.pop()
+            continue
+        messages.append({"role": "assistant", "content": text})
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -16,6 +16,13 @@ from pleexport.errors import CheckpointError, MissingDependencyError
 if TYPE_CHECKING:
     from torch import Tensor
 
+FLOAT_FIELDS = {
+    "altup_coef_clip",
+    "attention_dropout",
+    "final_logit_softcapping",
+    "initializer_range",
+    "rms_norm_eps",
+}
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -119,6 +126,9 @@ class TransformersOracle:
         checkpoint = binding.checkpoint
         values = dict(checkpoint.text_config)
         values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
+        for name in FLOAT_FIELDS & values.keys():
+            if type(values[name]) is int:  # JSON knows one kind of number, transformers two
+                values[name] = float(values[name])
         model_type = f"{binding.model.family}_text"
         # The layouts of multimodal checkpoints and of repacks, as a text model names them.
         key_mapping = {

@@ -354,7 +354,7 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
     for name in names:
         model.graph.output.append(onnx.ValueInfoProto(name=name))
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(bundle.path)
     )

@@ -27,6 +27,7 @@ from pleexport.sampling import Sampling
 from pleexport.text import TOKENIZER, StopStrings, Text
 
 PREFILL_CHUNK = 256
+MOST_THREADS = 256
 _SMALLEST_CONTEXT_CAPACITY = 256
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -397,8 +398,10 @@ class Runner:
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
+    if not 0 <= threads <= MOST_THREADS:
+        raise RunnerError(f"threads is {threads}; it must be 0 to {MOST_THREADS}")
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4
     # Smaller pieces of work at the end of an operator: threads wait less for each other.
     options.add_session_config_entry("session.dynamic_block_base", "4")
     try:

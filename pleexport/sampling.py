@@ -37,7 +37,7 @@ class Sampling:
             "top_k": (self.top_k >= 0, "0 or more"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < np.inf, "above 0"),
+            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
         }
         for name, (valid, expected) in ranges.items():
             if not valid:
@@ -46,7 +46,16 @@ class Sampling:
     def choose(
         self, logits_V: NDArray[np.float32], ids: list[int], generator: np.random.Generator
     ) -> int:
-        """The next token's id, given the ids of the text so far."""
+        """The next token's id, given the ids of the text so far.
+
+        Raises:
+            RunnerError: the logits are not numbers.
+        """
+        if not np.isfinite(logits_V).all():
+            raise RunnerError(
+                "the model's logits are not finite",
+                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            )
         if self.repetition_penalty != 1.0:
             logits_V = logits_V.copy()
             seen = np.unique(np.asarray(ids, dtype=np.int64))

@@ -62,7 +62,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     name: Name
     description: Text
     backend: Literal["onnx"]
-    page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE)]
+    page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
     table_dtype: Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
     weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
     block_size: Literal[16, 32, 64, 128, 256] = 64

@@ -35,7 +35,15 @@ class Text:
         self.chat_template = self._read_template(folder)
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, with the special tokens that the tokenizer puts around it."""
+        """Ids of a text, with the special tokens that the tokenizer puts around it.
+
+        Raises:
+            RunnerError: the text is not Unicode.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as err:
+            raise RunnerError("the text is not UTF-8") from err
         ids = list(self.tokenizer.encode(text).ids)
         bos = self._special("bos_token")
         if self._config.get("add_bos_token") and bos:
@@ -74,7 +82,7 @@ class Text:
             text = environment.from_string(self.chat_template).render(
                 messages=list(messages), add_generation_prompt=True, **specials
             )
-        except (TemplateError, TypeError, ValueError) as err:
+        except (TemplateError, ArithmeticError, RecursionError, TypeError, ValueError) as err:
             raise RunnerError(f"the chat template cannot render this conversation: {err}") from err
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
@@ -90,7 +98,10 @@ class Text:
     def _read_template(self, folder: Path) -> str | None:
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            try:
+                return path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as err:
+                raise BundleError(f"`{path}` cannot be read: {err}") from err
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -154,6 +165,6 @@ def _read_object(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as err:
+    except (OSError, ValueError, RecursionError) as err:
         raise BundleError(f"`{path}` is not valid JSON ({err})") from err
     return value if isinstance(value, dict) else {}

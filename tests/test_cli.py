@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from pleexport.bundle import staging_folder
+from pleexport.errors import BundleError
+
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 
 
@@ -124,6 +127,11 @@ def test_targets_lists_and_shows() -> None:
         (["verify", "{bundle}", "--checkpoint", "{checkpoint}", "--text", "x"], "no tokenizer"),
         (["run", "{bundle}", "--ids", "1" * 30], "a token id has no row"),
         (["run", "{bundle}", "--ids", "1", "--seed", "-1"], "seed is -1"),
+        (["run", "{bundle}", "--ids", "1", "--threads", "100000"], "threads is 100000"),
+        (["bench", "{bundle}", "--prompt-tokens", "99999999"], "exceed the bundle's context"),
+        (["verify", "{bundle}", "--text", "x"], "a text compares with the original"),
+        (["build", "{checkpoint}", "--out", "."], "the current folder cannot be replaced"),
+        (["build", "{checkpoint}", "--block-size", "0"], "block size `0` is not known"),
         (["build", "{checkpoint}", "--block-size", "48"], "block size `48` is not known"),
         (["build", "{checkpoint}", "--out", "{occupied}/thesis.txt/x"], "is no folder that can"),
     ],
@@ -163,6 +171,40 @@ def test_overwrite_replaces_bundles_and_nothing_else(
     assert result.returncode == 2
     assert "is not a bundle" in result.stderr or "and other things" in result.stderr
     assert (out / "thesis.txt").read_text() == "keep me"
+
+
+def test_what_appears_at_the_place_of_a_bundle_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with (  # noqa: PT012
+        pytest.raises(BundleError, match="exists and is not a bundle"),
+        staging_folder(out, overwrite=False) as staging,
+    ):
+        (staging / "manifest.json").write_text("{}")
+        out.mkdir()
+        (out / "thesis.txt").write_text("keep me")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "thesis.txt").read_text() == "keep me"
+
+
+def test_no_command_writes_outside_of_its_output(gemma4_bundle: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"HOME": str(tmp_path)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    subprocess.run(
+        [sys.executable, "-m", "pleexport.cli", "run", str(gemma4_bundle), "--ids", "1,2"],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interactive_session_goes_on_after_a_line_that_cannot_be_used(
+    gemma4_bundle: Path,
+) -> None:
+    result = pleexport("run", gemma4_bundle, input="hello\nagain\n")
+    assert result.returncode == 0
+    assert result.stderr.count("error: this bundle has no tokenizer") == 2
+    assert result.stdout == ""
 
 
 def test_verify_with_another_checkpoint_says_so(

@@ -107,10 +107,17 @@ class ConfigReader:
             raise self.malformed(name, "a number")
         return float(value)
 
-    def optional_number(self, name: str) -> float | None:
-        """A finite number, or None where the field is missing or null."""
+    def positive(self, name: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.number(name, default)
+        if value <= 0:
+            raise self.malformed(name, "a positive number")
+        return value
+
+    def optional_positive(self, name: str) -> float | None:
+        """A finite number above zero, or None where the field is missing or null."""
         self._read.add(name)
-        return self.number(name) if self.has(name) else None
+        return self.positive(name) if self.has(name) else None
 
     def flag(self, name: str, *, default: bool) -> bool:
         """A boolean field; null counts as the default."""

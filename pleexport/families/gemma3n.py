@@ -75,8 +75,8 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         active=text.integer("altup_active_idx", minimum=0),
         correct_scale=text.flag("altup_correct_scale", default=True),
         activation=text.choice("hidden_activation", ACTIVATIONS),
-        final_softcap=text.number("final_logit_softcapping", default=30.0),
-        eps=text.number("rms_norm_eps"),
+        final_softcap=text.positive("final_logit_softcapping", default=30.0),
+        eps=text.positive("rms_norm_eps"),
         router_scale=rounded(1 / hidden, dtype),
         projection_scale=rounded(hidden**-0.5, dtype),
         mix_scale=rounded(2**-0.5, dtype),
@@ -264,7 +264,7 @@ def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Atte
             head_dim=text.integer("head_dim", minimum=2),
             window=window if layer_type == "sliding_attention" else None,
             value_is_key=False,
-            eps=text.number("rms_norm_eps"),
+            eps=text.positive("rms_norm_eps"),
         )
         gemma.check_heads(attention, attentions)
         attentions.append(attention)

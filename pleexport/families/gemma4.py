@@ -53,8 +53,8 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         first_shared_layer=layers - shared,
         hidden_size=hidden,
         activation=text.choice("hidden_activation", ACTIVATIONS),
-        final_softcap=text.optional_number("final_logit_softcapping"),
-        eps=text.number("rms_norm_eps"),
+        final_softcap=text.optional_positive("final_logit_softcapping"),
+        eps=text.positive("rms_norm_eps"),
     )
     weights, unused = _weights(text, settings, width=per_layer.width)
     head, unused_head = gemma.head_weight(config, text, vocab=embed_tokens.rows, hidden=hidden)
@@ -147,7 +147,7 @@ def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Atte
     key_is_value = text.flag("attention_k_eq_v", default=False)
     heads, window = text.integer("num_attention_heads"), text.integer("sliding_window")
     head_dim, kv_heads = text.integer("head_dim", minimum=2), text.integer("num_key_value_heads")
-    eps = text.number("rms_norm_eps")
+    eps = text.positive("rms_norm_eps")
     attentions: list[gemma.Attention] = []
     for i, layer_type in enumerate(layer_types):
         override, full = overrides[i], layer_type == "full_attention"

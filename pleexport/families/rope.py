@@ -24,17 +24,13 @@ def inverse_frequencies(parameters: ConfigReader, *, head_dim: int) -> NDArray[n
     """
     name = "rope_type" if parameters.has("rope_type") or not parameters.has("type") else "type"
     rope_type = parameters.choice(name, ROPE_TYPES) if parameters.has(name) else "default"
-    theta = parameters.number("rope_theta")
-    if theta <= 0:
-        raise parameters.malformed("rope_theta", "a positive number")
+    theta = parameters.positive("rope_theta")
     share = parameters.number("partial_rotary_factor", default=1.0)
     if not 0 < share <= 1:
         raise parameters.malformed("partial_rotary_factor", "a number above 0 and at most 1")
     if rope_type != "proportional":
         parameters.require("partial_rotary_factor", (None, 1.0))
-    factor = parameters.number("factor", default=1.0)
-    if factor <= 0:
-        raise parameters.malformed("factor", "a positive number")
+    factor = parameters.positive("factor", default=1.0)
     parameters.get("type")
     parameters.finish()
     angles = int(share * head_dim // 2)
