@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import ml_dtypes
 import msgspec
+import numpy as np
 
 from pleexport.families.base import Table
 from pleexport.quantize import groups
@@ -19,6 +21,7 @@ ROW_ALIGNMENT = 64
 MINIMUM_PAGE_SIZE = 16_384
 
 ITEM_BITS = {"fp32": 32, "fp16": 16, "bf16": 16, "int8": 8, "int4": 4}
+FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 SAFETENSORS_TO_SEGMENT = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}
 GROUP_SIZES = {"int8": 128, "int4": 32}
 TABLE_DTYPES = ("source", *ITEM_BITS)

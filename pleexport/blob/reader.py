@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import msgspec
 import numpy as np
 import xxhash
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from pleexport.blob.layout import (
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
+    FLOAT_DTYPES,
     FORMAT,
     ITEM_BITS,
     MINIMUM_PAGE_SIZE,
@@ -32,7 +32,6 @@ from pleexport.quantize import dequantize_rows, unpack_nibbles
 from pleexport.safetensors_file import SafetensorsFile
 
 _KNOWN_METADATA = {"format", "version", "page_size", "row_aliases", "segments", "source_digest"}
-_FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -176,9 +175,7 @@ class Blob:
         )
         codes = np.ascontiguousarray(slots[..., : segment.code_bytes])
         if segment.group_size is None:
-            values: NDArray[np.float32] = codes.view(_FLOAT_DTYPES[segment.dtype]).astype(
-                np.float32
-            )
+            values: NDArray[np.float32] = codes.view(FLOAT_DTYPES[segment.dtype]).astype(np.float32)
         else:
             assert segment.scale_offset is not None
             raw = np.ascontiguousarray(slots[..., segment.scale_offset - segment.offset :])

@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import msgspec
 import numpy as np
 import xxhash
@@ -16,6 +15,7 @@ from pleexport.binding import Binding
 from pleexport.blob.layout import (
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
+    FLOAT_DTYPES,
     FORMAT,
     ROWS,
     VERSION,
@@ -31,7 +31,6 @@ from pleexport.parallel import map_in_order
 from pleexport.quantize import pack_nibbles, quantize_rows
 
 _BATCH_BYTES = 2 << 20
-_FLOAT_DTYPES = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 def blob_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
@@ -114,7 +113,7 @@ def _encode(
     values = source.reshape(len(batch), count, table.width)
     if first.group_size is None:
         with np.errstate(over="ignore"):
-            raw = values.astype(_FLOAT_DTYPES[first.dtype])
+            raw = values.astype(FLOAT_DTYPES[first.dtype])
         if raw.dtype != values.dtype and not np.isfinite(raw).all():
             raise CheckpointError(
                 f"table `{table.key}` holds values that are not finite in {first.dtype}",
