@@ -31,7 +31,7 @@ from pleexport.errors import CheckFailed, MissingDependencyError, PleexportError
 from pleexport.families.base import Model
 from pleexport.graph.contract import describe
 from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
-from pleexport.inspection import cache_bytes
+from pleexport.inspection import resident_bytes
 from pleexport.progress import Progress
 from pleexport.targets import Target
 from pleexport.text import TOKENIZER, Text
@@ -179,8 +179,7 @@ def make_plan(
         BLOB: blob_bytes(model, segments, target.page_size),
     }
     positions = context or min(target.context, model.max_context)
-    resident = sum(weights.resident_bytes(weight) for weight in model.weights)
-    resident += cache_bytes(model, positions)
+    resident = resident_bytes(model, weights, positions)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     if problems:
         raise TargetError(

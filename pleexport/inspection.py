@@ -23,6 +23,7 @@ from pleexport.bundle import BLOB, GRAPH_DATA
 from pleexport.checkpoint import CONFIG_DTYPES, Checkpoint
 from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Table
+from pleexport.graph.storage import WeightFormat
 from pleexport.targets import Target
 
 _CACHE_ITEM_BYTES = 4
@@ -266,6 +267,12 @@ def cache_bytes(model: Model, context: int) -> int:
     )
 
 
+def resident_bytes(model: Model, weights: WeightFormat, context: int) -> int:
+    """Bytes that have to stay in memory: dense weights as ONNX Runtime holds them, and cache."""
+    dense = sum(weights.resident_bytes(weight) for weight in model.weights)
+    return dense + cache_bytes(model, context)
+
+
 def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     """What a build of a model for a target will weigh.
 
@@ -278,7 +285,7 @@ def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     blob = blob_bytes(model, segments, target.page_size)
     cache = cache_bytes(model, context)
     sizes = {GRAPH_DATA: graph, BLOB: blob}
-    resident = cache + sum(target.weights.resident_bytes(weight) for weight in model.weights)
+    resident = resident_bytes(model, target.weights, context)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     return TargetEstimate(
         target=target.name,
