@@ -7,6 +7,7 @@ import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import msgspec
 
@@ -28,7 +29,7 @@ from pleexport.bundle import (
 )
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckFailed, MissingDependencyError, PleexportError, TargetError
-from pleexport.families.base import Model
+from pleexport.families.base import CACHE_DTYPES, CacheDtype, Model
 from pleexport.graph.contract import describe
 from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
 from pleexport.inspection import resident_bytes
@@ -53,6 +54,7 @@ class Plan:
     target: Target
     table_dtype: str
     weights: WeightFormat
+    cache_dtype: CacheDtype
     context: int
     segments: list[Segment]
     sizes: dict[str, int]
@@ -73,6 +75,7 @@ def build(
     block_size: int | None = None,
     symmetric: bool = True,
     head_dtype: str | None = None,
+    cache_dtype: str | None = None,
     context: int | None = None,
     backend: str | None = None,
     overwrite: bool = False,
@@ -93,6 +96,8 @@ def build(
         symmetric: one zero point for all blocks; otherwise each has its own, which is closer to
             the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.
+        cache_dtype: "fp32", "fp16" or "int8", how keys and values are held at run time in layers
+            that see the whole context; the target's by default.
         context: largest number of positions; the target's by default, the model's at most.
         backend: "onnx", the only one so far.
         overwrite: replace a bundle at `out`.
@@ -121,6 +126,7 @@ def build(
             symmetric,
             chosen.head_dtype if head_dtype is None else head_dtype,
         ),
+        cache_dtype=chosen.cache_dtype if cache_dtype is None else cache_dtype,
         context=context,
     )
     destination = Path(out) if out else Path(f"{source.path.resolve().name}-{plan.target.name}")
@@ -155,6 +161,7 @@ def make_plan(
     *,
     table_dtype: str,
     weights: WeightFormat,
+    cache_dtype: str,
     context: int | None,
 ) -> Plan:
     """Check dtypes and context, and compute the sizes of what will be written.
@@ -167,6 +174,8 @@ def make_plan(
     _choice("weight dtype", weights.dtype, WEIGHT_DTYPES)
     if weights.head_dtype is not None:
         _choice("head dtype", weights.head_dtype, WEIGHT_DTYPES)
+    _choice("cache dtype", cache_dtype, CACHE_DTYPES)
+    cache = cast(CacheDtype, cache_dtype)
     _choice("block size", str(weights.block_size), tuple(map(str, BLOCK_SIZES)))
     model = binding.model
     if context is not None and not 1 <= context <= model.max_context:
@@ -179,7 +188,7 @@ def make_plan(
         BLOB: blob_bytes(model, segments, target.page_size),
     }
     positions = context or min(target.context, model.max_context)
-    resident = resident_bytes(model, weights, positions)
+    resident = resident_bytes(model, weights, cache, positions)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     if problems:
         raise TargetError(
@@ -190,6 +199,7 @@ def make_plan(
         target=target,
         table_dtype=table_dtype,
         weights=weights,
+        cache_dtype=cache,
         context=positions,
         segments=segments,
         sizes=sizes,
@@ -248,9 +258,10 @@ def _write_graph(binding: Binding, plan: Plan, folder: Path, progress: Progress)
             f"building needs {err.name}", hint="pip install 'pleexport[export]'"
         ) from err
     with progress.step("Tracing the dense graph"):
-        program = trace.trace(binding.model)
+        program = trace.trace(binding.model, plan.cache_dtype)
     with progress.step("Translating it to ONNX"):
-        graph = onnx.attach_weights(onnx.translate(program, binding.model), binding, plan.weights)
+        translated = onnx.translate(program, binding.model, plan.cache_dtype)
+        graph = onnx.attach_weights(translated, binding, plan.weights)
     with progress.bytes("Writing dense weights", plan.sizes[GRAPH_DATA]) as update:
         return {"weights": onnx.save(graph, folder / GRAPH, progress=update)}
 
@@ -261,7 +272,7 @@ def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest
         schema=SCHEMA,
         family=model.family,
         backend="onnx",
-        contract=describe(model),
+        contract=describe(model, plan.cache_dtype),
         context=plan.context,
         eos_token_ids=_eos_token_ids(model, source),
         table_dtype=plan.table_dtype,
@@ -271,6 +282,7 @@ def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest
         ),
         block_size=plan.weights.block_size,
         symmetric=plan.weights.symmetric,
+        cache_dtype=plan.cache_dtype,
         target=plan.target.name,
         source_digest=digests,
         versions={name: _version(name) for name in _VERSIONED}

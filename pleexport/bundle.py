@@ -14,6 +14,7 @@ from typing import Annotated
 import msgspec
 
 from pleexport.errors import BundleError, CheckFailed
+from pleexport.families.base import CacheDtype
 from pleexport.graph.contract import CONTRACT, GraphContract
 
 SCHEMA = 1
@@ -54,6 +55,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         context: largest number of positions the bundle was built for.
         weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
             `graph.storage.WeightFormat`.
+        cache_dtype: of keys and values in layers that see the whole context.
         source_digest: digests of the source tables and of the stored weights.
         versions: of the tools that wrote the bundle.
     """
@@ -69,6 +71,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     head_dtype: str
     block_size: int
     symmetric: bool
+    cache_dtype: CacheDtype
     target: str
     source_digest: dict[str, str]
     versions: dict[str, str]

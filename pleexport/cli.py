@@ -100,6 +100,12 @@ def build(
         str | None,
         typer.Option(help="Output head: fp32, fp16, int8, int4.", show_default="the target's"),
     ] = None,
+    cache_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Keys and values of full layers: fp32, fp16, int8.", show_default="the target's"
+        ),
+    ] = None,
     context: Annotated[
         int | None,
         typer.Option(help="Largest number of positions.", show_default="the target's"),
@@ -128,6 +134,7 @@ def build(
         block_size=block_size,
         symmetric=symmetric,
         head_dtype=head_dtype,
+        cache_dtype=cache_dtype,
         context=context,
         backend=backend,
         overwrite=overwrite,

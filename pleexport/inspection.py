@@ -22,11 +22,9 @@ from pleexport.blob.writer import blob_bytes
 from pleexport.bundle import BLOB, GRAPH_DATA
 from pleexport.checkpoint import CONFIG_DTYPES, Checkpoint
 from pleexport.errors import CheckpointError
-from pleexport.families.base import Model, Table
+from pleexport.families.base import CACHE_ITEM_BYTES, CacheDtype, Model, Table
 from pleexport.graph.storage import WeightFormat
 from pleexport.targets import Target
-
-_CACHE_ITEM_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         bundle_bytes: dense weights and blob; tokenizer and reports come on top.
-        cache_bytes: keys and values of a full context, in float32.
+        cache_bytes: keys and values of a full context.
         resident_bytes: dense weights as ONNX Runtime holds them, and cache.
         fits: whether the target's limits allow it.
         problems: the limits that do not, with the numbers.
@@ -177,6 +175,7 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     table_dtype: str
     weight_dtype: str
+    cache_dtype: str
     context: int
     graph_bytes: int
     blob_bytes: int
@@ -258,19 +257,24 @@ def inspect(path: str | Path) -> ModelInfo:
     )
 
 
-def cache_bytes(model: Model, context: int) -> int:
-    """Bytes of keys and values of `context` positions, in float32; a window holds no more."""
-    positions = {cache: min(cache.window or context, context) for cache in model.caches}
+def cache_bytes(model: Model, dtype: CacheDtype, context: int) -> int:
+    """Bytes of keys and values of `context` positions; a window holds no more than its own."""
     return sum(
-        2 * _CACHE_ITEM_BYTES * cache.heads * cache.head_dim * count
-        for cache, count in positions.items()
+        CACHE_ITEM_BYTES[buffer.dtype]
+        * buffer.width
+        * cache.heads
+        * min(cache.window or context, context)
+        for cache in model.caches
+        for buffer in cache.buffers(dtype)
     )
 
 
-def resident_bytes(model: Model, weights: WeightFormat, context: int) -> int:
+def resident_bytes(
+    model: Model, weights: WeightFormat, cache_dtype: CacheDtype, context: int
+) -> int:
     """Bytes that have to stay in memory: dense weights as ONNX Runtime holds them, and cache."""
     dense = sum(weights.resident_bytes(weight) for weight in model.weights)
-    return dense + cache_bytes(model, context)
+    return dense + cache_bytes(model, cache_dtype, context)
 
 
 def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
@@ -283,14 +287,15 @@ def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     context = min(target.context, model.max_context)
     graph = sum(target.weights.stored_bytes(weight) for weight in model.weights)
     blob = blob_bytes(model, segments, target.page_size)
-    cache = cache_bytes(model, context)
+    cache = cache_bytes(model, target.cache_dtype, context)
     sizes = {GRAPH_DATA: graph, BLOB: blob}
-    resident = resident_bytes(model, target.weights, context)
+    resident = resident_bytes(model, target.weights, target.cache_dtype, context)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     return TargetEstimate(
         target=target.name,
         table_dtype=target.table_dtype,
         weight_dtype=target.weight_dtype,
+        cache_dtype=target.cache_dtype,
         context=context,
         graph_bytes=graph,
         blob_bytes=blob,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -75,27 +75,26 @@ def rotate(x_BTND: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     return rotated.reshape(x_BTND.shape)
 
 
-def visible_slots(
-    query_ids_BQ: Tensor, position_ids_BT: Tensor, *, capacity: int, window: int | None
-) -> Tensor:
-    """`[B, 1, Q, C]` bool: which cache slots each query may attend to, after T were written.
+def update_cache(
+    cache: tuple[Tensor, ...], keys_BTND: Tensor, values_BTND: Tensor, position_ids_BT: Tensor
+) -> tuple[Tensor, ...]:
+    """The tensors of a cache with the keys and values of T consecutive positions written.
 
-    Slot s of C holds the latest position p with p = s (mod C). A query sees positions up to its
-    own, and no further back than its window.
+    An int8 cache holds codes and a scale for each vector.
+
+    Args:
+        cache: see `families.base.Cache.buffers`.
     """
-    slots_C = torch.arange(capacity)
-    last_B1 = position_ids_BT[:, -1:]
-    held_BC = last_B1 - torch.remainder(last_B1 - slots_C, slots_C[-1:] + 1)
-    held_B1C, query_BQ1 = held_BC.unsqueeze(1), query_ids_BQ.unsqueeze(2)
-    visible = (held_B1C >= 0) & (held_B1C <= query_BQ1)
-    if window is not None:
-        visible = visible & (held_B1C > query_BQ1 - window)
-    return visible.unsqueeze(1)
-
-
-def first_slot(position_ids_BT: Tensor, *, capacity: int) -> Tensor:
-    """`[B]` int64: the slot that the first of T new positions goes to."""
-    return torch.remainder(position_ids_BT[:, 0], torch.arange(capacity)[-1:] + 1)
+    capacity = torch.arange(cache[0].shape[2])[-1:] + 1
+    first_slot_B = torch.remainder(position_ids_BT[:, 0], capacity)
+    new = [keys_BTND.transpose(1, 2), values_BTND.transpose(1, 2)]
+    if cache[0].dtype == torch.int8:
+        scales = [x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127 for x in new]
+        new = [torch.round(x / scale) for x, scale in zip(new, scales, strict=True)] + scales
+    return tuple(
+        write_cache(buffer, x.to(buffer.dtype), first_slot_B)
+        for buffer, x in zip(cache, new, strict=True)
+    )
 
 
 @torch.library.custom_op("pleexport::write_cache", mutates_args=())
@@ -115,21 +114,42 @@ def _(cache_BNCD: Tensor, new_BNTD: Tensor, first_slot_B: Tensor) -> Tensor:
     return torch.empty_like(cache_BNCD)
 
 
-def attention_bias(visible_B1QC: Tensor, *, repeats: int) -> Tensor:
-    """`[B, 1, Q * repeats, C]`: 0 for a visible slot, else -inf; a row for each query head."""
-    bias = torch.where(visible_B1QC, 0.0, -torch.inf)
-    return bias.unsqueeze(3).expand(-1, -1, -1, repeats, -1).flatten(2, 3)
+def held_positions(position_ids_BT: Tensor, *, capacity: int) -> Tensor:
+    """`[C]` int64: the position that each slot holds after T were written, negative for none.
+
+    Slot s of C holds the latest position p with p = s (mod C).
+    """
+    slots_C = torch.arange(capacity)
+    last = position_ids_BT[:, -1]
+    return last - torch.remainder(last - slots_C, slots_C[-1:] + 1)
 
 
-def attend(q_BTND: Tensor, keys_BKCD: Tensor, values_BKCD: Tensor, bias: Tensor) -> Tensor:
+def attention_bias(
+    query_ids_BQ: Tensor, held_C: Tensor, *, window: int | None, repeats: int
+) -> Tensor:
+    """`[B, 1, Q * repeats, C]`: 0 for a visible slot, else -inf; a row for each query head.
+
+    A query sees positions up to its own, and no further back than its window.
+    """
+    query_BQ1 = query_ids_BQ.unsqueeze(2)
+    visible = (held_C >= 0) & (held_C <= query_BQ1)
+    if window is not None:
+        visible = visible & (held_C > query_BQ1 - window)
+    bias = torch.where(visible, 0.0, -torch.inf)
+    return bias[:, None, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
+
+
+def attend(q_BTND: Tensor, cache: tuple[Tensor, ...], bias: Tensor) -> Tensor:
     """`[B, T, N * D]`: softmax(q k) v with scale 1; K key heads serve N query heads.
 
     The query heads of a key head are rows of one product. ONNX's `Attention` multiplies head by
     head, which takes three times as long for one token and a long cache.
 
     Args:
+        cache: keys and values in float32.
         bias: `[B, 1, T * N / K, C]`, see `attention_bias`.
     """
+    keys_BKCD, values_BKCD = cache
     tokens, size, shared = q_BTND.shape[1], q_BTND.shape[3], keys_BKCD.shape[1]
     grouped = q_BTND.reshape(1, tokens, shared, -1, size)
     if shared > 1:
@@ -140,3 +160,35 @@ def attend(q_BTND: Tensor, keys_BKCD: Tensor, values_BKCD: Tensor, bias: Tensor)
     if shared > 1:
         out = out.reshape(1, shared, tokens, -1, size).transpose(1, 2)
     return out.reshape(1, tokens, -1)
+
+
+@torch.library.custom_op("pleexport::attend_in_blocks", mutates_args=())
+def attend_in_blocks(
+    query_BTND: Tensor,
+    cache: Sequence[Tensor],
+    query_ids_BT: Tensor,
+    held_C: Tensor,
+    block: int,
+) -> Tensor:
+    """`attend` for a cache of any dtype and length, without a window.
+
+    The graph takes `block` slots at a time, so that no scores of a whole context are in memory;
+    see `graph.attention`.
+    """
+    keys, values = (x.float() for x in cache[:2])
+    if len(cache) > 2:
+        keys, values = keys * cache[2], values * cache[3]
+    repeats = query_BTND.shape[2] // keys.shape[1]
+    bias = attention_bias(query_ids_BT, held_C, window=None, repeats=repeats)
+    return attend(query_BTND, (keys, values), bias).clone()
+
+
+@attend_in_blocks.register_fake
+def _(
+    query_BTND: Tensor,
+    cache: Sequence[Tensor],
+    query_ids_BT: Tensor,
+    held_C: Tensor,
+    block: int,
+) -> Tensor:
+    return torch.empty_like(query_BTND).flatten(2)

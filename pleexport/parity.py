@@ -22,7 +22,7 @@ from pleexport.errors import RunnerError
 from pleexport.families.base import Table
 from pleexport.graph.contract import hidden_name
 from pleexport.quantize import group_scales
-from pleexport.runner import PREFILL_CHUNK, Runner
+from pleexport.runner import PREFILL_CHUNK, Runner, allocate
 
 # Largest logit error of an exact bundle, as a share of the range of the logits.
 EXACT_LOGITS = 1e-4
@@ -196,8 +196,7 @@ def compare(
     runner = Runner(bundle)
     dtypes = {s.table: s.dtype for s in runner.blob.segments}
     lossless = {t.name: dtypes[t.name] in LOSSLESS[binding.dtype] for t in binding.model.tables}
-    dense = {bundle.manifest.weight_dtype, bundle.manifest.head_dtype}
-    exact = all(lossless.values()) and dense == {"fp32"}
+    exact = all(lossless.values()) and _computing_dtypes(bundle) == {"fp32"}
     tables = [
         check_table(runner.blob, binding, table, lossless=lossless[table.name], progress=progress)
         for table in binding.model.tables
@@ -372,8 +371,7 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
         lookup.name: vectors[lookup.table][None] for lookup in contract.lookup_inputs
     }
     for cache in contract.caches:
-        shape = [n if isinstance(n, int) else len(ids) for n in cache.shape]
-        inputs[cache.input] = np.zeros(shape, dtype=np.float32)
+        inputs[cache.input] = allocate(cache, len(ids))
     inputs["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
     inputs["num_logits_to_keep"] = np.array(0, dtype=np.int64)
     return [array[0] for array in session.run(names, inputs)]
@@ -400,6 +398,11 @@ def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> flo
     a = reference - reference.mean(-1, keepdims=True)
     b = got - got.mean(-1, keepdims=True)
     return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-30))
+
+
+def _computing_dtypes(bundle: Bundle) -> set[str]:
+    manifest = bundle.manifest
+    return {manifest.weight_dtype, manifest.head_dtype, manifest.cache_dtype}
 
 
 def _compared_positions(runner: Runner, ids: list[int]) -> int:
@@ -568,9 +571,7 @@ def _logits_problem(report: ParityReport, check: LogitsCheck, bundle: Bundle) ->
         if check.relative_error <= EXACT_LOGITS:
             return None
         return f"largest error {check.relative_error:.2e} of the range exceeds {EXACT_LOGITS:.0e}"
-    manifest = bundle.manifest
-    dtypes = {table.dtype for table in report.tables}
-    dtypes |= {manifest.weight_dtype, manifest.head_dtype, "fp16"}
+    dtypes = {table.dtype for table in report.tables} | _computing_dtypes(bundle) | {"fp16"}
     coarsest = next(dtype for dtype in ("int4", "int8", "fp16") if dtype in dtypes)
     if not check.kl <= KL_LIMITS[coarsest]:
         return f"KL divergence {check.kl:.3g} nats exceeds {KL_LIMITS[coarsest]:g}"

@@ -29,7 +29,7 @@ def describe_bundle(bundle: Bundle) -> str:
     lines = [
         f"{bundle.path}: {manifest.family} for {manifest.target}, "
         f"{manifest.weight_dtype} weights, {manifest.table_dtype} tables, "
-        f"context {manifest.context:,}",
+        f"{manifest.cache_dtype} cache, context {manifest.context:,}",
         "",
     ]
     records = sorted(manifest.files, key=lambda record: -record.size)

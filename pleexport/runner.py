@@ -16,10 +16,10 @@ from pleexport.blob import Blob
 from pleexport.bundle import Bundle
 from pleexport.errors import BundleError, RunnerError
 from pleexport.graph.contract import (
-    CONTEXT_CAPACITY,
     LOGITS_OUTPUT,
     NUM_LOGITS_TO_KEEP,
     POSITION_IDS,
+    CacheInput,
     GraphContract,
 )
 from pleexport.process import memory, page_faults
@@ -28,7 +28,8 @@ from pleexport.text import TOKENIZER, StopStrings, Text
 
 PREFILL_CHUNK = 256
 MOST_THREADS = 256
-_SMALLEST_CONTEXT_CAPACITY = 256
+_FIRST_POSITIONS = 256
+_NUMPY_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
 
@@ -86,40 +87,37 @@ class Stats:
 class _Caches:
     """The buffers that the graph reads and writes in place.
 
-    They grow with the text, doubling; those of window layers up to the size of their ring, which
-    is reached before a position wraps around.
+    Each has its address space for the whole context from the start, of which nothing is in memory
+    until it is used. The slots that the graph is told of double with the text, since it looks at
+    every block of them; those of window layers up to the size of their ring, which is reached
+    before a position wraps around.
     """
 
     def __init__(self, contract: GraphContract, *, context: int, chunk: int) -> None:
-        self._contract = contract
-        self._context = context
         windows = [cache.window for cache in contract.caches if cache.window is not None]
         # A chunk's first token must still find its window after the whole chunk was written.
-        self._largest_ring = min(max(windows, default=1) + chunk - 1, context)
-        self.capacity = 0
-        self._buffers: dict[str, NDArray[np.float32]] = {}
+        ring = min(max(windows, default=1) + chunk - 1, context)
+        self._caches = contract.caches
+        self._most = {c.input: context if c.window is None else ring for c in contract.caches}
+        self._whole = {c.input: allocate(c, self._most[c.input]) for c in contract.caches}
+        self._bound = {c.input: self._whole[c.input][:, :, :0] for c in contract.caches}
+        self._positions = 0
 
     def bind(self, binding: ort.IOBinding, *, positions: int) -> None:
         """Make room for `positions` and bind every buffer as input and output."""
-        if positions <= self.capacity:
+        if positions <= self._positions:
             return
-        capacity = max(_SMALLEST_CONTEXT_CAPACITY, 2 * self.capacity, positions)
-        self.capacity = min(capacity, self._context)
-        ring = min(self.capacity, self._largest_ring)
-        for cache in self._contract.caches:
-            sizes = [
-                n if isinstance(n, int) else self.capacity if n == CONTEXT_CAPACITY else ring
-                for n in cache.shape
-            ]
-            buffer = self._buffers.get(cache.input)
-            if buffer is None or buffer.shape != tuple(sizes):
-                # Zeros, since a masked slot still takes part in 0 * value.
-                grown = np.zeros(sizes, dtype=np.float32)
-                if buffer is not None:
-                    grown[:, :, : buffer.shape[2]] = buffer
-                self._buffers[cache.input] = buffer = grown
-            _bind_input(binding, cache.input, buffer)
-            _bind_output(binding, cache.output, buffer)
+        self._positions = max(_FIRST_POSITIONS, 2 * self._positions, positions)
+        for cache in self._caches:
+            slots = _slots(cache, min(self._positions, self._most[cache.input]))
+            whole, old = self._whole[cache.input], self._bound[cache.input]
+            _, heads, held, width = old.shape
+            new = whole.reshape(-1)[: heads * slots * width].reshape(1, heads, slots, width)
+            for head in reversed(range(1, heads)):
+                new[0, head, :held] = old[0, head]
+            self._bound[cache.input] = new
+            _bind_input(binding, cache.input, new)
+            _bind_output(binding, cache.output, new)
 
 
 class Runner:
@@ -394,6 +392,16 @@ class Runner:
                 raise BundleError(
                     f"`{self.blob.path}` has no table `{lookup.table}` of shape {lookup.shape[2:]}"
                 )
+
+
+def allocate(cache: CacheInput, positions: int) -> NDArray[Any]:
+    """Zeros for at least `positions` slots of a cache; masked slots must hold finite numbers."""
+    sizes = [n if isinstance(n, int) else _slots(cache, positions) for n in cache.shape]
+    return np.zeros(sizes, dtype=_NUMPY_DTYPES[cache.dtype])
+
+
+def _slots(cache: CacheInput, positions: int) -> int:
+    return -(-positions // cache.block) * cache.block
 
 
 def _open_session(path: Path, threads: int) -> ort.InferenceSession:

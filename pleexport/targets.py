@@ -14,6 +14,7 @@ import msgspec
 
 from pleexport.blob.layout import MINIMUM_PAGE_SIZE
 from pleexport.errors import TargetError
+from pleexport.families.base import CacheDtype
 from pleexport.graph.storage import WeightFormat
 
 _HINT = "`pleexport targets android` shows a complete target"
@@ -53,6 +54,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         weight_dtype: how dense weights are stored, likewise.
         block_size: weights that share a scale, likewise; matters to int8 and int4.
         head_dtype: how the output head is stored, likewise; None for what goes with weight_dtype.
+        cache_dtype: of keys and values in layers that see the whole context, likewise.
         context: positions that a bundle is built for, capped by the model's own maximum.
         opset: version of the ONNX operators.
         runtime: packages that execute a bundle there, with the oldest version to use.
@@ -67,6 +69,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
     block_size: Literal[16, 32, 64, 128, 256] = 64
     head_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
+    cache_dtype: CacheDtype = "fp32"
     context: Positive
     opset: Literal[24]
     runtime: dict[str, str]

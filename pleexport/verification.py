@@ -50,7 +50,7 @@ def verify(
         return None
     source = Checkpoint(checkpoint)
     binding = Binding(families.resolve(source.config, dtype=source.dtype), source)
-    if describe(binding.model) != opened.manifest.contract:
+    if describe(binding.model, opened.manifest.cache_dtype) != opened.manifest.contract:
         raise CheckpointError(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
             hint="pass the checkpoint that the bundle was built from",

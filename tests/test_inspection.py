@@ -404,8 +404,11 @@ def test_cache_bytes_stop_at_the_window(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
     model = families.resolve(json.loads((folder / "config.json").read_text()), dtype="BF16")
     sliding, full = 12 * 2 * 256 * 4, 3 * 2 * 512 * 4
-    assert cache_bytes(model, 100) == 100 * (sliding + full)
-    assert cache_bytes(model, 4096) == 512 * sliding + 4096 * full
+    assert cache_bytes(model, "fp32", 100) == 100 * (sliding + full)
+    assert cache_bytes(model, "fp32", 4096) == 512 * sliding + 4096 * full
+    assert cache_bytes(model, "fp16", 4096) == 512 * sliding + 4096 * full // 2
+    scales = 3 * 2 * 4
+    assert cache_bytes(model, "int8", 4096) == 512 * sliding + 4096 * (full // 4 + scales)
 
 
 def test_estimate_that_does_not_fit_says_the_number(tmp_path: Path) -> None:

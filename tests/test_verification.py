@@ -163,9 +163,9 @@ def test_a_window_that_is_ignored_fails_also_where_it_is_wide(
     from pleexport import layers
 
     folder = gemma4(tmp_path / "checkpoint", sliding_window=400)
-    real = layers.visible_slots
+    real = layers.attention_bias
     monkeypatch.setattr(
-        layers, "visible_slots", lambda *args, **options: real(*args, **options | {"window": None})
+        layers, "attention_bias", lambda *args, **options: real(*args, **options | {"window": None})
     )
     with pytest.raises(CheckFailed, match="logits"):
         pleexport.build(folder, tmp_path / "out", table_dtype="source", weight_dtype="fp32")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from pleexport.layers import Parameters
 
 Precision = Literal["quantizable", "sensitive", "head", "full"]
+CacheDtype = Literal["fp32", "fp16", "int8"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
+CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+# Slots of a context that attention takes at once. Larger blocks take less time a slot in long
+# texts, smaller ones waste less in short ones.
+CONTEXT_BLOCK = 512
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 
 
@@ -91,8 +97,23 @@ class Weight:
 
 
 @dataclass(frozen=True)
+class CacheBuffer:
+    """One tensor `[1, heads, capacity, width]` of a cache.
+
+    Attributes:
+        input, output: names in the graph.
+        dtype: one of `CACHE_DTYPES`.
+    """
+
+    input: str
+    output: str
+    width: int
+    dtype: CacheDtype
+
+
+@dataclass(frozen=True)
 class Cache:
-    """Keys and values of one layer, `[1, heads, capacity, head_dim]` each, written in place.
+    """Keys and values of one layer, written in place.
 
     A token at position p lies in slot p modulo capacity. A layer with a `window` sees that many
     positions, its own included; one without sees all of them.
@@ -104,14 +125,28 @@ class Cache:
     window: int | None
 
     @property
-    def inputs(self) -> tuple[str, str]:
-        """Names of the graph inputs: keys, values."""
-        return f"past_key_values.{self.layer}.key", f"past_key_values.{self.layer}.value"
+    def block(self) -> int:
+        """What the capacity is a multiple of."""
+        return CONTEXT_BLOCK if self.window is None else 1
 
-    @property
-    def outputs(self) -> tuple[str, str]:
-        """Names of the graph outputs: keys, values."""
-        return f"present.{self.layer}.key", f"present.{self.layer}.value"
+    def buffers(self, dtype: CacheDtype) -> tuple[CacheBuffer, ...]:
+        """Keys and values; for int8 also the scale of each vector.
+
+        A window is small, and float32 always.
+        """
+        dtype = dtype if self.window is None else "fp32"
+        parts: list[tuple[str, int, CacheDtype]] = [
+            ("key", self.head_dim, dtype),
+            ("value", self.head_dim, dtype),
+        ]
+        if dtype == "int8":
+            parts += [("key_scale", 1, "fp32"), ("value_scale", 1, "fp32")]
+        return tuple(
+            CacheBuffer(
+                f"past_key_values.{self.layer}.{name}", f"present.{self.layer}.{name}", width, kind
+            )
+            for name, width, kind in parts
+        )
 
 
 @dataclass(frozen=True)
@@ -129,13 +164,13 @@ class GraphInputs:
     Attributes:
         rows: by graph input, looked-up vectors `[1, T, width]` or `[1, T, layers, width]`.
         position_ids: `[1, T]` int64, consecutive.
-        caches: by layer, keys and values `[1, heads, capacity, head_dim]`.
+        caches: by layer, the tensors of `Cache.buffers`.
         logit_positions: `[N]` int64, which of the T positions want logits, ascending.
     """
 
     rows: Mapping[str, Tensor]
     position_ids: Tensor
-    caches: Mapping[int, tuple[Tensor, Tensor]]
+    caches: Mapping[int, tuple[Tensor, ...]]
     logit_positions: Tensor
 
 
@@ -145,12 +180,12 @@ class GraphOutputs:
 
     Attributes:
         logits: `[1, N, vocab]`.
-        caches: by layer, keys and values with the T new positions written.
+        caches: by layer, the same tensors with the T new positions written.
         hidden: by layer, what the layer hands on; parity looks there for a first difference.
     """
 
     logits: Tensor
-    caches: Mapping[int, tuple[Tensor, Tensor]]
+    caches: Mapping[int, tuple[Tensor, ...]]
     hidden: list[Tensor]
 
 

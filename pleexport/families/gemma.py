@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.base import (
+    CONTEXT_BLOCK,
     Cache,
     GraphInputs,
     Precision,
@@ -326,7 +327,7 @@ class AttentionContext:
         self._inputs = inputs
         self._query_ids = inputs.position_ids
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
-        self._biases: dict[tuple[int | None, int], Tensor] = {}
+        self._biases: dict[tuple[int, int], Tensor] = {}
         self.caches = dict(inputs.caches)
 
     def narrow(self) -> None:
@@ -343,28 +344,31 @@ class AttentionContext:
             self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
         return self._angles[name]
 
-    def bias(self, a: Attention, capacity: int) -> Tensor:
-        """What is added to a layer's scores, so that queries see the slots that they may."""
-        from pleexport import layers
-
-        key = (a.window, a.heads // a.kv_heads)
-        if key not in self._biases:
-            visible = layers.visible_slots(
-                self._query_ids, self._inputs.position_ids, capacity=capacity, window=a.window
-            )
-            self._biases[key] = layers.attention_bias(visible, repeats=key[1])
-        return self._biases[key]
-
     def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
         """Put a layer's new keys and values into its cache."""
         from pleexport import layers
 
-        keys, values = self.caches[layer]
-        slot = layers.first_slot(self._inputs.position_ids, capacity=keys.shape[2])
-        self.caches[layer] = (
-            layers.write_cache(keys, keys_BTND.transpose(1, 2), slot),
-            layers.write_cache(values, values_BTND.transpose(1, 2), slot),
+        self.caches[layer] = layers.update_cache(
+            self.caches[layer], keys_BTND, values_BTND, self._inputs.position_ids
         )
+
+    def attend(self, query_BTND: Tensor, a: Attention) -> Tensor:
+        """What the query positions find in the cache of a layer's source."""
+        from pleexport import layers
+
+        cache = self.caches[a.source]
+        held = layers.held_positions(self._inputs.position_ids, capacity=cache[0].shape[2])
+        if a.window is None:
+            attended: Tensor = layers.attend_in_blocks(
+                query_BTND, list(cache), self._query_ids, held, CONTEXT_BLOCK
+            )
+            return attended
+        key = (a.window, a.heads // a.kv_heads)
+        if key not in self._biases:
+            self._biases[key] = layers.attention_bias(
+                self._query_ids, held, window=a.window, repeats=key[1]
+            )
+        return layers.attend(query_BTND, cache, self._biases[key])
 
 
 def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext) -> Tensor:
@@ -385,9 +389,7 @@ def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext
             value = layers.split_last(w.linear("v_proj", x_BTH), a.kv_heads, a.head_dim)
         key = layers.rotate(w.rms_norm("k_norm", key, a.eps), context.angles(a.inv_freq_name))
         context.write(a.layer, key, layers.rms_normalize(value, a.eps))
-    keys, values = context.caches[a.source]
-    bias = context.bias(a, keys.shape[2])
-    return w.linear("o_proj", layers.attend(query, keys, values, bias))
+    return w.linear("o_proj", context.attend(query, a))
 
 
 def per_layer_inputs(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
-from pleexport.families.base import Model, Table
+from pleexport.families.base import CacheDtype, Model, Table
 
+OPSET = 24
 CONTRACT = "pleexport.decoder/1"
 TOKENS = "sequence_length"
 LOGITS = "num_logits"
@@ -25,9 +28,11 @@ class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A cache: graph input and output of one shape, meant to share a buffer.
+    """A tensor of a cache: graph input and output of one shape, meant to share a buffer.
 
     Attributes:
+        dtype: "fp32", "fp16" or "int8".
+        block: the capacity is a multiple of it.
         window: positions that a token sees, its own included; None for all.
     """
 
@@ -35,6 +40,8 @@ class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     output: str
     layer: int
     shape: list[int | str]
+    dtype: CacheDtype
+    block: Annotated[int, msgspec.Meta(ge=1)]
     window: int | None
 
 
@@ -52,18 +59,20 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_layers: int
 
 
-def describe(model: Model) -> GraphContract:
+def describe(model: Model, cache_dtype: CacheDtype) -> GraphContract:
     """The contract of a model's dense graph."""
     caches = [
         CacheInput(
-            input=cache.inputs[i],
-            output=cache.outputs[i],
+            input=buffer.input,
+            output=buffer.output,
             layer=cache.layer,
-            shape=[1, cache.heads, capacity_name(cache.window), cache.head_dim],
+            shape=[1, cache.heads, capacity_name(cache.window), buffer.width],
+            dtype=buffer.dtype,
+            block=cache.block,
             window=cache.window,
         )
         for cache in model.caches
-        for i in range(2)
+        for buffer in cache.buffers(cache_dtype)
     ]
     lookups = [LookupInput(t.graph_input, t.name, lookup_shape(t)) for t in model.tables]
     return GraphContract(CONTRACT, lookups, caches, model.vocab_size, model.num_layers)

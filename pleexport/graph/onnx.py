@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,24 +16,25 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
-from onnxscript.values import Opset
+from onnxscript.values import Op, Opset
 
 import pleexport.layers  # noqa: F401  registers torch.ops.pleexport
 from pleexport.binding import Binding
 from pleexport.errors import CheckpointError
-from pleexport.families.base import Model, Weight
-from pleexport.graph.contract import NUM_LOGITS_TO_KEEP
+from pleexport.families.base import CacheDtype, Model, Weight
+from pleexport.graph.attention import SCHEMA, expand_attention
+from pleexport.graph.contract import NUM_LOGITS_TO_KEEP, OPSET
 from pleexport.graph.storage import BITS, WeightFormat
-from pleexport.graph.trace import LOGIT_POSITIONS, input_names, input_shapes, output_names
+from pleexport.graph.trace import LOGIT_POSITIONS, GraphInput, inputs, output_names
 from pleexport.parallel import map_in_order
 from pleexport.quantize import Blocks, groups, quantize_blocks
 
-OPSET = 24
 MICROSOFT = "com.microsoft"
 _PAGE = 4096
 _CACHE_LINE = 64
 _BATCH_VALUES = 4 << 20
 _onnx = Opset("", OPSET)
+_attend = Op(Opset(SCHEMA.domain, SCHEMA.since_version), SCHEMA.name, SCHEMA)
 
 
 @dataclass
@@ -64,8 +65,11 @@ class OnnxGraph:
     tensors: list[StoredTensor] = field(default_factory=list)
 
 
-def translate(program: torch.export.ExportedProgram, model: Model) -> ir.Model:
+def translate(
+    program: torch.export.ExportedProgram, model: Model, cache_dtype: CacheDtype
+) -> ir.Model:
     """The ONNX form of a traced program, its weights still without values."""
+    arguments, results = inputs(model, cache_dtype), output_names(model, cache_dtype)
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,21 +79,25 @@ def translate(program: torch.export.ExportedProgram, model: Model) -> ir.Model:
             opset_version=OPSET,
             optimize=False,
             verbose=False,
-            input_names=input_names(model),
-            output_names=output_names(model),
-            custom_translation_table={torch.ops.pleexport.write_cache.default: _write_cache},
+            input_names=[argument.name for argument in arguments],
+            output_names=results,
+            custom_translation_table={
+                torch.ops.pleexport.write_cache.default: _write_cache,
+                torch.ops.pleexport.attend_in_blocks.default: _attend_in_blocks,
+            },
         )
     assert exported is not None
     graph_model = exported.model
     graph = graph_model.graph
-    _name_dimensions(graph, model)
+    _name_dimensions(graph, arguments)
     _count_logits(graph)
-    del graph.outputs[len(output_names(model)) - model.num_layers :]
+    del graph.outputs[len(results) - model.num_layers :]
     _fix_reshapes(graph)
+    expand_attention(graph_model)
     for cleanup in (
         passes.IdentityEliminationPass(),
-        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.CommonSubexpressionEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         passes.RemoveUnusedNodesPass(),
         # The exporter notes source lines of the machine it ran on.
         passes.ClearMetadataAndDocStringPass(),
@@ -162,12 +170,18 @@ def _write_cache(cache: Any, new: Any, first_slot: Any) -> Any:
     return _onnx.TensorScatter(cache, new, first_slot, axis=-2, mode="circular")
 
 
-def _name_dimensions(graph: ir.Graph, model: Model) -> None:
+def _attend_in_blocks(
+    query: Any, cache: Sequence[Any], query_ids: Any, held: Any, block: int
+) -> Any:
+    return _attend(query, *cache, query_ids, held, block=block)
+
+
+def _name_dimensions(graph: ir.Graph, arguments: list[GraphInput]) -> None:
     """Give the symbolic dimensions their names in the contract."""
     names = {}
-    for value, shape in zip(graph.inputs, input_shapes(model), strict=True):
+    for value, argument in zip(graph.inputs, arguments, strict=True):
         assert value.shape is not None
-        for dim, name in zip(value.shape, shape, strict=True):
+        for dim, name in zip(value.shape, argument.shape, strict=True):
             if isinstance(dim, ir.SymbolicDim):
                 names[dim.value] = str(name)
     values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]

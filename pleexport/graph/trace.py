@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pleexport.families.base import GraphInputs, Model
+from pleexport.families.base import CacheDtype, GraphInputs, Model
 from pleexport.graph.contract import (
     CONTEXT_CAPACITY,
     LOGITS,
+    LOGITS_OUTPUT,
+    POSITION_IDS,
     TOKENS,
     WINDOW_CAPACITY,
     capacity_name,
@@ -21,77 +25,94 @@ from pleexport.layers import Parameters
 # Sizes used while tracing; any that differ from each other and from 0 and 1 will do.
 _EXAMPLE = {TOKENS: 5, LOGITS: 3, CONTEXT_CAPACITY: 37, WINDOW_CAPACITY: 29}
 LOGIT_POSITIONS = "logit_positions"
+_TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An argument of the traced program; dynamic dimensions by name."""
+
+    name: str
+    shape: list[int | str]
+    dtype: torch.dtype
 
 
 class _Dense(nn.Module):
     """A model's weights and forward function as a module.
 
-    Arguments of `forward`, in order: one tensor for each table, position ids, keys and values of
-    each cache, logit positions. Results: logits, keys and values of each cache, hidden states.
+    Arguments of `forward`, in order: one tensor for each table, position ids, the tensors of each
+    cache, logit positions. Results: logits, the tensors of each cache, hidden states.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, cache_dtype: CacheDtype) -> None:
         super().__init__()
         self._model = model
+        self._cache_dtype = cache_dtype
         for weight in model.weights:
             _register(self, weight.name, torch.empty(weight.shape))
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        tables, caches = self._model.tables, self._model.caches
+        tables = self._model.tables
         rows = {table.graph_input: args[i] for i, table in enumerate(tables)}
-        rest = args[len(tables) + 1 : -1]
+        rest = iter(args[len(tables) + 1 : -1])
+        caches = {
+            cache.layer: tuple(next(rest) for _ in cache.buffers(self._cache_dtype))
+            for cache in self._model.caches
+        }
         inputs = GraphInputs(
             rows=rows,
             position_ids=args[len(tables)],
-            caches={c.layer: (rest[2 * i], rest[2 * i + 1]) for i, c in enumerate(caches)},
+            caches=caches,
             logit_positions=args[-1],
         )
         outputs = self._model.forward(Parameters(dict(self.named_parameters())), inputs)
-        written = [tensor for c in caches for tensor in outputs.caches[c.layer]]
+        written = [tensor for layer in caches for tensor in outputs.caches[layer]]
         return outputs.logits, *written, *outputs.hidden
 
 
-def input_shapes(model: Model) -> list[list[int | str]]:
-    """Shapes of the arguments of the traced program; dynamic dimensions by name."""
-    caches: list[list[int | str]] = [
-        [1, cache.heads, capacity_name(cache.window), cache.head_dim]
+def inputs(model: Model, cache_dtype: CacheDtype) -> list[GraphInput]:
+    """The arguments of the traced program."""
+    caches = [
+        GraphInput(
+            buffer.input,
+            [1, cache.heads, capacity_name(cache.window), buffer.width],
+            _TORCH_DTYPES[buffer.dtype],
+        )
         for cache in model.caches
-        for _ in range(2)
+        for buffer in cache.buffers(cache_dtype)
     ]
-    return [*(lookup_shape(table) for table in model.tables), [1, TOKENS], *caches, [LOGITS]]
+    return [
+        *(GraphInput(t.graph_input, lookup_shape(t), torch.float32) for t in model.tables),
+        GraphInput(POSITION_IDS, [1, TOKENS], torch.int64),
+        *caches,
+        GraphInput(LOGIT_POSITIONS, [LOGITS], torch.int64),
+    ]
 
 
-def input_names(model: Model) -> list[str]:
-    """Names of the arguments of the traced program."""
-    caches = [name for cache in model.caches for name in cache.inputs]
-    return [t.graph_input for t in model.tables] + ["position_ids", *caches, LOGIT_POSITIONS]
-
-
-def output_names(model: Model) -> list[str]:
+def output_names(model: Model, cache_dtype: CacheDtype) -> list[str]:
     """Names of the results of the traced program, hidden states last."""
-    caches = [name for cache in model.caches for name in cache.outputs]
-    return ["logits", *caches, *(hidden_name(i) for i in range(model.num_layers))]
+    caches = [buffer.output for cache in model.caches for buffer in cache.buffers(cache_dtype)]
+    return [LOGITS_OUTPUT, *caches, *(hidden_name(i) for i in range(model.num_layers))]
 
 
-def trace(model: Model) -> torch.export.ExportedProgram:
+def trace(model: Model, cache_dtype: CacheDtype) -> torch.export.ExportedProgram:
     """Export a model with dynamic lengths; no weight is allocated.
 
     Source: torch.export's documentation of fake tensors.
     """
     dims = {name: torch.export.Dim(name, min=1) for name in _EXAMPLE}
-    shapes = input_shapes(model)
-    integers = ("position_ids", LOGIT_POSITIONS)
-    dtypes = [torch.int64 if n in integers else torch.float32 for n in input_names(model)]
+    arguments = inputs(model, cache_dtype)
     dynamic = tuple(
-        {i: dims[n] for i, n in enumerate(shape) if isinstance(n, str)} for shape in shapes
+        {i: dims[n] for i, n in enumerate(argument.shape) if isinstance(n, str)}
+        for argument in arguments
     )
     with FakeTensorMode():
         args = tuple(
-            torch.zeros([_EXAMPLE[n] if isinstance(n, str) else n for n in shape], dtype=dtype)
-            for shape, dtype in zip(shapes, dtypes, strict=True)
+            torch.zeros([_EXAMPLE[n] if isinstance(n, str) else n for n in a.shape], dtype=a.dtype)
+            for a in arguments
         )
         return torch.export.export(
-            _Dense(model).eval(), args, dynamic_shapes=(dynamic,), strict=False
+            _Dense(model, cache_dtype).eval(), args, dynamic_shapes=(dynamic,), strict=False
         )
 
 
