@@ -79,9 +79,19 @@ def run_pleexport(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]
             "--repeat", 1, "--threads", arguments.threads, "--json",
         )
     )  # fmt: skip
-    first = result["timings"][0]
+    longest = str(arguments.prompt_tokens).rpartition(",")[2]
+    cold = json.loads(
+        _output(
+            "-m", "pleexport.cli", "bench", bundle, "--prompt-tokens", longest, "--cold",
+            "--decode-tokens", 1, "--repeat", 1, "--threads", arguments.threads, "--json",
+        )
+    )  # fmt: skip
+    first, last = result["timings"][0], result["timings"][-1]
     return {
         "load": result["load_seconds"],
+        "load to first token": result["load_to_first_token_seconds"],
+        f"first token of {longest}": last["first_token_seconds"],
+        f"first token of {longest}, cold rows": cold["timings"][0]["first_token_seconds"],
         "decode": first["decode_tokens_per_second"],
         "anonymous": result["anonymous_bytes"],
         "file-backed": result["file_backed_bytes"],
@@ -100,6 +110,7 @@ def run_llamacpp(gguf: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     return {
         "load": result["load_seconds"],
+        "load to first token": result["load_to_first_token_seconds"],
         "decode": result["decode"]["tokens_per_second"][0],
         "anonymous": result["resident_bytes"]["RssAnon"],
         "file-backed": result["resident_bytes"]["RssFile"],
@@ -164,8 +175,8 @@ def summary(result: dict[str, Any]) -> list[dict[str, Any]]:
             values = [r[quantity] for r in rounds if r.get(quantity) is not None]
             if values:
                 row["engines"][name] = (statistics.median(values), min(values), max(values))
-        base = row["engines"]["llama.cpp Q4_0"][0]
-        row["ratios"] = {name: values[0] / base for name, values in row["engines"].items()}
+        base = row["engines"].get("llama.cpp Q4_0")
+        row["ratios"] = {n: values[0] / base[0] for n, values in row["engines"].items() if base}
         rows.append(row)
     return rows
 
@@ -190,7 +201,7 @@ def render(result: dict[str, Any]) -> str:
 def _unit(quantity: str, value: float) -> str:
     if quantity in ("anonymous", "file-backed"):
         return f"{value / 1e6:,.0f} MB"
-    if quantity == "load":
+    if quantity.startswith(("load", "first token")):
         return f"{value:.2f} s"
     return f"{value:,.1f} tokens/s"
 

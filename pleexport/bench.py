@@ -32,9 +32,14 @@ class Timing(msgspec.Struct):
 
 
 class BenchResult(msgspec.Struct):
-    """What `bench` measured; memory in bytes at the end, None where the system does not tell."""
+    """What `bench` measured; memory in bytes at the end, None where the system does not tell.
+
+    Attributes:
+        load_to_first_token_seconds: until the first token of the first prompt length.
+    """
 
     load_seconds: float
+    load_to_first_token_seconds: float
     cold: bool
     threads: int
     repeat: int
@@ -78,12 +83,16 @@ def bench(
     started = time.perf_counter()
     runner = Runner(opened, threads=threads)
     load_seconds = time.perf_counter() - started
+    first = _random_ids(runner, prompt_tokens[0])
+    next(runner.generate(first, max_new_tokens=1, ignore_eos=True))
+    load_to_first_token_seconds = time.perf_counter() - started
     timings = []
     with progress.count("Measuring", len(prompt_tokens) * (repeat + 1), "runs") as update:
         for count in prompt_tokens:
             timings.append(_time(runner, count, decode_tokens, repeat, cold, update))
     return BenchResult(
         load_seconds=load_seconds,
+        load_to_first_token_seconds=load_to_first_token_seconds,
         cold=cold,
         threads=threads or os.cpu_count() or 1,
         repeat=repeat,
@@ -101,10 +110,9 @@ def _time(
     cold: bool,
     update: Callable[[int], object],
 ) -> Timing:
-    generator = np.random.default_rng(_SEED)
     runs = []
     for attempt in range(repeat + 1):  # the first warms up and is not counted
-        ids = generator.integers(0, runner.blob.num_rows, count).tolist()
+        ids = _random_ids(runner, count, attempt)
         if cold:
             runner.blob.forget_pages()
         runner.reset()
@@ -122,6 +130,12 @@ def _time(
         first_token_seconds=statistics.median(first),
         slowest_first_token_seconds=max(first),
     )
+
+
+def _random_ids(runner: Runner, count: int, attempt: int = 0) -> list[int]:
+    generator = np.random.default_rng((_SEED, count, attempt))
+    ids: list[int] = generator.integers(0, runner.blob.num_rows, count).tolist()
+    return ids
 
 
 def render(result: BenchResult) -> str:
@@ -143,7 +157,8 @@ def render(result: BenchResult) -> str:
     state = "blob dropped from the page cache" if result.cold else "warm"
     lines.append(
         f"\n{state}, {result.threads} threads, median of {result.repeat}; "
-        f"loaded in {result.load_seconds:.2f} s"
+        f"loaded in {result.load_seconds:.2f} s, "
+        f"first token after {result.load_to_first_token_seconds:.2f} s"
     )
     if result.anonymous_bytes is not None and result.file_backed_bytes is not None:
         lines.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -33,6 +34,7 @@ from pleexport.families.base import CACHE_DTYPES, CacheDtype, Model
 from pleexport.graph.contract import describe
 from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
 from pleexport.inspection import resident_bytes
+from pleexport.parallel import beside
 from pleexport.progress import Progress
 from pleexport.targets import Target
 from pleexport.text import TOKENIZER, Text
@@ -135,15 +137,7 @@ def build(
         _note_what_is_left_out(binding, progress)
         for note in targets.delivery_notes(plan.target, plan.sizes):
             progress.note(f"note: {note}")
-        digests = _write_graph(binding, plan, staging, progress)
-        with progress.bytes("Writing rows", plan.sizes[BLOB]) as update:
-            digests["tables"] = write_blob(
-                binding,
-                staging / BLOB,
-                table_dtype=plan.table_dtype,
-                page_size=plan.target.page_size,
-                progress=update,
-            )
+        digests = _write_model(binding, plan, staging, progress)
         for file in source.tokenizer_files:
             shutil.copyfile(file, staging / file.name)
         manifest = _manifest(binding, plan, digests)
@@ -250,20 +244,41 @@ def _check_disk(folder: Path, plan: Plan) -> None:
         )
 
 
-def _write_graph(binding: Binding, plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
+def _write_model(binding: Binding, plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
+    """Write blob and dense graph; rows are written while the graph is traced."""
     try:
         from pleexport.graph import onnx, trace
     except ImportError as err:
         raise MissingDependencyError(
             f"building needs {err.name}", hint="pip install 'pleexport[export]'"
         ) from err
-    with progress.step("Tracing the dense graph"):
-        program = trace.trace(binding.model, plan.cache_dtype)
-    with progress.step("Translating it to ONNX"):
-        translated = onnx.translate(program, binding.model, plan.cache_dtype)
-        graph = onnx.attach_weights(translated, binding, plan.weights)
-    with progress.bytes("Writing dense weights", plan.sizes[GRAPH_DATA]) as update:
-        return {"weights": onnx.save(graph, folder / GRAPH, progress=update)}
+    with progress.bytes("Writing rows and weights", plan.nbytes) as update:
+
+        def write_rows(check: Callable[[], None]) -> str:
+            def advance(nbytes: int) -> None:
+                check()
+                update(nbytes)
+
+            return write_blob(
+                binding,
+                folder / BLOB,
+                table_dtype=plan.table_dtype,
+                page_size=plan.target.page_size,
+                progress=advance,
+            )
+
+        with beside(write_rows) as rows:
+
+            def advance(nbytes: int) -> None:
+                if rows.done():
+                    rows.result()  # its error, before the work goes on
+                update(nbytes)
+
+            program = trace.trace(binding.model, plan.cache_dtype)
+            translated = onnx.translate(program, binding.model, plan.cache_dtype)
+            graph = onnx.attach_weights(translated, binding, plan.weights)
+            weights = onnx.save(graph, folder / GRAPH, progress=advance)
+            return {"weights": weights, "tables": rows.result()}
 
 
 def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest:

@@ -1,11 +1,13 @@
-"""Work on several things at once, and hand the results out in order."""
+"""Work on several things at once."""
 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,3 +33,25 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
         finally:
             for future in waiting:
                 future.cancel()
+
+
+@contextmanager
+def beside(work: Callable[[Callable[[], None]], Result]) -> Iterator[Future[Result]]:
+    """Run `work` on a thread beside the body, and wait for it at the end.
+
+    Args:
+        work: gets a function to call now and then, which raises once the body has failed.
+    """
+    failed = threading.Event()
+
+    def check() -> None:
+        if failed.is_set():
+            raise CancelledError
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work, check)
+        try:
+            yield future
+        except BaseException:
+            failed.set()
+            raise

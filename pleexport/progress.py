@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ class Progress:
 
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Callable[[int], object]]:
-        """A bar over bytes; the body calls what it is given with increments."""
+        """A bar over bytes; the body calls what it is given with increments, from any thread."""
         with self._bar(text, total, unit="B", unit_scale=True, unit_divisor=1024) as update:
             yield update
 
@@ -53,6 +54,12 @@ class Progress:
         started = time.perf_counter()
         # None: shown on a terminal only, so that logs are not filled with redrawn lines.
         disable = True if self.quiet else None
+        lock = threading.Lock()
         with tqdm(total=total, desc=text, leave=False, disable=disable, **options) as bar:
-            yield bar.update
+
+            def update(done: int) -> None:
+                with lock:
+                    bar.update(done)
+
+            yield update
         self.note(f"{text}: {time.perf_counter() - started:.1f} s")
