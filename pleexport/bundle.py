@@ -16,6 +16,7 @@ import msgspec
 from pleexport.errors import BundleError, CheckFailed
 from pleexport.families.base import CacheDtype
 from pleexport.graph.contract import CONTRACT, GraphContract
+from pleexport.parallel import map_in_order
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
@@ -205,9 +206,11 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 def seal(folder: Path, manifest: Manifest) -> None:
     """Write the manifest, with the record of every file of the folder, as the last file."""
+    paths = sorted(folder.iterdir())
+    digests = map_in_order(lambda path: _sha256(path, lambda _: None), paths)
     records = [
-        FileRecord(path.name, path.stat().st_size, _sha256(path, lambda _: None))
-        for path in sorted(folder.iterdir())
+        FileRecord(path.name, path.stat().st_size, digest)
+        for path, digest in zip(paths, digests, strict=True)
     ]
     encoded = msgspec.json.encode(msgspec.structs.replace(manifest, files=records))
     (folder / MANIFEST).write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
