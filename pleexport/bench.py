@@ -56,6 +56,7 @@ def bench(
     repeat: int,
     cold: bool,
     threads: int,
+    packed_weights: Path | None,
     progress: Progress,
 ) -> BenchResult:
     """Measure a bundle on random token ids.
@@ -81,7 +82,7 @@ def bench(
             hint="choose shorter prompts, or build with a larger `--context`",
         )
     started = time.perf_counter()
-    runner = Runner(opened, threads=threads)
+    runner = Runner(opened, threads=threads, packed_weights=packed_weights)
     load_seconds = time.perf_counter() - started
     first = _random_ids(runner, prompt_tokens[0])
     next(runner.generate(first, max_new_tokens=1, ignore_eos=True))

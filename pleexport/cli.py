@@ -33,6 +33,13 @@ BundleArgument = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
+PackedOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep weights packed for this processor in a folder: little memory, quick to load.",
+        metavar="DIR",
+    ),
+]
 TextFileOption = Annotated[
     Path | None, typer.Option("--text", help="Text file to measure logits and fidelity on.")
 ]
@@ -223,6 +230,7 @@ def run(
     ] = True,
     stats: Annotated[bool, typer.Option(help="Print speed, memory and lookups.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    packed_weights: PackedOption = None,
 ) -> None:
     """Generate text with a bundle, streaming.
 
@@ -233,7 +241,7 @@ def run(
 
     if prompt is not None and ids is not None:
         raise errors.PleexportError("`--prompt` and `--ids` exclude each other")
-    runner = Runner(bundle, threads=threads)
+    runner = Runner(bundle, threads=threads, packed_weights=packed_weights)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -279,6 +287,7 @@ def bench(
         bool, typer.Option(help="Drop the blob from the page cache before each run.")
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    packed_weights: PackedOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill, decode and time to first token of a bundle.
@@ -296,6 +305,7 @@ def bench(
         repeat=repeat,
         cold=cold,
         threads=threads,
+        packed_weights=packed_weights,
         progress=Progress(quiet=as_json),
     )
     _print_json(result) if as_json else typer.echo(render(result))

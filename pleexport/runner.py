@@ -24,10 +24,10 @@ from pleexport.graph.contract import (
 )
 from pleexport.process import memory, page_faults
 from pleexport.sampling import Sampling
+from pleexport.session import open_session
 from pleexport.text import TOKENIZER, StopStrings, Text
 
 PREFILL_CHUNK = 256
-MOST_THREADS = 256
 _FIRST_POSITIONS = 256
 _NUMPY_DTYPES = {"fp32": np.float32, "fp16": np.float16, "int8": np.int8}
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
@@ -126,12 +126,22 @@ class Runner:
     Args:
         bundle: a folder, or an open `Bundle`.
         threads: of ONNX Runtime; by default as many as there are cores.
+        packed_weights: a folder that keeps weights as this processor wants them. They are written
+            at the first use, which takes memory and time once; from then on they are mapped, which
+            takes next to none.
     Raises:
         BundleError: the folder is not a bundle that this version reads.
         CheckFailed: files are damaged.
+        RunnerError: an impossible number of threads, or a folder that cannot be used.
     """
 
-    def __init__(self, bundle: Bundle | str | Path, *, threads: int = 0) -> None:
+    def __init__(
+        self,
+        bundle: Bundle | str | Path,
+        *,
+        threads: int = 0,
+        packed_weights: str | Path | None = None,
+    ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         manifest = self.bundle.manifest
         self.context = manifest.context
@@ -139,7 +149,11 @@ class Runner:
         self.text = Text(self.bundle.path) if (self.bundle.path / TOKENIZER).is_file() else None
         self.stats = Stats()
         self._contract = manifest.contract
-        self._session = _open_session(self.bundle.graph_path, threads)
+        self._session = open_session(
+            self.bundle,
+            threads=threads,
+            packed_weights=None if packed_weights is None else Path(packed_weights),
+        )
         self._binding = self._session.io_binding()
         self._check_inputs()
         self._caches = _Caches(self._contract, context=self.context, chunk=PREFILL_CHUNK)
@@ -402,20 +416,6 @@ def allocate(cache: CacheInput, positions: int) -> NDArray[Any]:
 
 def _slots(cache: CacheInput, positions: int) -> int:
     return -(-positions // cache.block) * cache.block
-
-
-def _open_session(path: Path, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    if not 0 <= threads <= MOST_THREADS:
-        raise RunnerError(f"threads is {threads}; it must be 0 to {MOST_THREADS}")
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4
-    # Smaller pieces of work at the end of an operator: threads wait less for each other.
-    options.add_session_config_entry("session.dynamic_block_base", "4")
-    try:
-        return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as err:  # ONNX Runtime raises its own types, which share no base
-        raise BundleError(f"`{path}` cannot be loaded: {err}") from err
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any]) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pleexport
+from pleexport import session
 from pleexport.errors import RunnerError
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
@@ -200,3 +201,38 @@ pleexport.verify({str(gemma4_bundle)!r})
         [1, 2, 3], max_new_tokens=4, ignore_eos=True
     )
     assert result.stdout.strip() == str([t.id for t in expected])
+
+
+def test_packed_weights_are_written_once_and_give_the_same_logits(
+    sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [5, 9, 2, 77, 31]
+    expected = pleexport.Runner(sample_bundle).logits(ids)
+    folder = tmp_path / "packed"
+    first = pleexport.Runner(sample_bundle, packed_weights=folder).logits(ids)
+    (kept,) = folder.iterdir()
+    written = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert set(written) == {"model.onnx", "model.onnx.data"}
+    monkeypatch.setattr(session, "_write_packed", None)  # not again
+    second = pleexport.Runner(sample_bundle, packed_weights=folder).logits(ids)
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(first, expected, atol=1e-5)
+    monkeypatch.setattr(session, "_processor", lambda: "another")
+    with pytest.raises(TypeError):  # weights for another processor are not used
+        pleexport.Runner(sample_bundle, packed_weights=folder)
+
+
+def test_packing_that_fails_leaves_nothing(
+    sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(bundle: object, folder: Path) -> None:
+        (folder / "model.onnx").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "_write_packed", fail)
+    with pytest.raises(KeyboardInterrupt):
+        pleexport.Runner(sample_bundle, packed_weights=tmp_path / "packed")
+    assert list((tmp_path / "packed").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(RunnerError, match="no folder that can be written to"):
+        pleexport.Runner(sample_bundle, packed_weights=tmp_path / "file")
