@@ -70,20 +70,20 @@ def make_inputs(shape: str, folder: Path) -> dict[str, Path]:
     return paths
 
 
-def run_pleexport(bundle: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+def run_pleexport(bundle: Path, arguments: argparse.Namespace, *options: object) -> dict[str, Any]:
     """One round of `pleexport bench`."""
     result = json.loads(
         _output(
             "-m", "pleexport.cli", "bench", bundle,
             "--prompt-tokens", arguments.prompt_tokens, "--decode-tokens", arguments.decode_tokens,
-            "--repeat", 1, "--threads", arguments.threads, "--json",
+            "--repeat", 1, "--threads", arguments.threads, "--json", *options,
         )
     )  # fmt: skip
     longest = str(arguments.prompt_tokens).rpartition(",")[2]
     cold = json.loads(
         _output(
             "-m", "pleexport.cli", "bench", bundle, "--prompt-tokens", longest, "--cold",
-            "--decode-tokens", 1, "--repeat", 1, "--threads", arguments.threads, "--json",
+            "--decode-tokens", 1, "--repeat", 1, "--threads", arguments.threads, "--json", *options,
         )
     )  # fmt: skip
     first, last = result["timings"][0], result["timings"][-1]
@@ -138,6 +138,9 @@ def compare(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     paths = make_inputs(shape, folder)
     engines: dict[str, Callable[[], dict[str, Any]]] = {
         "pleexport": lambda: run_pleexport(paths["pleexport"], arguments),
+        "pleexport, packed weights": lambda: run_pleexport(
+            paths["pleexport"], arguments, "--packed-weights", folder / "packed"
+        ),
         "pleexport, int4 head": lambda: run_pleexport(paths["pleexport, int4 head"], arguments),
         "llama.cpp Q4_0": lambda: run_llamacpp(paths["llama.cpp Q4_0"], arguments),
         "llama.cpp Q4_0, Q8_0 head": lambda: run_llamacpp(
