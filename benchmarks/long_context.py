@@ -34,7 +34,6 @@ from pleexport.checkpoint import Checkpoint
 from pleexport.families.base import CACHE_DTYPES
 from pleexport.inspection import cache_bytes
 from pleexport.process import memory
-from pleexport.runner import PREFILL_CHUNK
 
 HERE = Path(__file__).parent
 SHAPE = "gemma4-narrow"
@@ -46,13 +45,13 @@ def measure(bundle: Path, threads: int) -> list[dict[str, float]]:
     """At each power of two positions: memory above an empty context, and time of a step."""
     runner = pleexport.Runner(bundle, threads=threads)
     ids = np.random.default_rng(0).integers(0, runner.blob.num_rows, runner.context).tolist()
-    runner.feed(ids[:PREFILL_CHUNK])  # now the runtime has its own buffers
+    runner.feed(ids[: runner.chunk])  # now the runtime has its own buffers
     runner.reset()
     empty, position, mark, results = memory().anonymous or 0, 0, FIRST_MARK, []
     while mark <= runner.context:
         started, begin = time.perf_counter(), position
         while position < mark - STEPS:
-            count = min(PREFILL_CHUNK, mark - STEPS - position)
+            count = min(runner.chunk, mark - STEPS - position)
             runner.feed(ids[position : position + count])
             position += count
         prefill = time.perf_counter() - started
@@ -117,7 +116,7 @@ def main() -> None:
     if not (checkpoint / "config.json").exists():
         write_checkpoint(SHAPES[SHAPE], checkpoint)
     source = Checkpoint(checkpoint)
-    model = families.resolve(source.config, dtype=source.dtype)
+    model = families.resolve(source)
     result: dict[str, Any] = {
         "shape": SHAPE,
         "context": arguments.context,

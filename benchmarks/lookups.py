@@ -83,7 +83,7 @@ def gather_session(table: NDArray[np.float32], folder: Path) -> ort.InferenceSes
 def measure(folder: Path, repeat: int) -> list[dict[str, Any]]:
     """One record for each way, state and batch."""
     checkpoint = Checkpoint(folder / "checkpoint")
-    binding = Binding(families.resolve(checkpoint.config, dtype=checkpoint.dtype), checkpoint)
+    binding = Binding(families.resolve(checkpoint), checkpoint)
     blobs = open_blobs(binding, folder)
     table = next(t for t in binding.model.tables if t.layers is not None)
     in_memory = binding.rows(table, slice(None)).astype(np.float32)

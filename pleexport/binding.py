@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError
-from pleexport.families.base import Model, Table, Weight
+from pleexport.families.base import Model, Rows, Table, Weight
 from pleexport.safetensors_file import DTYPES, TensorEntry
 
 FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
@@ -43,24 +43,45 @@ class Binding:
         self.prefix = _text_prefix(model, checkpoint)
         self.left_out, self.ignored = self._check()
 
-    def entry(self, item: Table | Weight) -> TensorEntry:
-        """The checkpoint's tensor behind a table or a weight that is not a constant."""
-        key = item.key if isinstance(item, Table) else item.source_key
-        return self.checkpoint.entries[self._full_name(key)]
+    def entries(self, item: Table | Weight) -> list[TensorEntry]:
+        """The checkpoint's tensors behind a table or a weight that is not a constant."""
+        keys = item.keys if isinstance(item, Table) else (item.source_key,)
+        return [self.checkpoint.entries[self._full_name(key)] for key in keys]
 
     @property
     def dtype(self) -> str:
-        """The dtype of the tensors that `rows` gives, e.g. "BF16"."""
+        """The checkpoint's dtype, e.g. "BF16"."""
         return self.checkpoint.dtype
 
-    def rows(self, item: Table | Weight, rows: NDArray[np.int64] | slice) -> NDArray[np.generic]:
-        """Rows of a table or weight, in the checkpoint's dtype; a slice is not copied.
+    def rows(self, table: Table, rows: Rows) -> NDArray[np.generic]:
+        """Rows `[n, row width]` of a table in its source dtype; a slice is not copied if it need
+        not be.
 
         A tensor that is stored in another dtype than the config names is rounded to the config's,
         as the original does when it loads it.
         """
-        view: NDArray[np.generic] = self.checkpoint.array(self.entry(item).name)[rows]
-        return view.astype(DTYPES[self.dtype], copy=False)
+        if table.fold:
+            return table.fold.compute(self._read, rows)
+        parts = [self._array(key)[rows] for key in table.keys]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def matrix(self, weight: Weight) -> NDArray[np.generic]:
+        """A view of a weight in the checkpoint's dtype."""
+        array = self._array(weight.source_key)
+        return array.T if weight.transposed else array.reshape(weight.shape)
+
+    def values(self, weight: Weight) -> NDArray[np.float32]:
+        """A whole weight in float32."""
+        if weight.constant is not None:
+            return weight.constant
+        return self.matrix(weight).astype(np.float32)
+
+    def vectors(self, table: Table, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What token ids look up: `[T, width]`, or `[T, layers, width]`, multiplier applied."""
+        aliases = self.model.row_aliases
+        rows = table.source_rows(np.array([aliases.get(int(i), int(i)) for i in ids], np.int64))
+        vectors = self.rows(table, rows).astype(np.float32) * np.float32(table.multiplier)
+        return vectors if table.layers is None else vectors.reshape(len(ids), table.layers, -1)
 
     def check_tied_head(self) -> None:
         """Refuse a head that the config ties and the files contradict; reads both.
@@ -72,7 +93,8 @@ class Binding:
             own = self._full_name(weight.name)
             if weight.key is None or own not in self.checkpoint.entries:
                 continue
-            mine, tied = self.checkpoint.array(own), self.checkpoint.array(self.entry(weight).name)
+            (tied_to,) = self.entries(weight)
+            mine, tied = self.checkpoint.array(own), self.checkpoint.array(tied_to.name)
             for begin in range(0, len(mine), _ROWS_COMPARED):
                 rows = slice(begin, begin + _ROWS_COMPARED)
                 if not np.array_equal(mine[rows], tied[rows]):
@@ -83,6 +105,14 @@ class Binding:
                         "tensor",
                     )
 
+    def _array(self, key: str) -> NDArray[np.generic]:
+        array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))
+        return array.astype(DTYPES[self.dtype], copy=False)
+
+    def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
+        array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))[rows]
+        return array.astype(np.float32)
+
     def _full_name(self, key: str) -> str:
         for name in _candidates(self.prefix, key):
             if name in self.checkpoint.entries:
@@ -91,10 +121,11 @@ class Binding:
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for table in self.model.tables:
-            yield self._full_name(table.key), (table.rows, table.row_width)
+            for key, shape in table.sources.items():
+                yield self._full_name(key), shape
         for weight in self.model.weights:
             if weight.constant is None:
-                yield self._full_name(weight.source_key), weight.shape
+                yield self._full_name(weight.source_key), weight.source_shape
 
     def _check(self) -> tuple[list[LeftOut], list[str]]:
         entries, expected = self.checkpoint.entries, dict(self._expected())
@@ -136,7 +167,7 @@ class Binding:
 
 
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
-    key = model.tables[0].key
+    key = model.tables[0].keys[0]
     for prefix in model.text_prefixes:
         if prefix + key in checkpoint.entries:
             return prefix

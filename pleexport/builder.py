@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,7 +14,7 @@ import msgspec
 
 from pleexport import families, targets
 from pleexport.binding import Binding
-from pleexport.blob.layout import TABLE_DTYPES, Segment, plan_segments, segment_dtype
+from pleexport.blob.layout import TABLE_DTYPES, Segment, plan_segments
 from pleexport.blob.writer import blob_bytes, write_blob
 from pleexport.bundle import (
     BLOB,
@@ -29,20 +29,28 @@ from pleexport.bundle import (
     staging_folder,
 )
 from pleexport.checkpoint import Checkpoint
-from pleexport.errors import CheckFailed, MissingDependencyError, PleexportError, TargetError
+from pleexport.errors import (
+    CheckFailed,
+    CheckpointError,
+    MissingDependencyError,
+    PleexportError,
+    TargetError,
+)
 from pleexport.families.base import CACHE_DTYPES, CacheDtype, Model
 from pleexport.graph.contract import describe
-from pleexport.graph.storage import BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
+from pleexport.graph.storage import BITS, BLOCK_SIZES, WEIGHT_DTYPES, WeightFormat
 from pleexport.inspection import resident_bytes
 from pleexport.parallel import beside
 from pleexport.progress import Progress
 from pleexport.targets import Target
-from pleexport.text import TOKENIZER, Text
+from pleexport.text import TOKENIZERS, open_text, read_text_file, tokenizer_files
 
 BACKENDS = ("onnx",)
 _VERSIONED = ("pleexport", "torch", "onnx-ir", "onnxscript", "numpy")
 # Room for the graph's structure, tokenizer and reports beside weights and blob.
 _OVERHEAD_BYTES = 64 << 20
+# More changes importances by little, and every 512 read all weights once.
+_CALIBRATION_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -58,6 +66,7 @@ class Plan:
     weights: WeightFormat
     cache_dtype: CacheDtype
     context: int
+    calibration_ids: Sequence[int]
     segments: list[Segment]
     sizes: dict[str, int]
 
@@ -80,6 +89,8 @@ def build(
     cache_dtype: str | None = None,
     context: int | None = None,
     backend: str | None = None,
+    calibrate: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress | None = None,
@@ -102,6 +113,10 @@ def build(
             that see the whole context; the target's by default.
         context: largest number of positions; the target's by default, the model's at most.
         backend: "onnx", the only one so far.
+        calibrate: a text file like those that the model will meet; int8 and int4 weights are then
+            rounded for the least error on it.
+        tokenizer: a tokenizer.json, a vocabulary of RWKV's World tokenizer, or a folder with
+            either; what lies beside the weights by default.
         overwrite: replace a bundle at `out`.
         verify: compare with the PyTorch original; a bundle that fails is not kept.
     Returns:
@@ -113,9 +128,13 @@ def build(
     progress = progress or Progress(quiet=True)
     _choice("backend", BACKENDS[0] if backend is None else backend, BACKENDS)
     source = Checkpoint(checkpoint)
-    model = families.resolve(source.config, dtype=source.dtype)
+    model = families.resolve(source)
     binding = Binding(model, source)
-    _check_tokenizer(source)
+    _ = source.generation_config  # to say now if it is malformed
+    text_files = tokenizer_files(source.folder if tokenizer is None else Path(tokenizer))
+    if tokenizer is not None and not text_files.keys() & set(TOKENIZERS):
+        raise CheckpointError(f"`{tokenizer}` holds no {' or '.join(TOKENIZERS)}")
+    calibration_ids = _read_texts(text_files, calibrate)
     binding.check_tied_head()
     chosen = targets.load(target)
     plan = make_plan(
@@ -130,16 +149,22 @@ def build(
         ),
         cache_dtype=chosen.cache_dtype if cache_dtype is None else cache_dtype,
         context=context,
+        calibration_ids=calibration_ids,
     )
-    destination = Path(out) if out else Path(f"{source.path.resolve().name}-{plan.target.name}")
+    destination = Path(out) if out else Path(f"{source.name}-{plan.target.name}")
     with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         _note_what_is_left_out(binding, progress)
+        if not text_files.keys() & set(TOKENIZERS):
+            progress.note(
+                f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
+                "will take token ids only"
+            )
         for note in targets.delivery_notes(plan.target, plan.sizes):
             progress.note(f"note: {note}")
         digests = _write_model(binding, plan, staging, progress)
-        for file in source.tokenizer_files:
-            shutil.copyfile(file, staging / file.name)
+        for name, file in text_files.items():
+            shutil.copyfile(file, staging / name)
         manifest = _manifest(binding, plan, digests)
         seal(staging, manifest)
         if verify:
@@ -157,6 +182,7 @@ def make_plan(
     weights: WeightFormat,
     cache_dtype: str,
     context: int | None,
+    calibration_ids: Sequence[int] = (),
 ) -> Plan:
     """Check dtypes and context, and compute the sizes of what will be written.
 
@@ -176,7 +202,12 @@ def make_plan(
         raise TargetError(
             f"context {context} is not possible; the model knows 1 to {model.max_context} positions"
         )
-    segments = plan_segments(model.tables, segment_dtype(table_dtype, binding.dtype))
+    if calibration_ids and not {weights.stored_dtype(w) for w in model.weights} & BITS.keys():
+        raise TargetError(
+            f"calibration chooses scales of int8 and int4 weights, and these are {weights.dtype}",
+            hint="add `--weight-dtype int4`, or leave the text out",
+        )
+    segments = plan_segments(model.tables, table_dtype, binding.dtype)
     sizes = {
         GRAPH_DATA: sum(weights.stored_bytes(weight) for weight in model.weights),
         BLOB: blob_bytes(model, segments, target.page_size),
@@ -195,6 +226,7 @@ def make_plan(
         weights=weights,
         cache_dtype=cache,
         context=positions,
+        calibration_ids=calibration_ids,
         segments=segments,
         sizes=sizes,
     )
@@ -216,10 +248,6 @@ def _note_what_is_left_out(binding: Binding, progress: Progress) -> None:
             f"note: {len(binding.ignored)} tensors are not used by the model, "
             f"`{binding.ignored[0]}` first: {_reason(binding)}"
         )
-    if not any(file.name == "tokenizer.json" for file in binding.checkpoint.tokenizer_files):
-        progress.note(
-            "warning: the checkpoint has no tokenizer.json; the bundle will take token ids only"
-        )
 
 
 def _reason(binding: Binding) -> str:
@@ -227,11 +255,17 @@ def _reason(binding: Binding) -> str:
     return next(u.reason for key, u in binding.model.unused.items() if first.endswith(key))
 
 
-def _check_tokenizer(source: Checkpoint) -> None:
-    """Read the small files that the bundle will carry, before the long work."""
-    _ = source.generation_config
-    if (source.path / TOKENIZER).is_file():
-        Text(source.path)
+def _read_texts(files: Mapping[str, Path], calibrate: str | Path | None) -> list[int]:
+    """Read the tokenizer before the long work, and with it the text to calibrate on."""
+    tokenizer = open_text(files)
+    if calibrate is None:
+        return []
+    if tokenizer is None:
+        raise CheckpointError(
+            f"there is no tokenizer, so `{calibrate}` cannot be read as tokens",
+            hint=f"put {' or '.join(TOKENIZERS)} beside the weights, or add `--tokenizer PATH`",
+        )
+    return tokenizer.encode(read_text_file(Path(calibrate)))[:_CALIBRATION_TOKENS]
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:
@@ -247,11 +281,17 @@ def _check_disk(folder: Path, plan: Plan) -> None:
 def _write_model(binding: Binding, plan: Plan, folder: Path, progress: Progress) -> dict[str, str]:
     """Write blob and dense graph; rows are written while the graph is traced."""
     try:
+        from pleexport.calibration import importance
         from pleexport.graph import onnx, trace
     except ImportError as err:
         raise MissingDependencyError(
             f"building needs {err.name}", hint="pip install 'pleexport[export]'"
         ) from err
+    important = {}
+    if plan.calibration_ids:
+        count = len(plan.calibration_ids)
+        with progress.count("Measuring inputs on the text", count, "tokens") as update:
+            important = importance(binding, plan.calibration_ids, progress=update)
     with progress.bytes("Writing rows and weights", plan.nbytes) as update:
 
         def write_rows(check: Callable[[], None]) -> str:
@@ -276,7 +316,7 @@ def _write_model(binding: Binding, plan: Plan, folder: Path, progress: Progress)
 
             program = trace.trace(binding.model, plan.cache_dtype)
             translated = onnx.translate(program, binding.model, plan.cache_dtype)
-            graph = onnx.attach_weights(translated, binding, plan.weights)
+            graph = onnx.attach_weights(translated, binding, plan.weights, important)
             weights = onnx.save(graph, folder / GRAPH, progress=advance)
             return {"weights": weights, "tables": rows.result()}
 
@@ -298,6 +338,7 @@ def _manifest(binding: Binding, plan: Plan, digests: dict[str, str]) -> Manifest
         block_size=plan.weights.block_size,
         symmetric=plan.weights.symmetric,
         cache_dtype=plan.cache_dtype,
+        calibration_tokens=len(plan.calibration_ids),
         target=plan.target.name,
         source_digest=digests,
         versions={name: _version(name) for name in _VERSIONED}

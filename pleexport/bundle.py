@@ -57,6 +57,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
             `graph.storage.WeightFormat`.
         cache_dtype: of keys and values in layers that see the whole context.
+        calibration_tokens: length of the text that weights were rounded for; 0 for none.
         source_digest: digests of the source tables and of the stored weights.
         versions: of the tools that wrote the bundle.
     """
@@ -73,6 +74,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     block_size: int
     symmetric: bool
     cache_dtype: CacheDtype
+    calibration_tokens: int
     target: str
     source_digest: dict[str, str]
     versions: dict[str, str]

@@ -6,45 +6,57 @@ import json
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
 from pleexport.errors import CheckpointError
+from pleexport.pickled_file import PickledFile
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 # `dtype` strings of config.json -> safetensors dtype.
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+
+
+class WeightFile(Protocol):
+    """A file of tensors."""
+
+    path: Path
+    entries: dict[str, TensorEntry]
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A read-only view of a tensor in its stored dtype."""
+        ...
 
 
 class Checkpoint:
-    """A Hugging Face folder: `config.json` and safetensors files, single or sharded.
+    """Trained weights with their config.
 
-    Weights are optional: a folder that has only a config can be inspected.
+    Either a Hugging Face folder, `config.json` and safetensors files, single or sharded; or one
+    file, `.pth` or safetensors, of a family that has no config, or the folder around it. Weights
+    are optional: a folder that has only a config can be inspected.
 
     Raises:
-        CheckpointError: no folder, no config, or damaged files; the text names the file.
+        CheckpointError: nothing there, no config where there has to be one, or damaged files; the
+            text names the file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        if not self.path.is_dir():
+        self.config: dict[str, Any] = {}
+        if self.path.is_file():
+            self.folder, names = self.path.parent, [self.path.name]
+        elif self.path.is_dir():
+            self.folder, names = self.path, _weight_file_names(self.path)
+            if not names or (self.path / "config.json").exists():
+                self.config = _read_json(self.path / "config.json")
+        else:
             raise CheckpointError(
-                f"`{self.path}` is not a folder",
-                hint="pass the folder that holds config.json and the safetensors files",
+                f"`{self.path}` does not exist",
+                hint="pass the folder that holds config.json and the safetensors files, or a "
+                ".pth file",
             )
-        self.config: dict[str, Any] = _read_json(self.path / "config.json")
-        self.files: list[SafetensorsFile] = [
-            SafetensorsFile(self.path / name, error=CheckpointError)
-            for name in _weight_file_names(self.path)
-        ]
+        self.files: list[WeightFile] = [_open_weights(self.folder / name) for name in names]
         self._file_of: dict[str, SafetensorsFile] = {}
         for file in self.files:
             for name in file.entries:
@@ -72,7 +84,8 @@ class Checkpoint:
         """The dtype that the original computes its constants in: "F32", "F16" or "BF16".
 
         The config's word comes first, as in `from_pretrained(dtype="auto")`; a config without one
-        takes the dtype of the first floating-point tensor.
+        takes the dtype of the first floating-point tensor. Without a config, it is the narrowest
+        that holds all tensors.
         """
         for config in (self.config, self.text_config):
             name = config.get("dtype") or config.get("torch_dtype")
@@ -84,19 +97,23 @@ class Checkpoint:
                     f"expected one of {', '.join(CONFIG_DTYPES)}"
                 )
             return CONFIG_DTYPES[name]
+        if not self.config:
+            dtypes = {entry.dtype for entry in self.entries.values()}
+            return dtypes.pop() if dtypes in ({"F16"}, {"BF16"}) else "F32"
         floats = [e.dtype for e in self.entries.values() if e.dtype in CONFIG_DTYPES.values()]
         return floats[0] if floats else "F32"
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """`generation_config.json`, or an empty dict."""
-        path = self.path / "generation_config.json"
+        path = self.folder / "generation_config.json"
         return _read_json(path) if path.exists() else {}
 
     @property
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's files that the checkpoint ships."""
-        return [self.path / n for n in TOKENIZER_FILES if (self.path / n).is_file()]
+    def name(self) -> str:
+        """What a bundle is called after."""
+        path = self.path.resolve()
+        return path.name if path.is_dir() else path.stem
 
     def array(self, name: str) -> NDArray[Any]:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
@@ -104,7 +121,7 @@ class Checkpoint:
 
     def _check_index(self) -> None:
         index_path = self.path / "model.safetensors.index.json"
-        if not index_path.exists():
+        if not self.path.is_dir() or not index_path.exists():
             return
         missing = sorted(set(_read_json(index_path)["weight_map"]) - set(self._file_of))
         if missing:
@@ -112,6 +129,12 @@ class Checkpoint:
                 f"`{index_path}` lists {len(missing)} tensors that are in no file, "
                 f"`{missing[0]}` first"
             )
+
+
+def _open_weights(path: Path) -> WeightFile:
+    if path.suffix == ".pth":
+        return PickledFile(path)
+    return SafetensorsFile(path, error=CheckpointError)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -132,7 +155,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _weight_file_names(folder: Path) -> list[str]:
-    """Names of the weight files: the index's shards, or the only safetensors file there is."""
+    """Names of the weight files: the index's shards, or the only file there is."""
     index_path = folder / "model.safetensors.index.json"
     if index_path.exists():
         weight_map = _read_json(index_path).get("weight_map")
@@ -158,6 +181,12 @@ def _weight_file_names(folder: Path) -> list[str]:
             f"`{folder}` holds {len(found)} safetensors files and no `{index_path.name}`",
             hint="fetch the index, or leave one file",
         )
+    if not found:
+        found = sorted(path.name for path in folder.glob("*.pth"))
+        if len(found) > 1:
+            raise CheckpointError(
+                f"`{folder}` holds {len(found)} .pth files", hint="pass the path of one of them"
+            )
     if not found and any(folder.glob("*.bin")):
         raise CheckpointError(
             f"`{folder}` holds pickled weights (*.bin), which are not opened",

@@ -120,6 +120,19 @@ def build(
     backend: Annotated[
         str | None, typer.Option(help="onnx, the only one so far.", show_default="the target's")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file; int8 and int4 weights are rounded for the least error on it.",
+            metavar="FILE.txt",
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(
+            help="A tokenizer.json, or RWKV's vocabulary.", show_default="beside the weights"
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle at the same place.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare with the PyTorch original; keep only what passes.")
@@ -144,6 +157,8 @@ def build(
         cache_dtype=cache_dtype,
         context=context,
         backend=backend,
+        calibrate=calibrate,
+        tokenizer=tokenizer,
         overwrite=overwrite,
         verify=verify,
         progress=Progress(quiet=as_json),

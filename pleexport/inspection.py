@@ -16,7 +16,6 @@ from pleexport.blob.layout import (
     TABLE_DTYPES,
     plan_segments,
     row_stride,
-    segment_dtype,
 )
 from pleexport.blob.writer import blob_bytes
 from pleexport.bundle import BLOB, GRAPH_DATA
@@ -66,8 +65,9 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
         main_embedding: the tables that belong to no layer.
         per_layer_embedding: the tables that belong to layers; only they can leave memory.
         dense: the text model without its tables.
-        resident: what has to stay in memory for text: `text` without the per-layer tables, and
-            without a main embedding that is not the head too.
+        folded: tensors that a build merges into rows of tables; they are nowhere afterwards.
+        resident: what has to stay in memory for text: `text` without the per-layer tables,
+            what is merged into them, and without a main embedding that is not the head too.
         dead: tensors of layers that use another layer's keys and values.
         buffers: numbers in the checkpoint that the original does not count as parameters.
         towers: parts of a multimodal model that are left out.
@@ -81,6 +81,7 @@ class Counts(msgspec.Struct, frozen=True, kw_only=True):
     main_embedding: int
     per_layer_embedding: int
     dense: int
+    folded: int
     resident: int
     dead: int
     buffers: int
@@ -227,7 +228,7 @@ def inspect(path: str | Path) -> ModelInfo:
         UnsupportedError: the model has no tables, or is of no known family.
     """
     checkpoint = Checkpoint(path)
-    model = families.resolve(checkpoint.config, dtype=checkpoint.dtype)
+    model = families.resolve(checkpoint)
     notes: list[str] = []
     binding = _bind(model, checkpoint, notes)
     towers, scalars = _towers(model, binding)
@@ -241,7 +242,7 @@ def inspect(path: str | Path) -> ModelInfo:
     return ModelInfo(
         path=str(path),
         family=model.family,
-        model_type=str(checkpoint.config["model_type"]),
+        model_type=str(checkpoint.config.get("model_type", model.family)),
         dtype=SAFETENSORS_TO_SEGMENT[source],
         layers=model.num_layers,
         vocab=model.vocab_size,
@@ -258,8 +259,11 @@ def inspect(path: str | Path) -> ModelInfo:
 
 
 def cache_bytes(model: Model, dtype: CacheDtype, context: int) -> int:
-    """Bytes of keys and values of `context` positions; a window holds no more than its own."""
-    return sum(
+    """Bytes of states, and of keys and values of `context` positions.
+
+    A window holds no more than its own.
+    """
+    return sum(state.nbytes for state in model.states) + sum(
         CACHE_ITEM_BYTES[buffer.dtype]
         * buffer.width
         * cache.heads
@@ -283,7 +287,7 @@ def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     Args:
         source: the checkpoint's dtype, e.g. "BF16".
     """
-    segments = plan_segments(model.tables, segment_dtype(target.table_dtype, source))
+    segments = plan_segments(model.tables, target.table_dtype, source)
     context = min(target.context, model.max_context)
     graph = sum(target.weights.stored_bytes(weight) for weight in model.weights)
     blob = blob_bytes(model, segments, target.page_size)
@@ -344,17 +348,22 @@ def _towers(model: Model, binding: Binding | None) -> tuple[list[Tower], int]:
 
 
 def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: int) -> Counts:
-    table_keys = {table.key for table in model.tables}
+    table_keys = {key for table in model.tables for key in table.keys}
     main = sum(t.rows * t.row_width for t in model.tables if t.layers is None)
     per_layer = sum(t.rows * t.row_width for t in model.tables if t.layers is not None)
     own = [w for w in model.weights if w.constant is None and w.source_key not in table_keys]
     dense = sum(weight.size for weight in own if not weight.is_buffer)
     buffers = sum(weight.size for weight in own if weight.is_buffer)
+    folds: dict[str, int] = {}
+    for table in model.tables:
+        own_keys = {*table.keys, *table_keys}
+        folds |= {k: math.prod(n) for k, n in table.sources.items() if k not in own_keys}
     dead, copies = _unused(model, binding)
     heads = {w.source_key for w in model.weights if w.source_key in table_keys}
-    resident_tables = sum(t.rows * t.row_width for t in model.tables if t.key in heads)
+    resident_tables = sum(t.rows * t.row_width for t in model.tables if heads & {*t.keys})
     tower = sum(tower.parameters for tower in towers)
-    text = main + per_layer + dense
+    folded = sum(folds.values())
+    text = main + per_layer + dense + folded
     return Counts(
         stored=text + tower + dead + buffers + copies,
         live=text + tower,
@@ -362,6 +371,7 @@ def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: 
         main_embedding=main,
         per_layer_embedding=per_layer,
         dense=dense,
+        folded=folded,
         resident=dense + resident_tables,
         dead=dead,
         buffers=buffers,
@@ -391,7 +401,9 @@ def _unused(model: Model, binding: Binding | None) -> tuple[int, int]:
 
 def _note_other_dtypes(binding: Binding | None, checkpoint: Checkpoint, notes: list[str]) -> None:
     """Say that tensors are stored in another dtype than config.json names."""
-    stored = {binding.entry(t).dtype for t in binding.model.tables} if binding else set()
+    stored = set()
+    if binding and checkpoint.config:
+        stored = {e.dtype for t in binding.model.tables for e in binding.entries(t)}
     if stored - {checkpoint.dtype}:
         config_dtype = next(k for k, v in CONFIG_DTYPES.items() if v == checkpoint.dtype)
         notes.append(
@@ -403,8 +415,8 @@ def _note_other_dtypes(binding: Binding | None, checkpoint: Checkpoint, notes: l
 def _table(model: Model, table: Table, source: str) -> TableInfo:
     stored = []
     for dtype in TABLE_DTYPES:
-        stored_as = segment_dtype(dtype, source)
-        segments = plan_segments([table], stored_as)
+        segments = plan_segments([table], dtype, source)
+        stored_as = segments[0].dtype
         row = sum(segment.end - segment.offset for segment in segments)
         stored.append(
             StoredTable(
@@ -420,7 +432,7 @@ def _table(model: Model, table: Table, source: str) -> TableInfo:
         layers=table.layers,
         width=table.width,
         parameters=table.rows * table.row_width,
-        is_head=any(weight.source_key == table.key for weight in model.weights),
+        is_head=any(weight.source_key in table.keys for weight in model.weights),
         stored=stored,
     )
 
@@ -428,7 +440,7 @@ def _table(model: Model, table: Table, source: str) -> TableInfo:
 def _blobs(model: Model, source: str) -> list[BlobInfo]:
     blobs = []
     for dtype in TABLE_DTYPES:
-        segments = plan_segments(model.tables, segment_dtype(dtype, source))
+        segments = plan_segments(model.tables, dtype, source)
         nbytes = blob_bytes(model, segments, MINIMUM_PAGE_SIZE)
         blobs.append(BlobInfo(dtype=dtype, row_stride=row_stride(segments), file_bytes=nbytes))
     return blobs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -14,24 +15,31 @@ class Parameters(Mapping[str, Tensor]):
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         self._tensors = tensors
-        self._prefix = prefix
+        self.prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._tensors[self._prefix + name]
+        return self._tensors[self.prefix + name]
 
     def __iter__(self) -> Iterator[str]:
-        return (n.removeprefix(self._prefix) for n in self._tensors if n.startswith(self._prefix))
+        return (n.removeprefix(self.prefix) for n in self._tensors if n.startswith(self.prefix))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
     def below(self, prefix: str) -> Parameters:
         """The weights whose names begin with `prefix` and a dot."""
-        return Parameters(self._tensors, f"{self._prefix}{prefix}.")
+        found = copy.copy(self)
+        found.prefix = f"{self.prefix}{prefix}."
+        return found
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, plus the bias where there is one."""
         return F.linear(x, self[f"{name}.weight"], self.get(f"{name}.bias"))
+
+    def layer_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
+        """Layer norm over the last axis, with weight and bias."""
+        weight, bias = self[f"{name}.weight"], self[f"{name}.bias"]
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
     def rms_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         """RMS norm over the last axis, scaled by the weight."""
@@ -139,7 +147,9 @@ def attention_bias(
     return bias[:, None, :, None].expand(-1, -1, -1, repeats, -1).flatten(2, 3)
 
 
-def attend(q_BTND: Tensor, cache: tuple[Tensor, ...], bias: Tensor) -> Tensor:
+def attend(
+    q_BTND: Tensor, cache: tuple[Tensor, ...], bias: Tensor, *, cap: float | None = None
+) -> Tensor:
     """`[B, T, N * D]`: softmax(q k) v with scale 1; K key heads serve N query heads.
 
     The query heads of a key head are rows of one product. ONNX's `Attention` multiplies head by
@@ -148,6 +158,7 @@ def attend(q_BTND: Tensor, cache: tuple[Tensor, ...], bias: Tensor) -> Tensor:
     Args:
         cache: keys and values in float32.
         bias: `[B, 1, T * N / K, C]`, see `attention_bias`.
+        cap: see `softcap`.
     """
     keys_BKCD, values_BKCD = cache
     tokens, size, shared = q_BTND.shape[1], q_BTND.shape[3], keys_BKCD.shape[1]
@@ -155,10 +166,11 @@ def attend(q_BTND: Tensor, cache: tuple[Tensor, ...], bias: Tensor) -> Tensor:
     if shared > 1:
         grouped = grouped.transpose(1, 2)
     rows = grouped.reshape(1, shared, -1, size)
-    weights = torch.softmax(rows @ keys_BKCD.transpose(2, 3) + bias, dim=-1)
+    scores = softcap(rows @ keys_BKCD.transpose(2, 3), cap)
+    weights = torch.softmax(scores + bias, dim=-1)
     out = weights @ values_BKCD
     if shared > 1:
-        out = out.reshape(1, shared, tokens, -1, size).transpose(1, 2)
+        out = out.reshape(1, shared, tokens, -1, values_BKCD.shape[3]).transpose(1, 2)
     return out.reshape(1, tokens, -1)
 
 
@@ -169,18 +181,19 @@ def attend_in_blocks(
     query_ids_BT: Tensor,
     held_C: Tensor,
     block: int,
+    softcap: float = 0.0,
 ) -> Tensor:
     """`attend` for a cache of any dtype and length, without a window.
 
     The graph takes `block` slots at a time, so that no scores of a whole context are in memory;
-    see `graph.attention`.
+    see `graph.attention`. No soft cap is 0.
     """
     keys, values = (x.float() for x in cache[:2])
     if len(cache) > 2:
         keys, values = keys * cache[2], values * cache[3]
     repeats = query_BTND.shape[2] // keys.shape[1]
     bias = attention_bias(query_ids_BT, held_C, window=None, repeats=repeats)
-    return attend(query_BTND, (keys, values), bias).clone()
+    return attend(query_BTND, (keys, values), bias, cap=softcap or None).clone()
 
 
 @attend_in_blocks.register_fake
@@ -190,5 +203,40 @@ def _(
     query_ids_BT: Tensor,
     held_C: Tensor,
     block: int,
+    softcap: float = 0.0,
 ) -> Tensor:
-    return torch.empty_like(query_BTND).flatten(2)
+    return query_BTND.new_empty(*query_BTND.shape[:2], query_BTND.shape[2] * cache[1].shape[3])
+
+
+def token_shift(x_BTC: Tensor, previous_BC: Tensor) -> Tensor:
+    """For each token its predecessor; `previous_BC` is that of the first."""
+    return torch.cat([previous_BC.unsqueeze(1), x_BTC], dim=1)[:, : x_BTC.shape[1]]
+
+
+@torch.library.custom_op("pleexport::wkv7", mutates_args=())
+def wkv7(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The recurrence of RWKV-7: S = S (diag(exp(log_w)) + a b^T) + v k^T; y = S r.
+
+    Args:
+        r, log_w, k, v, a, b: `[1, T, heads, N]`.
+        state: S before the first token, `[1, heads, N, N]`, a row for each value.
+    Returns:
+        y `[1, T, heads, N]`, and S after the last token.
+    Source: arXiv 2503.14456. The graph takes many tokens at once; see `graph.recurrence`.
+    """
+    outputs = []
+    for t in range(r.shape[1]):
+        row = [x[:, t].unsqueeze(-2) for x in (log_w, k, b)]
+        u = state @ a[:, t].unsqueeze(-1)
+        state = state * row[0].exp() + u @ row[2] + v[:, t].unsqueeze(-1) @ row[1]
+        outputs.append((state @ r[:, t].unsqueeze(-1)).squeeze(-1))
+    return torch.stack(outputs, dim=1), state.clone()
+
+
+@wkv7.register_fake
+def _(
+    r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(r), torch.empty_like(state)

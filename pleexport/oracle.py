@@ -1,17 +1,23 @@
-"""The PyTorch original that a bundle is compared with: `transformers`' own model."""
+"""The PyTorch original that a bundle is compared with.
+
+It is `transformers`' own model, or for families that no library has, a plain reference written
+from the published math, in `pleexport/references`.
+"""
 
 from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.binding import Binding
+from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.families.base import Reference
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,6 +30,114 @@ FLOAT_FIELDS = {
     "rms_norm_eps",
 }
 TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Oracle(Protocol):
+    """The original, whoever implements it."""
+
+    name: str
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
+    ) -> NDArray[np.float32]: ...
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]: ...
+
+
+def open_oracle(binding: Binding) -> Oracle:
+    """The original of a checkpoint.
+
+    Raises:
+        MissingDependencyError: what it needs is not installed.
+        CheckpointError: transformers does not find all weights in the checkpoint.
+    """
+    if binding.model.reference is None:
+        return TransformersOracle(binding)
+    tensors = CheckpointTensors(binding.checkpoint)
+    return StepOracle(binding.model.reference(tensors, binding.checkpoint.config))
+
+
+class CheckpointTensors(Mapping[str, "Tensor"]):
+    """A checkpoint's tensors by name, as views of the mapped files."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        array = self._checkpoint.array(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
+            if self._checkpoint.entries[name].dtype == "BF16":
+                return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
+
+
+class StepOracle:
+    """A plain reference, run token by token."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.name = reference.name
+        self._reference = reference
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
+    ) -> NDArray[np.float32]:
+        """Logits `[T, vocab]` of a text, or `[keep, vocab]`; see `TransformersOracle.logits`."""
+        first = len(token_ids) - keep if keep else 0
+        steps = enumerate(self._steps(token_ids, vectors))
+        return np.stack([logits.numpy() for i, (logits, _) in steps if i >= first])
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """What each layer hands on: `[T, H]` float32."""
+        tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
+        return [np.stack(layer) for layer in zip(*tokens, strict=True)]
+
+    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
+        """The `count` ids that greedy decoding adds."""
+        ids = list(token_ids)
+        state = self._reference.start()
+        for position in range(len(token_ids) + count - 1):
+            logits, _ = self._step(self._reference.vectors(ids[position]), state)
+            if position + 1 == len(ids):
+                ids.append(int(logits.argmax()))
+        return ids[len(token_ids) :]
+
+    def _steps(
+        self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        import torch
+
+        state = self._reference.start()
+        for i, token_id in enumerate(token_ids):
+            if vectors is None:
+                given = self._reference.vectors(token_id)
+            else:
+                given = {name: torch.from_numpy(array[i]) for name, array in vectors.items()}
+            yield self._step(given, state)
+
+    def _step(self, vectors: Mapping[str, Tensor], state: Any) -> tuple[Tensor, list[Tensor]]:
+        import torch
+
+        with torch.no_grad():
+            return self._reference.step(vectors, state)
 
 
 class TransformersOracle:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -20,9 +20,10 @@ from pleexport.blob import Blob
 from pleexport.bundle import Bundle, ParitySummary
 from pleexport.errors import RunnerError
 from pleexport.families.base import Table
-from pleexport.graph.contract import hidden_name
+from pleexport.graph.contract import NUM_LOGITS_TO_KEEP, POSITION_IDS, hidden_name
+from pleexport.oracle import Oracle
 from pleexport.quantize import group_scales
-from pleexport.runner import PREFILL_CHUNK, Runner, allocate
+from pleexport.runner import Runner, allocate
 
 # Largest logit error of an exact bundle, as a share of the range of the logits.
 EXACT_LOGITS = 1e-4
@@ -40,27 +41,10 @@ _ROWS_PER_BATCH_BYTES = 8 << 20
 _GREEDY_TOKENS = 32
 _FIDELITY_TOKENS = 4096
 _LOGITS_BYTES = 256 << 20
+_LEAST_COMPARED = 128
 _SEED = 20_240_517
 
 LOSSLESS = {"F32": ("fp32",), "F16": ("fp16", "fp32"), "BF16": ("bf16", "fp32")}
-
-
-class Oracle(Protocol):
-    """The original, whoever implements it."""
-
-    name: str
-
-    def logits(
-        self,
-        token_ids: Sequence[int],
-        vectors: Mapping[str, NDArray[np.float32]] | None = None,
-        *,
-        keep: int = 0,
-    ) -> NDArray[np.float32]: ...
-
-    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
-
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]: ...
 
 
 class TableCheck(msgspec.Struct):
@@ -195,7 +179,10 @@ def compare(
     """
     runner = Runner(bundle)
     dtypes = {s.table: s.dtype for s in runner.blob.segments}
-    lossless = {t.name: dtypes[t.name] in LOSSLESS[binding.dtype] for t in binding.model.tables}
+    lossless = {
+        t.name: dtypes[t.name] in LOSSLESS[t.source_dtype(binding.dtype)]
+        for t in binding.model.tables
+    }
     exact = all(lossless.values()) and _computing_dtypes(bundle) == {"fp32"}
     tables = [
         check_table(runner.blob, binding, table, lossless=lossless[table.name], progress=progress)
@@ -235,7 +222,7 @@ def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
     """
     windows = [c.window for c in runner.bundle.manifest.contract.caches if c.window is not None]
     longest = min(max(windows, default=0), runner.context)
-    length = min(longest + PREFILL_CHUNK + 64, runner.context - 1)
+    length = min(longest + runner.chunk + 64, runner.context - 1)
     if text_ids:
         return [int(i) for i in np.resize(np.asarray(text_ids), max(length, 1))]
     own = np.setdiff1d(np.arange(runner.blob.num_rows), [i for i, _ in runner.blob.row_aliases])
@@ -367,14 +354,20 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
     )
     vectors = runner.blob.lookup(runner.blob.row_ids(ids))
     contract = bundle.manifest.contract
-    inputs: dict[str, NDArray[Any]] = {
-        lookup.name: vectors[lookup.table][None] for lookup in contract.lookup_inputs
-    }
-    for cache in contract.caches:
-        inputs[cache.input] = allocate(cache, len(ids))
-    inputs["position_ids"] = np.arange(len(ids), dtype=np.int64)[None]
-    inputs["num_logits_to_keep"] = np.array(0, dtype=np.int64)
-    return [array[0] for array in session.run(names, inputs)]
+    held: dict[str, NDArray[Any]] = {c.input: allocate(c, len(ids)) for c in contract.caches}
+    held |= {s.input: np.zeros(s.shape, dtype=np.float32) for s in contract.states}
+    given = {h.output: h.input for h in (*contract.caches, *contract.states)}
+    step = contract.tokens_per_call or len(ids)
+    pieces = []
+    for begin in range(0, len(ids), step):
+        piece = slice(begin, min(begin + step, len(ids)))
+        inputs = {n.name: vectors[n.table][None, piece] for n in contract.lookup_inputs}
+        inputs[POSITION_IDS] = np.arange(piece.start, piece.stop, dtype=np.int64)[None]
+        inputs[NUM_LOGITS_TO_KEEP] = np.array(0, dtype=np.int64)
+        found = session.run([*names, *given], inputs | held)
+        pieces.append([array[0] for array in found[: len(names)]])
+        held = dict(zip(given.values(), found[len(names) :], strict=True))
+    return [np.concatenate(layer) for layer in zip(*pieces, strict=True)]
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -408,7 +401,7 @@ def _computing_dtypes(bundle: Bundle) -> set[str]:
 def _compared_positions(runner: Runner, ids: list[int]) -> int:
     """How many of the last positions have their logits compared: all, or what fits in memory."""
     row_bytes = 4 * runner.bundle.manifest.contract.vocab_size
-    return min(len(ids), max(PREFILL_CHUNK // 2, _LOGITS_BYTES // row_bytes))
+    return min(len(ids), max(_LEAST_COMPARED, _LOGITS_BYTES // row_bytes))
 
 
 def _feed_modes(
@@ -420,8 +413,8 @@ def _feed_modes(
     uneven, size = [0], 1
     while uneven[-1] < len(ids):
         uneven.append(min(uneven[-1] + size, len(ids)))
-        size = min(2 * size + 1, PREFILL_CHUNK)
-    even = [*range(0, len(ids), PREFILL_CHUNK), len(ids)]
+        size = min(2 * size + 1, runner.chunk)
+    even = [*range(0, len(ids), runner.chunk), len(ids)]
     single = sorted({*(cut for cut in even if cut < first), *range(first, len(ids) + 1)})
     for mode, cuts in (("prefill", even), ("chunked", uneven), ("step", single)):
         runner.reset()
@@ -526,15 +519,10 @@ def _vectors(
     runner: Runner, binding: Binding, ids: Sequence[int]
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
     """Looked-up vectors of a text: by graph input as stored, and by table as in the checkpoint."""
-    rows = runner.blob.row_ids(ids)
-    lookups = runner.blob.lookup(rows)
-    stored, exact = {}, {}
-    for table in binding.model.tables:
-        stored[table.graph_input] = lookups[table.name]
-        source = binding.rows(table, table.source_rows(rows)).astype(np.float32)
-        vectors = source * np.float32(table.multiplier)
-        exact[table.name] = vectors.reshape(lookups[table.name].shape)
-    return stored, exact
+    lookups = runner.blob.lookup(runner.blob.row_ids(ids))
+    tables = binding.model.tables
+    stored = {table.graph_input: lookups[table.name] for table in tables}
+    return stored, {table.name: binding.vectors(table, np.asarray(ids)) for table in tables}
 
 
 def _failures(report: ParityReport, bundle: Bundle) -> list[str]:

@@ -112,13 +112,20 @@ class Blocks:
 
 
 def quantize_blocks(
-    weight_NK: NDArray[np.float32], *, bits: int, block_size: int, symmetric: bool = True
+    weight_NK: NDArray[np.float32],
+    *,
+    bits: int,
+    block_size: int,
+    symmetric: bool = True,
+    importance: NDArray[np.float32] | None = None,
 ) -> Blocks:
     """Quantize a matrix for ONNX Runtime's `MatMulNBits`, scales searched.
 
     Args:
         weight_NK: `[N, K]`, N outputs.
         symmetric: one zero point for all blocks, 2**(bits - 1); otherwise each has its own.
+        importance: `[K]`, how much a squared error in each input's weights counts; all alike by
+            default.
     Raises:
         ValueError: a value is not finite.
     Source: onnxruntime docs/ContribOperators.md, `com.microsoft.MatMulNBits`.
@@ -131,13 +138,20 @@ def quantize_blocks(
     scales = np.empty((outputs, blocks), dtype=np.float32)
     zero_points = np.empty((outputs, blocks), dtype=np.uint8)
     step = max(1, _CHUNK_VALUES // (blocks * block_size))
+    importance_groups = None
+    if importance is not None:
+        # Relative, so that nothing underflows; inputs that a text never moved still count a little.
+        relative = importance / max(float(importance.mean()), _SMALLEST) + 1e-4
+        importance_groups = _grouped(relative.astype(np.float32), block_size)
     for begin in range(0, outputs, step):
         rows = slice(begin, begin + step)
         grouped = _grouped(weight_NK[rows], block_size)
         widest, zero_points[rows] = _widest(grouped, bits=bits, symmetric=symmetric)
         zero = zero_points[rows].astype(np.float32)[..., None]
         lowest, highest = -zero, np.float32(2**bits - 1) - zero
-        scales[rows] = best_scales(grouped, widest, lowest, highest, bits=bits)
+        scales[rows] = best_scales(
+            grouped, widest, lowest, highest, bits=bits, importance=importance_groups
+        )
         rounded = _round_to_codes(grouped, scales[rows], lowest, highest)
         codes[rows] = np.add(rounded, zero, out=rounded)
     if bits == 4:
@@ -152,23 +166,27 @@ def best_scales(
     highest: NDArray[np.float32] | float,
     *,
     bits: int,
+    importance: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
     """For each group of `[..., groups, G]`, the scale of least squared error among a few.
 
     For the codes c that a scale leads to, the best scale has a closed form, sum(x c) / sum(c c),
-    and takes sum(x c)**2 / sum(c c) off the squared error.
+    and takes sum(x c)**2 / sum(c c) off the squared error. All sums are weighted by importance.
 
     Args:
         widest: `[..., groups]`, the scales that clip nothing.
         lowest, highest: the range of codes, zero point taken off; broadcast over groups.
+        importance: `[groups, G]`, above zero; all alike by default.
     """
     best_gain = np.full(widest.shape, -1, dtype=np.float32)
     best = np.zeros(widest.shape, dtype=np.float32)
     codes = np.empty_like(values)
+    weighted = values if importance is None else values * importance
     for shrink in SHRINKS[bits]:
         _round_to_codes(values, widest * np.float32(shrink), lowest, highest, out=codes)
-        product = np.einsum("...g,...g->...", values, codes)
-        square = np.maximum(np.einsum("...g,...g->...", codes, codes), np.float32(1))
+        product = np.einsum("...g,...g->...", weighted, codes)
+        counted = codes if importance is None else codes * importance
+        square = np.maximum(np.einsum("...g,...g->...", counted, codes), np.float32(_SMALLEST))
         gain = product * product / square
         better = gain > best_gain
         np.copyto(best_gain, gain, where=better)

@@ -25,7 +25,7 @@ from pleexport.graph.contract import (
 from pleexport.process import memory, page_faults
 from pleexport.sampling import Sampling
 from pleexport.session import open_session
-from pleexport.text import TOKENIZER, StopStrings, Text
+from pleexport.text import StopStrings, Text, open_text, tokenizer_files
 
 PREFILL_CHUNK = 256
 _FIRST_POSITIONS = 256
@@ -120,6 +120,31 @@ class _Caches:
             _bind_output(binding, cache.output, new)
 
 
+class _States:
+    """What recurrent layers hand from call to call: two sets of buffers that change roles."""
+
+    def __init__(self, contract: GraphContract) -> None:
+        self._states = contract.states
+        self._taken, self._given = (
+            {s.input: np.zeros(s.shape, dtype=np.float32) for s in self._states} for _ in range(2)
+        )
+
+    def bind(self, binding: ort.IOBinding) -> None:
+        """Bind what the next call takes and gives."""
+        for state in self._states:
+            _bind_input(binding, state.input, self._taken[state.input])
+            _bind_output(binding, state.output, self._given[state.input])
+
+    def advance(self) -> None:
+        """Take up what the call gave."""
+        self._taken, self._given = self._given, self._taken
+
+    def clear(self) -> None:
+        """Begin a text."""
+        for array in self._taken.values():
+            array.fill(0)
+
+
 class Runner:
     """Generates text with a bundle.
 
@@ -146,7 +171,7 @@ class Runner:
         manifest = self.bundle.manifest
         self.context = manifest.context
         self.blob = Blob(self.bundle.blob_path)
-        self.text = Text(self.bundle.path) if (self.bundle.path / TOKENIZER).is_file() else None
+        self.text = open_text(tokenizer_files(self.bundle.path))
         self.stats = Stats()
         self._contract = manifest.contract
         self._session = open_session(
@@ -156,7 +181,9 @@ class Runner:
         )
         self._binding = self._session.io_binding()
         self._check_inputs()
-        self._caches = _Caches(self._contract, context=self.context, chunk=PREFILL_CHUNK)
+        self.chunk = min(PREFILL_CHUNK, self._contract.tokens_per_call or PREFILL_CHUNK)
+        self._caches = _Caches(self._contract, context=self.context, chunk=self.chunk)
+        self._states = _States(self._contract)
         self._ids: list[int] = []
         self._rows_read: list[NDArray[np.int64]] = []
 
@@ -181,15 +208,15 @@ class Runner:
         return self._prefill(ids, keep=0, vectors=vectors)
 
     def feed(self, token_ids: Sequence[int], *, keep: int = 1) -> NDArray[np.float32]:
-        """Logits `[n, vocab]` after the next tokens, at most `PREFILL_CHUNK` of them.
+        """Logits `[n, vocab]` after the next tokens, at most `chunk` of them.
 
         Args:
             keep: n, how many of the last positions want logits; 0 for all.
         Raises:
             RunnerError: no tokens or too many, an id without a row, or an impossible `keep`.
         """
-        if not 1 <= len(token_ids) <= PREFILL_CHUNK:
-            raise RunnerError(f"{len(token_ids)} tokens at once; feed 1 to {PREFILL_CHUNK}")
+        if not 1 <= len(token_ids) <= self.chunk:
+            raise RunnerError(f"{len(token_ids)} tokens at once; feed 1 to {self.chunk}")
         if not 0 <= keep <= len(token_ids):
             raise RunnerError(f"keep is {keep}; it must be 0 to {len(token_ids)}")
         return self._feed(self.blob.row_ids(token_ids), token_ids, keep=keep)
@@ -198,6 +225,7 @@ class Runner:
         """Forget the text so far."""
         self._ids = []
         self._rows_read.clear()
+        self._states.clear()
 
     def generate(
         self,
@@ -332,8 +360,8 @@ class Runner:
         rows = self.blob.row_ids(ids)
         self.blob.prefetch(rows)
         parts = []
-        for begin in range(0, len(ids), PREFILL_CHUNK):
-            chunk = slice(begin, begin + PREFILL_CHUNK)
+        for begin in range(0, len(ids), self.chunk):
+            chunk = slice(begin, begin + self.chunk)
             given = None if vectors is None else {n: v[chunk] for n, v in vectors.items()}
             parts.append(self._feed(rows[chunk], ids[chunk], keep=keep, vectors=given))
         return np.concatenate(parts) if keep == 0 else parts[-1]
@@ -350,6 +378,7 @@ class Runner:
         begin, count = len(self._ids), len(ids)
         self._check_length(begin + count)
         self._caches.bind(self._binding, positions=begin + count)
+        self._states.bind(self._binding)
         vectors = vectors or self.blob.lookup(rows)
         # The bound arrays must live until the run is over.
         inputs: dict[str, NDArray[Any]] = {
@@ -364,6 +393,7 @@ class Runner:
         logits: NDArray[np.float32] = np.empty(shape, dtype=np.float32)
         _bind_output(self._binding, LOGITS_OUTPUT, logits[None])
         self._session.run_with_iobinding(self._binding)
+        self._states.advance()
         self._ids.extend(int(i) for i in ids)
         self.stats.rows += count
         self.stats.row_bytes += count * self.blob.row_stride
@@ -386,12 +416,14 @@ class Runner:
         """Refuse a graph, a manifest and a blob that do not fit each other."""
         expected = {lookup.name for lookup in self._contract.lookup_inputs}
         expected |= {cache.input for cache in self._contract.caches}
+        expected |= {state.input for state in self._contract.states}
         expected |= {POSITION_IDS, NUM_LOGITS_TO_KEEP}
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         outputs = {value.name: value.shape for value in self._session.get_outputs()}
         names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
-        names |= {cache.output for cache in self._contract.caches} - set(outputs)
-        names |= {c.input for c in self._contract.caches if inputs.get(c.input) != c.shape}
+        for held in (*self._contract.caches, *self._contract.states):
+            if inputs.get(held.input) != held.shape or held.output not in outputs:
+                names.add(held.input)
         names |= {n.name for n in self._contract.lookup_inputs if inputs.get(n.name) != n.shape}
         if outputs.get(LOGITS_OUTPUT, [None])[-1] != self._contract.vocab_size:
             names.add(LOGITS_OUTPUT)

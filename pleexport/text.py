@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,24 +15,60 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from pleexport.errors import BundleError, RunnerError
+from pleexport.world_tokenizer import VOCABULARY, WorldStream, WorldTokenizer
 
 TOKENIZER = "tokenizer.json"
+# Either makes text out of ids; the first that is there does.
+TOKENIZERS = (TOKENIZER, VOCABULARY)
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def tokenizer_files(path: Path) -> dict[str, Path]:
+    """The files of a tokenizer by the names that a bundle gives them; empty where there are none.
+
+    Args:
+        path: a folder, or a file: a tokenizer.json, or a vocabulary of RWKV's World tokenizer.
+    """
+    if path.is_file():
+        return {VOCABULARY if path.suffix == ".txt" else TOKENIZER: path}
+    return {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
+
+
+def open_text(files: Mapping[str, Path]) -> Text | None:
+    """The tokenizer that files make; None where they make none.
+
+    Raises:
+        BundleError: a tokenizer file is malformed.
+    """
+    return Text(files) if files.keys() & set(TOKENIZERS) else None
 
 
 class Text:
     """The tokenizer of a bundle, with its chat template if it has one.
 
+    Args:
+        files: see `tokenizer_files`.
     Raises:
         BundleError: a tokenizer file is malformed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        try:
-            self.tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as err:  # the library raises plain Exception
-            raise BundleError(f"`{folder / TOKENIZER}` cannot be read: {err}") from err
-        self._config = _read_object(folder / "tokenizer_config.json")
-        self.chat_template = self._read_template(folder)
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self.tokenizer: Tokenizer | WorldTokenizer
+        if path := files.get(TOKENIZER):
+            try:
+                self.tokenizer = Tokenizer.from_file(str(path))
+            except Exception as err:  # the library raises plain Exception
+                raise BundleError(f"`{path}` cannot be read: {err}") from err
+        else:
+            self.tokenizer = WorldTokenizer(files[VOCABULARY])
+        self._config = _read_object(files.get("tokenizer_config.json"))
+        self.chat_template = self._read_template(files.get("chat_template.jinja"))
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer puts around it.
@@ -44,6 +80,8 @@ class Text:
             text.encode()
         except UnicodeEncodeError as err:
             raise RunnerError("the text is not UTF-8") from err
+        if isinstance(self.tokenizer, WorldTokenizer):
+            return self.tokenizer.encode(text)
         ids = list(self.tokenizer.encode(text).ids)
         bos = self._special("bos_token")
         if self._config.get("add_bos_token") and bos:
@@ -84,10 +122,14 @@ class Text:
             )
         except (TemplateError, ArithmeticError, RecursionError, TypeError, ValueError) as err:
             raise RunnerError(f"the chat template cannot render this conversation: {err}") from err
+        if isinstance(self.tokenizer, WorldTokenizer):
+            return self.tokenizer.encode(text)
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def stream(self, prompt_ids: Sequence[int]) -> TextStream:
+    def stream(self, prompt_ids: Sequence[int]) -> TextStream | WorldStream:
         """A decoder of the ids that follow a prompt."""
+        if isinstance(self.tokenizer, WorldTokenizer):
+            return self.tokenizer.stream(prompt_ids)
         return TextStream(self.tokenizer, prompt_ids)
 
     def _special(self, name: str) -> str | None:
@@ -95,9 +137,8 @@ class Text:
         content = value.get("content") if isinstance(value, dict) else value
         return content if isinstance(content, str) else None
 
-    def _read_template(self, folder: Path) -> str | None:
-        path = folder / "chat_template.jinja"
-        if path.is_file():
+    def _read_template(self, path: Path | None) -> str | None:
+        if path:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as err:
@@ -148,6 +189,23 @@ class StopStrings:
         return shown
 
 
+def read_text_file(path: Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        RunnerError: it cannot be read, is not UTF-8, or is empty.
+    """
+    try:
+        content = path.read_text(encoding="utf-8")
+    except OSError as err:
+        raise RunnerError(f"`{path}` cannot be read: {err.strerror}") from err
+    except UnicodeDecodeError as err:
+        raise RunnerError(f"`{path}` is not a UTF-8 text") from err
+    if not content.strip():
+        raise RunnerError(f"`{path}` holds no text")
+    return content
+
+
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest end of `text` that begins `stop`."""
     for length in range(min(len(text), len(stop) - 1), 0, -1):
@@ -160,8 +218,8 @@ def _raise_template_error(message: str) -> None:
     raise TemplateError(message)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read_object(path: Path | None) -> dict[str, Any]:
+    if path is None:
         return {}
     try:
         value = json.loads(path.read_bytes())

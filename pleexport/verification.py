@@ -13,9 +13,10 @@ from pleexport.bundle import Bundle
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, RunnerError
 from pleexport.graph.contract import describe
+from pleexport.oracle import open_oracle
 from pleexport.parity import ParityReport, compare
 from pleexport.progress import Progress
-from pleexport.text import TOKENIZER, Text
+from pleexport.text import open_text, read_text_file, tokenizer_files
 
 PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
 
@@ -49,7 +50,7 @@ def verify(
     if checkpoint is None:
         return None
     source = Checkpoint(checkpoint)
-    binding = Binding(families.resolve(source.config, dtype=source.dtype), source)
+    binding = Binding(families.resolve(source), source)
     if describe(binding.model, opened.manifest.cache_dtype) != opened.manifest.contract:
         raise CheckpointError(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
@@ -66,13 +67,11 @@ def compare_with_original(
     progress: Progress,
 ) -> ParityReport:
     """Parity of a bundle with the checkpoint that it was built from."""
-    from pleexport.oracle import TransformersOracle
-
     with progress.step("Loading the PyTorch original"):
-        oracle = TransformersOracle(binding)
+        oracle = open_oracle(binding)
     ids = None
-    if (bundle.path / TOKENIZER).is_file():
-        ids = Text(bundle.path).encode(_read_text(Path(text or PARITY_TEXT)))
+    if tokenizer := open_text(tokenizer_files(bundle.path)):
+        ids = tokenizer.encode(read_text_file(Path(text or PARITY_TEXT)))
     elif text:
         raise RunnerError(
             f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
@@ -81,18 +80,6 @@ def compare_with_original(
     rows = binding.model.num_rows * len(binding.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
         return compare(bundle, binding, oracle, text_ids=ids, progress=update)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except OSError as err:
-        raise RunnerError(f"`{path}` cannot be read: {err.strerror}") from err
-    except UnicodeDecodeError as err:
-        raise RunnerError(f"`{path}` is not a UTF-8 text") from err
-    if not content.strip():
-        raise RunnerError(f"`{path}` holds no text")
-    return content
 
 
 def write_report(report: ParityReport, path: Path) -> None:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import gemma3n, gemma4
 from hypothesis import settings
+from numpy.typing import NDArray
 
 import pleexport
+
+SAMPLES = Path(__file__).parents[1] / "samples"
+TOLERANCE = 1e-4  # of the range of the logits
 
 # The same examples in every run: a failure is one that anybody can repeat.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -42,3 +49,38 @@ def gemma4_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 def gemma3n_bundle(gemma3n_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact bundle of `gemma3n_checkpoint`; read only."""
     return exact_bundle(gemma3n_checkpoint, tmp_path_factory.mktemp("bundles") / "gemma3n").path
+
+
+def check_every_way_to_feed(
+    bundle: pleexport.Bundle, original: Callable[[list[int]], NDArray[np.float32]]
+) -> None:
+    """An exact bundle gives the original's logits at once, in pieces and token by token.
+
+    Args:
+        original: logits `[T, vocab]` of T ids.
+    """
+    runner = pleexport.Runner(bundle)
+    ids = np.random.default_rng(1).integers(0, runner.blob.num_rows, 300).tolist()
+    expected = original(ids)
+
+    assert relative_error(expected, runner.logits(ids)) < TOLERANCE  # chunks of 256 and 44
+    for cuts in (range(301), [0, 1, 8, 9, 40, 41, 150, 300]):
+        runner.reset()
+        pieces = []
+        for begin, end in itertools.pairwise(cuts):
+            for piece in np.split(np.arange(begin, end), range(0, end - begin, runner.chunk))[1:]:
+                pieces.append(runner.feed([ids[i] for i in piece], keep=0).copy())
+        assert relative_error(expected, np.concatenate(pieces)) < TOLERANCE
+    # Logits of some positions only must not change what the next ones see.
+    runner.reset()
+    runner.feed(ids[: runner.chunk], keep=1)
+    after = slice(min(runner.chunk, 256), min(runner.chunk, 256) + min(runner.chunk, 40))
+    assert relative_error(expected[after], runner.feed(ids[after], keep=0)) < TOLERANCE
+    # The control: rows of the neighbouring token must not pass.
+    shifted = [(i + 1) % runner.blob.num_rows for i in ids]
+    assert relative_error(expected, runner.logits(shifted)) > 100 * TOLERANCE
+
+
+def relative_error(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
+    """Largest difference, as a share of the range of the logits."""
+    return float(np.abs(expected - got).max() / (expected.max() - expected.min()))

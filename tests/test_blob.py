@@ -22,7 +22,7 @@ from pleexport.errors import BlobError, CheckFailed, CheckpointError, RunnerErro
 @pytest.fixture(scope="session")
 def binding(gemma4_checkpoint: Path) -> Binding:
     source = Checkpoint(gemma4_checkpoint)
-    return Binding(families.resolve(source.config, dtype=source.dtype), source)
+    return Binding(families.resolve(source), source)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ Tensors = dict[str, Any]
 
 def bind(folder: Path) -> Binding:
     source = Checkpoint(folder)
-    return Binding(families.resolve(source.config, dtype=source.dtype), source)
+    return Binding(families.resolve(source), source)
 
 
 def tensors_of(folder: Path) -> Tensors:

@@ -46,7 +46,7 @@ def test_build_verify_and_run_work_end_to_end(gemma4_checkpoint: Path, tmp_path:
     )
     assert built.returncode == 0, built.stderr
     assert "Parity with the PyTorch original: passed" in built.stdout
-    assert "warning: the checkpoint has no tokenizer.json" in built.stderr
+    assert "warning: there is no tokenizer.json" in built.stderr
     assert sorted(path.name for path in out.iterdir()) == [
         "embeddings.safetensors",
         "generation_config.json",

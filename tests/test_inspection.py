@@ -130,8 +130,8 @@ def write_config(folder: Path, text: dict[str, Any], **extra: Any) -> Path:
 def expected_shapes(folder: Path, *, dead: bool = True) -> dict[str, tuple[int, ...]]:
     """All tensors of the text part, as a published checkpoint has them."""
     config = json.loads((folder / "config.json").read_text())
-    model = families.resolve(config, dtype="BF16")
-    shapes = {PREFIX + t.key: (t.rows, t.row_width) for t in model.tables}
+    model = families.from_config(config, dtype="BF16")
+    shapes = {PREFIX + k: shape for t in model.tables for k, shape in t.sources.items()}
     shapes |= {PREFIX + w.source_key: w.shape for w in model.weights if w.constant is None}
     if dead:
         unused = {key: u.shape for key, u in model.unused.items() if key != "lm_head.weight"}
@@ -390,7 +390,7 @@ def test_tensors_in_another_dtype_than_the_configs_are_noted(tiny: Path) -> None
 def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
     info = inspect(folder)
-    model = families.resolve(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
     android = next(e for e in info.targets if e.target == "android")
     assert android.graph_bytes == sum(WeightFormat("int4").stored_bytes(w) for w in model.weights)
     assert android.blob_bytes == info.blobs[TABLE_DTYPES.index("int8")].file_bytes
@@ -402,7 +402,7 @@ def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
 
 def test_cache_bytes_stop_at_the_window(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
-    model = families.resolve(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
     sliding, full = 12 * 2 * 256 * 4, 3 * 2 * 512 * 4
     assert cache_bytes(model, "fp32", 100) == 100 * (sliding + full)
     assert cache_bytes(model, "fp32", 4096) == 512 * sliding + 4096 * full
@@ -413,7 +413,7 @@ def test_cache_bytes_stop_at_the_window(tmp_path: Path) -> None:
 
 def test_estimate_that_does_not_fit_says_the_number(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
-    model = families.resolve(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
     limits = targets.Limits(largest_file_bytes=2_000_000_000, memory_budget_bytes=1_000_000_000)
     small = msgspec.structs.replace(targets.load("web"), limits=limits)
     result = estimate(model, small, "BF16")

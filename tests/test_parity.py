@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checkpoints import FULL, PATTERN, SLIDING, gemma3n, gemma4, gemma4_multimodal
-from numpy.typing import NDArray
+from conftest import check_every_way_to_feed, exact_bundle
 from transformers import AutoModelForCausalLM
 
-import pleexport
-
-TOLERANCE = 1e-4  # of the range of the logits
 VARIATIONS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {
     "gemma4": (gemma4, {}),
     "gemma4 in float32": (gemma4, {"dtype": torch.float32}),
@@ -106,42 +101,16 @@ def reference(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
 
 
-def logits_of(model: Any, ids: list[int]) -> NDArray[np.float32]:
+def logits_of(model: Any, ids: list[int]) -> Any:
     with torch.no_grad():
         return model(torch.tensor([ids])).logits[0].numpy()
-
-
-def relative_error(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:
-    return float(np.abs(expected - got).max() / (expected.max() - expected.min()))
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_logits_agree_with_transformers(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
-    bundle = pleexport.build(
-        folder,
-        tmp_path / "bundle",
-        target="laptop",
-        table_dtype="source",
-        weight_dtype="fp32",
-        verify=False,
+    original = reference(folder)
+    check_every_way_to_feed(
+        exact_bundle(folder, tmp_path / "bundle"), lambda ids: logits_of(original, ids)
     )
-    runner = pleexport.Runner(bundle)
-    ids = np.random.default_rng(1).integers(0, runner.blob.num_rows, 300).tolist()
-    expected = logits_of(reference(folder), ids)
-
-    assert relative_error(expected, runner.logits(ids)) < TOLERANCE  # chunks of 256 and 44
-    runner.reset()
-    steps = np.stack([runner.feed([i])[0].copy() for i in ids])
-    assert relative_error(expected, steps) < TOLERANCE
-    runner.reset()
-    cuts = [0, 1, 8, 9, 40, 41, 150, 300]
-    pieces = [runner.feed(ids[a:b], keep=0) for a, b in itertools.pairwise(cuts)]
-    assert relative_error(expected, np.concatenate(pieces)) < TOLERANCE
-    runner.reset()
-    runner.feed(ids[:100], keep=1)
-    assert relative_error(expected[100:140], runner.feed(ids[100:140], keep=0)) < TOLERANCE
-    # The control: rows of the neighbouring token must not pass.
-    shifted = [(i + 1) % runner.blob.num_rows for i in ids]
-    assert relative_error(expected, runner.logits(shifted)) > 100 * TOLERANCE

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pleexport.errors import BundleError, RunnerError
 from pleexport.sampling import Sampling
-from pleexport.text import StopStrings, Text
+from pleexport.text import StopStrings, Text, tokenizer_files
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 
@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_streamed_pieces_are_whole_characters_and_join_to_the_text(
     folder: Path, text: str, prompt: str
 ) -> None:
-    tokenizer = Text(folder)
+    tokenizer = Text(tokenizer_files(folder))
     before, ids = tokenizer.encode(prompt), tokenizer.encode(text)
     stream = tokenizer.stream(before)
     pieces = [stream.push(i) for i in ids]
@@ -105,7 +105,7 @@ def test_stop_strings_are_found_across_any_cut(text: str, cuts: list[int]) -> No
 def with_config(folder: Path, tmp_path: Path, **config: object) -> Text:
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    return Text(tmp_path)
+    return Text(tokenizer_files(tmp_path))
 
 
 def test_a_chat_template_is_rendered(folder: Path, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_template_that_refuses_or_attacks_is_one_sentence(
 
 def test_without_a_template_a_chat_is_refused(folder: Path) -> None:
     with pytest.raises(RunnerError, match="has no chat template"):
-        Text(folder).encode_chat([{"role": "user", "content": "hi"}])
+        Text(tokenizer_files(folder)).encode_chat([{"role": "user", "content": "hi"}])
 
 
 def test_bos_is_put_in_front_where_the_config_asks_for_it(folder: Path, tmp_path: Path) -> None:
@@ -144,4 +144,4 @@ def test_bos_is_put_in_front_where_the_config_asks_for_it(folder: Path, tmp_path
 def test_a_malformed_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match="cannot be read"):
-        Text(tmp_path)
+        Text(tokenizer_files(tmp_path))

@@ -81,11 +81,17 @@ def segment_dtype(table_dtype: str, source: str) -> str:
     return SAFETENSORS_TO_SEGMENT[source] if table_dtype == "source" else table_dtype
 
 
-def plan_segments(tables: Iterable[Table], dtype: str) -> list[Segment]:
-    """Lay out the segments of a row, all of one dtype: tables in order, layer after layer."""
+def plan_segments(tables: Iterable[Table], table_dtype: str, source: str) -> list[Segment]:
+    """Lay out the segments of a row: tables in order, layer after layer.
+
+    Args:
+        table_dtype: what a build asks for.
+        source: the checkpoint's dtype.
+    """
     segments: list[Segment] = []
     position = 0
     for table in tables:
+        dtype = segment_dtype(table_dtype, table.source_dtype(source))
         for layer in range(table.layers or 1):
             group_size = min(GROUP_SIZES[dtype], table.width) if dtype in GROUP_SIZES else None
             segment = Segment(

@@ -23,7 +23,6 @@ from pleexport.blob.layout import (
     align,
     plan_segments,
     row_stride,
-    segment_dtype,
 )
 from pleexport.errors import CheckpointError
 from pleexport.families.base import Model, Table
@@ -61,7 +60,7 @@ def write_blob(
     Source: docs/blob-format.md.
     """
     model = binding.model
-    segments = plan_segments(model.tables, segment_dtype(table_dtype, binding.dtype))
+    segments = plan_segments(model.tables, table_dtype, binding.dtype)
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
     header_bytes = _header_bytes(model, segments, page_size)
@@ -116,7 +115,7 @@ def _encode(
             raw = values.astype(FLOAT_DTYPES[first.dtype])
         if raw.dtype != values.dtype and not np.isfinite(raw).all():
             raise CheckpointError(
-                f"table `{table.key}` holds values that are not finite in {first.dtype}",
+                f"table `{table.name}` holds values that are not finite in {first.dtype}",
                 hint="`--table-dtype source` keeps the values as they are",
             )
         slots[:] = raw.view(np.uint8).reshape(slots.shape)
@@ -128,7 +127,7 @@ def _encode(
         )
     except ValueError as err:
         raise CheckpointError(
-            f"table `{table.key}` cannot be stored as {first.dtype}: {err}",
+            f"table `{table.name}` cannot be stored as {first.dtype}: {err}",
             hint="`--table-dtype source` keeps the values as they are",
         ) from err
     assert first.scale_offset is not None

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families import gemma3n, gemma4
-from pleexport.families.base import Family, Model
+from pleexport.families import gemma3n, gemma4, rwkv
+from pleexport.families.base import Family, Model, UnconfiguredFamily
 
 FAMILIES: tuple[Family, ...] = (gemma4, gemma3n)
+UNCONFIGURED: tuple[UnconfiguredFamily, ...] = (rwkv,)
 
 # Model types that look like a family and hold no lookup tables, with the reason to give.
 WITHOUT_TABLES = {
@@ -19,7 +21,27 @@ WITHOUT_TABLES = {
 }
 
 
-def resolve(config: dict[str, Any], *, dtype: str) -> Model:
+def resolve(checkpoint: Checkpoint) -> Model:
+    """The model of a checkpoint, from its config.json or else from its tensors.
+
+    Raises:
+        UnsupportedError: no family is responsible, or the model has no tables.
+        CheckpointError: the config is incomplete or malformed, or the shapes do not fit.
+    """
+    if checkpoint.config:
+        return from_config(checkpoint.config, dtype=checkpoint.dtype)
+    shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
+    for family in UNCONFIGURED:
+        if (model := family.recognize(shapes)) is not None:
+            return model
+    raise UnsupportedError(
+        f"`{checkpoint.path}` has no config.json, and its tensors are of no family that goes "
+        "without one",
+        hint="put the config.json beside the weights",
+    )
+
+
+def from_config(config: dict[str, Any], *, dtype: str) -> Model:
     """The model that a config.json describes.
 
     Args:

@@ -7,7 +7,7 @@ that computes logits from them. Nothing here imports torch, so that `inspect` ru
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
@@ -31,34 +31,65 @@ CONTEXT_BLOCK = 512
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 
 
+Rows = NDArray[np.int64] | slice
+ReadRows = Callable[[str, Rows], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of a table that follow from several tensors of the checkpoint, in float32.
+
+    Attributes:
+        sources: shapes of the tensors that it reads beside the table's own, by key.
+        compute: given a function that reads rows of a tensor by its key, and the rows that are
+            wanted, their values `[n, row width]`.
+    """
+
+    sources: Mapping[str, tuple[int, ...]]
+    compute: Callable[[ReadRows, Rows], NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class Table:
-    """A lookup tensor `[rows, layers * width]`, layer-major inside a row.
+    """A lookup table: for each token id a row `[layers * width]`, layer-major.
 
     Attributes:
         name: segments are called `name` or `name.{layer}`.
-        key: the tensor in the checkpoint, below the text prefix.
-        rows: token ids that the tensor holds.
+        keys: its tensors in the checkpoint, below the text prefix: one that holds whole rows, or
+            one for each layer.
+        rows: token ids that the tensors hold.
         layers: number of segments a row is cut into; None for one that belongs to no layer.
         width: elements of a segment.
         multiplier: applied once to a looked-up vector, in float32.
         graph_input: the graph's input that takes the vectors.
         outside: what ids >= rows select; "row 0", or "error" where the original fails on them.
+        fold: how rows are computed, where they are not the tensors' own.
     """
 
     name: str
-    key: str
+    keys: tuple[str, ...]
     rows: int
     layers: int | None
     width: int
-    multiplier: float
     graph_input: str
+    multiplier: float = 1.0
     outside: Literal["row 0", "error"] = "error"
+    fold: Fold | None = None
 
     @property
     def row_width(self) -> int:
         """Elements of a row."""
         return self.width * (self.layers or 1)
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that its rows are made from, by key."""
+        own = dict.fromkeys(self.keys, (self.rows, self.row_width // len(self.keys)))
+        return own | dict(self.fold.sources) if self.fold else own
+
+    def source_dtype(self, checkpoint_dtype: str) -> str:
+        """The dtype that holds its rows without loss: what is computed is float32."""
+        return "F32" if self.fold else checkpoint_dtype
 
     def source_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The table rows that token ids select."""
@@ -76,6 +107,8 @@ class Weight:
             8 bits, "full" is always float32; "head" is the output head, for which a build may
             choose a dtype of its own.
         is_buffer: in the checkpoint, but not counted as a parameter by the original.
+        transposed: the checkpoint holds `[inputs, outputs]` of a matrix.
+        leading_ones: axes of one that the checkpoint puts before the shape.
     """
 
     name: str
@@ -84,11 +117,18 @@ class Weight:
     key: str | None = None
     constant: NDArray[np.float32] | None = None
     is_buffer: bool = False
+    transposed: bool = False
+    leading_ones: int = 0
 
     @property
     def source_key(self) -> str:
         """The key to read."""
         return self.key or self.name
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        return (1,) * self.leading_ones + (self.shape[::-1] if self.transposed else self.shape)
 
     @property
     def size(self) -> int:
@@ -116,13 +156,15 @@ class Cache:
     """Keys and values of one layer, written in place.
 
     A token at position p lies in slot p modulo capacity. A layer with a `window` sees that many
-    positions, its own included; one without sees all of them.
+    positions, its own included; one without sees all of them. Values are as wide as keys unless
+    `value_dim` says otherwise.
     """
 
     layer: int
     heads: int
     head_dim: int
     window: int | None
+    value_dim: int | None = None
 
     @property
     def block(self) -> int:
@@ -137,7 +179,7 @@ class Cache:
         dtype = dtype if self.window is None else "fp32"
         parts: list[tuple[str, int, CacheDtype]] = [
             ("key", self.head_dim, dtype),
-            ("value", self.head_dim, dtype),
+            ("value", self.value_dim or self.head_dim, dtype),
         ]
         if dtype == "int8":
             parts += [("key_scale", 1, "fp32"), ("value_scale", 1, "fp32")]
@@ -147,6 +189,33 @@ class Cache:
             )
             for name, width, kind in parts
         )
+
+
+@dataclass(frozen=True)
+class State:
+    """A float32 tensor `[1, *shape]` that each call hands on to the next; zeros before a text.
+
+    Attributes:
+        name: the layer's number, a dot, and what it holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def input(self) -> str:
+        """Name of the graph's input."""
+        return f"past_state.{self.name}"
+
+    @property
+    def output(self) -> str:
+        """Name of the graph's output."""
+        return f"present_state.{self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return 4 * math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -165,12 +234,14 @@ class GraphInputs:
         rows: by graph input, looked-up vectors `[1, T, width]` or `[1, T, layers, width]`.
         position_ids: `[1, T]` int64, consecutive.
         caches: by layer, the tensors of `Cache.buffers`.
+        states: by name, what the call before handed on.
         logit_positions: `[N]` int64, which of the T positions want logits, ascending.
     """
 
     rows: Mapping[str, Tensor]
     position_ids: Tensor
     caches: Mapping[int, tuple[Tensor, ...]]
+    states: Mapping[str, Tensor]
     logit_positions: Tensor
 
 
@@ -182,17 +253,37 @@ class GraphOutputs:
         logits: `[1, N, vocab]`.
         caches: by layer, the same tensors with the T new positions written.
         hidden: by layer, what the layer hands on; parity looks there for a first difference.
+        states: by name, what the next call takes up.
     """
 
     logits: Tensor
     caches: Mapping[int, tuple[Tensor, ...]]
     hidden: list[Tensor]
+    states: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class Forward(Protocol):
     """Compute logits; traced once by torch.export."""
 
     def __call__(self, weights: Parameters, inputs: GraphInputs, /) -> GraphOutputs: ...
+
+
+class Reference(Protocol):
+    """A plain implementation of a model that no library has, one token at a time."""
+
+    name: str
+
+    def start(self) -> Any:
+        """A fresh state of a text, which `step` changes."""
+        ...
+
+    def vectors(self, token_id: int) -> dict[str, Tensor]:
+        """What a token looks up, by graph input: `[width]`, or `[layers, width]`."""
+        ...
+
+    def step(self, vectors: Mapping[str, Tensor], state: Any) -> tuple[Tensor, list[Tensor]]:
+        """Logits `[vocab]` after one more token, and what each layer hands on."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -203,10 +294,15 @@ class Model:
         family: name of the family.
         num_rows: token ids that can be looked up: 0 to num_rows - 1.
         row_aliases: ids that the original replaces before looking up.
+        states: what recurrent layers hand from call to call.
+        tokens_per_call: most tokens of one call of the graph, where a layer needs the one before to
+            be finished; None for any number.
         text_prefixes: where the text model may lie in a checkpoint, most specific first.
         unused: tensors that the original ignores, by key.
         ignored_prefixes: other parts of a checkpoint that are left out (towers), with their name.
         eos_token_ids: ids that end a text, as far as the config says.
+        reference: makes the original from the checkpoint's tensors and its config; None where
+            `transformers` has it.
     """
 
     family: str
@@ -216,13 +312,16 @@ class Model:
     max_context: int
     tables: tuple[Table, ...]
     weights: tuple[Weight, ...]
-    caches: tuple[Cache, ...]
     forward: Forward
+    caches: tuple[Cache, ...] = ()
+    states: tuple[State, ...] = ()
+    tokens_per_call: int | None = None
     unused: Mapping[str, Unused] = field(default_factory=dict)
     row_aliases: Mapping[int, int] = field(default_factory=dict)
     text_prefixes: tuple[str, ...] = ("",)
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    reference: Callable[[Mapping[str, Tensor], dict[str, Any]], Reference] | None = None
 
     def table(self, name: str) -> Table:
         """The table called `name`."""
@@ -245,6 +344,18 @@ class Family(Protocol):
         Raises:
             CheckpointError: a field is missing or malformed.
             UnsupportedError: a field asks for something that is not implemented.
+        """
+        ...
+
+
+class UnconfiguredFamily(Protocol):
+    """A module of this package whose checkpoints have no config.json."""
+
+    def recognize(self, shapes: Mapping[str, tuple[int, ...]]) -> Model | None:
+        """The model that tensors of these names and shapes are, or None.
+
+        Raises:
+            CheckpointError: a checkpoint of the family whose shapes do not fit each other.
         """
         ...
 

@@ -192,7 +192,7 @@ def tables(
     return (
         Table(
             name="embed_tokens",
-            key="embed_tokens.weight",
+            keys=("embed_tokens.weight",),
             rows=config.integer("vocab_size"),
             layers=None,
             width=hidden,
@@ -201,7 +201,7 @@ def tables(
         ),
         Table(
             name="embed_tokens_per_layer",
-            key="embed_tokens_per_layer.weight",
+            keys=("embed_tokens_per_layer.weight",),
             rows=config.integer("vocab_size_per_layer_input"),
             layers=num_layers,
             width=width,

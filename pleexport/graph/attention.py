@@ -10,50 +10,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import onnx.parser
 import onnx_ir as ir
-from onnx.defs import OpSchema
-from onnx_ir.passes import common as passes
 
-from pleexport.graph.contract import OPSET
-
-_NAME, _DOMAIN = "AttendInBlocks", "pleexport"
-# The node that stands for `layers.attend_in_blocks` until `expand_attention`.
-SCHEMA = OpSchema(
-    _NAME,
-    _DOMAIN,
-    1,
-    inputs=[
-        OpSchema.FormalParameter(
-            "inputs",
-            "T",
-            param_option=OpSchema.FormalParameterOption.Variadic,
-            is_homogeneous=False,
-        )
-    ],
-    outputs=[OpSchema.FormalParameter("out", "tensor(float)")],
-    type_constraints=[
-        ("T", ["tensor(float)", "tensor(float16)", "tensor(int8)", "tensor(int64)"], "")
-    ],
-    attributes=[OpSchema.Attribute("block", OpSchema.AttrType.INT)],
-)
-
-
-def expand_attention(model: ir.Model) -> None:
-    """Replace every node `AttendInBlocks` by the operators that it stands for."""
-    functions: dict[_Variant, ir.Function] = {}
-    for node in model.graph:
-        if (node.domain, node.op_type) != (_DOMAIN, _NAME):
-            continue
-        variant = _variant(node)
-        if variant not in functions:
-            text = _function_text(variant, f"{_NAME}{len(functions)}")
-            function = ir.serde.deserialize_function(onnx.parser.parse_function(text))
-            functions[variant] = model.functions[function.identifier()] = function
-        node.op_type = functions[variant].name
-        node.attributes.clear()
-    passes.InlinePass()(model)
-    model.opset_imports.pop(_DOMAIN, None)
+from pleexport.graph.expansion import Operator, sizes
 
 
 @dataclass(frozen=True)
@@ -63,6 +22,7 @@ class _Variant:
     Attributes:
         widened: the cache is not in float32.
         scaled: its vectors have scales.
+        softcap: scores become softcap * tanh(scores / softcap); 0 for none.
     """
 
     widened: bool
@@ -70,42 +30,46 @@ class _Variant:
     heads: int
     cache_heads: int
     head_dim: int
+    value_dim: int
     block: int
+    softcap: float
 
 
 def _variant(node: ir.Node) -> _Variant:
-    heads, head_dim = _sizes(node.inputs[0])[2:]
+    heads, head_dim = sizes(node.inputs[0])[2:]
     keys = node.inputs[1]
     assert keys is not None
     return _Variant(
         widened=keys.dtype != ir.DataType.FLOAT,
         scaled=len(node.inputs) > 5,
         heads=heads,
-        cache_heads=_sizes(keys)[1],
+        cache_heads=sizes(keys)[1],
         head_dim=head_dim,
+        value_dim=sizes(node.inputs[2])[3],
         block=node.attributes["block"].as_int(),
+        softcap=node.attributes["softcap"].as_float(),
     )
 
 
-def _sizes(value: ir.Value | None) -> list[int]:
-    """A value's shape, -1 for dynamic dimensions."""
-    assert value is not None
-    assert value.shape is not None
-    return [dim if isinstance(dim, int) else -1 for dim in value.shape]
-
-
-def _function_text(v: _Variant, name: str) -> str:
-    """A model-local function in ONNX's textual form.
+def _body(node: ir.Node) -> str:
+    """The operators in ONNX's textual form.
 
     K heads of the cache, R rows of queries for each (a row is one query head of one token), B slots
     of a block. The blocks come head by head; each changes the state of its own head only.
     """
+    v = _variant(node)
     shared, repeats = v.cache_heads, v.heads // v.cache_heads
     one_head = shared == 1
     rows_shape = [-1, v.head_dim] if one_head else [shared, -1, v.head_dim]
     scales = ", key_scales, value_scales" if v.scaled else ""
     scale_blocks = ", key_scale_blocks, value_scale_blocks" if v.scaled else ""
     scale_block = ", key_scale, value_scale" if v.scaled else ""
+
+    capped_scores = "scores = Identity (raw_scores)"
+    if v.softcap:
+        capped_scores = """share = Div (raw_scores, softcap)
+          bounded = Tanh (share)
+          scores = Mul (bounded, softcap)"""
 
     def own(state: str) -> str:
         """The part of a state that belongs to the block's head."""
@@ -115,8 +79,7 @@ def _function_text(v: _Variant, name: str) -> str:
         """A state with the part of the block's head replaced."""
         return f"Identity ({new})" if one_head else f"Where (is_own, {new}, {state})"
 
-    return f"""<domain: "{_DOMAIN}", opset_import: ["" : {OPSET}]>
-{name} (query, keys, values{scales}, query_ids, held_once) => (out) {{
+    return f"""(query, keys, values{scales}, query_ids, held_once) => (out) {{
   zero = Constant <value = int64 {{0}}> ()
   one = Constant <value = int64 {{1}}> ()
   axis_1 = Constant <value = int64[1] {{1}}> ()
@@ -143,7 +106,8 @@ def _function_text(v: _Variant, name: str) -> str:
 
   block_of_vectors = Constant <value = int64[3] {{-1, {v.block}, {v.head_dim}}}> ()
   key_blocks = Reshape (keys, block_of_vectors)
-  value_blocks = Reshape (values, block_of_vectors)
+  block_of_values = Constant <value = int64[3] {{-1, {v.block}, {v.value_dim}}}> ()
+  value_blocks = Reshape (values, block_of_values)
   {"key_scale_blocks = Reshape (key_scales, row_of_slots)" if v.scaled else ""}
   {"value_scale_blocks = Reshape (value_scales, row_of_slots)" if v.scaled else ""}
 
@@ -154,7 +118,8 @@ def _function_text(v: _Variant, name: str) -> str:
   rows = Reshape (by_head, rows_shape)
   tokens_1 = Shape <start = 1> (query_ids)
   repeats_1 = Constant <value = int64[1] {{{repeats}}}> ()
-  width_1 = Constant <value = int64[1] {{{v.head_dim}}}> ()
+  width_1 = Constant <value = int64[1] {{{v.value_dim}}}> ()
+  softcap = Constant <value = float {{{v.softcap or 1.0}}}> ()
   row_count = Mul (tokens_1, repeats_1)
   total_shape = Concat <axis = 0> ({"" if one_head else "heads_1, "}row_count, axis_1)
   sum_shape = Concat <axis = 0> ({"" if one_head else "heads_1, "}row_count, width_1)
@@ -178,7 +143,8 @@ def _function_text(v: _Variant, name: str) -> str:
           wide_keys = {"Cast <to = 1>" if v.widened else "Identity"} (key_block)
           turned_keys = Transpose <perm = [1, 0]> (wide_keys)
           products = MatMul (row, turned_keys)
-          scores = {"Mul (products, key_scale)" if v.scaled else "Identity (products)"}
+          raw_scores = {"Mul (products, key_scale)" if v.scaled else "Identity (products)"}
+          {capped_scores}
           written = GreaterOrEqual (held_block, zero)
           not_later = LessOrEqual (held_block, query_positions)
           visible = And (written, not_later)
@@ -216,9 +182,12 @@ def _function_text(v: _Variant, name: str) -> str:
      value_blocks{scale_blocks})
 
   weighted = Div (sum_n, total_n)
-  out_by_head = Constant <value = int64[4] {{{shared}, -1, {repeats}, {v.head_dim}}}> ()
+  out_by_head = Constant <value = int64[4] {{{shared}, -1, {repeats}, {v.value_dim}}}> ()
   split = Reshape (weighted, out_by_head)
   by_token_n = {"Identity (split)" if one_head else "Transpose <perm = [1, 0, 2, 3]> (split)"}
-  out_shape = Constant <value = int64[3] {{1, -1, {v.heads * v.head_dim}}}> ()
+  out_shape = Constant <value = int64[3] {{1, -1, {v.heads * v.value_dim}}}> ()
   out = Reshape (by_token_n, out_shape)
 }}"""
+
+
+ATTEND_IN_BLOCKS = Operator("AttendInBlocks", ("out",), {"block": "INT", "softcap": "FLOAT"}, _body)

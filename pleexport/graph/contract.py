@@ -45,16 +45,27 @@ class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: int | None
 
 
+class StateInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A float32 tensor that a call gives and the next call takes; zeros before a text."""
+
+    input: str
+    output: str
+    shape: list[int]
+
+
 class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a runner must know of the graph.
 
     Attributes:
         id: names the meaning of every input and output.
+        tokens_per_call: most tokens of one call; None for any number.
     """
 
     id: str
     lookup_inputs: list[LookupInput]
     caches: list[CacheInput]
+    states: list[StateInput]
+    tokens_per_call: Annotated[int, msgspec.Meta(ge=1)] | None
     vocab_size: int
     num_layers: int
 
@@ -75,7 +86,15 @@ def describe(model: Model, cache_dtype: CacheDtype) -> GraphContract:
         for buffer in cache.buffers(cache_dtype)
     ]
     lookups = [LookupInput(t.graph_input, t.name, lookup_shape(t)) for t in model.tables]
-    return GraphContract(CONTRACT, lookups, caches, model.vocab_size, model.num_layers)
+    return GraphContract(
+        id=CONTRACT,
+        lookup_inputs=lookups,
+        caches=caches,
+        states=[StateInput(s.input, s.output, [1, *s.shape]) for s in model.states],
+        tokens_per_call=model.tokens_per_call,
+        vocab_size=model.vocab_size,
+        num_layers=model.num_layers,
+    )
 
 
 def lookup_shape(table: Table) -> list[int | str]:

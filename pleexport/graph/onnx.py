@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,14 +16,16 @@ import torch
 import xxhash
 from numpy.typing import NDArray
 from onnx_ir.passes import common as passes
-from onnxscript.values import Op, Opset
+from onnxscript.values import Opset
 
 import pleexport.layers  # noqa: F401  registers torch.ops.pleexport
 from pleexport.binding import Binding
 from pleexport.errors import CheckpointError
 from pleexport.families.base import CacheDtype, Model, Weight
-from pleexport.graph.attention import SCHEMA, expand_attention
+from pleexport.graph.attention import ATTEND_IN_BLOCKS
 from pleexport.graph.contract import NUM_LOGITS_TO_KEEP, OPSET
+from pleexport.graph.expansion import expand
+from pleexport.graph.recurrence import WKV7
 from pleexport.graph.storage import BITS, WeightFormat
 from pleexport.graph.trace import LOGIT_POSITIONS, GraphInput, inputs, output_names
 from pleexport.parallel import map_in_order
@@ -34,7 +36,7 @@ _PAGE = 4096
 _CACHE_LINE = 64
 _BATCH_VALUES = 4 << 20
 _onnx = Opset("", OPSET)
-_attend = Op(Opset(SCHEMA.domain, SCHEMA.since_version), SCHEMA.name, SCHEMA)
+_attend, _wkv7 = ATTEND_IN_BLOCKS.op, WKV7.op
 
 
 @dataclass
@@ -84,6 +86,7 @@ def translate(
             custom_translation_table={
                 torch.ops.pleexport.write_cache.default: _write_cache,
                 torch.ops.pleexport.attend_in_blocks.default: _attend_in_blocks,
+                torch.ops.pleexport.wkv7.default: _wkv7,
             },
         )
     assert exported is not None
@@ -93,7 +96,7 @@ def translate(
     _count_logits(graph)
     del graph.outputs[len(results) - model.num_layers :]
     _fix_reshapes(graph)
-    expand_attention(graph_model)
+    expand(graph_model, (ATTEND_IN_BLOCKS, WKV7))
     for cleanup in (
         passes.IdentityEliminationPass(),
         passes.CommonSubexpressionEliminationPass(),
@@ -108,8 +111,17 @@ def translate(
     return graph_model
 
 
-def attach_weights(graph_model: ir.Model, binding: Binding, weights: WeightFormat) -> OnnxGraph:
-    """Replace the weights by references into a data file, in their stored form."""
+def attach_weights(
+    graph_model: ir.Model,
+    binding: Binding,
+    weights: WeightFormat,
+    importance: Mapping[str, NDArray[np.float32]],
+) -> OnnxGraph:
+    """Replace the weights by references into a data file, in their stored form.
+
+    Args:
+        importance: see `quantize_blocks`, by weight; none for those that were not measured.
+    """
     result = OnnxGraph(graph_model)
     graph = graph_model.graph
     for weight in binding.model.weights:
@@ -121,7 +133,7 @@ def attach_weights(graph_model: ir.Model, binding: Binding, weights: WeightForma
             continue
         for transpose in list(value.consumers()):
             (matmul,) = transpose.outputs[0].consumers()
-            _replace_matmul(result, matmul, binding, weight, weights)
+            _replace_matmul(result, matmul, binding, weight, weights, importance.get(weight.name))
             graph.remove(transpose, safe=True)
     position = 0
     for tensor in result.tensors:
@@ -171,9 +183,9 @@ def _write_cache(cache: Any, new: Any, first_slot: Any) -> Any:
 
 
 def _attend_in_blocks(
-    query: Any, cache: Sequence[Any], query_ids: Any, held: Any, block: int
+    query: Any, cache: Sequence[Any], query_ids: Any, held: Any, block: int, softcap: float
 ) -> Any:
-    return _attend(query, *cache, query_ids, held, block=block)
+    return _attend(query, *cache, query_ids, held, block=block, softcap=softcap)
 
 
 def _name_dimensions(graph: ir.Graph, arguments: list[GraphInput]) -> None:
@@ -240,7 +252,12 @@ def _initializer(result: OnnxGraph, tensor: StoredTensor) -> ir.Value:
 
 
 def _replace_matmul(
-    result: OnnxGraph, matmul: ir.Node, binding: Binding, weight: Weight, weights: WeightFormat
+    result: OnnxGraph,
+    matmul: ir.Node,
+    binding: Binding,
+    weight: Weight,
+    weights: WeightFormat,
+    importance: NDArray[np.float32] | None,
 ) -> None:
     """Make a product with a transposed weight one with the weight's stored form."""
     x, out = matmul.inputs[0], matmul.outputs[0]
@@ -255,7 +272,7 @@ def _replace_matmul(
         }
         stored = [
             _initializer(result, tensor)
-            for tensor in _quantized(binding, weight, BITS[dtype], weights)
+            for tensor in _quantized(binding, weight, BITS[dtype], weights, importance)
         ]
         nodes = [ir.node("MatMulNBits", [x, *stored], attributes, domain=MICROSOFT)]
         graph.opset_imports[MICROSOFT] = 1
@@ -274,10 +291,7 @@ def _replace_matmul(
 
 def _plain(binding: Binding, weight: Weight) -> StoredTensor:
     def produce() -> Iterator[NDArray[Any]]:
-        if weight.constant is not None:
-            yield weight.constant
-        else:
-            yield binding.rows(weight, slice(None)).astype(np.float32)
+        yield binding.values(weight)
 
     return StoredTensor(weight.name, ir.DataType.FLOAT, weight.shape, produce)
 
@@ -289,7 +303,7 @@ def _transposed(binding: Binding, weight: Weight, dtype: str) -> StoredTensor:
 
     def produce() -> Iterator[NDArray[Any]]:
         step = max(1, _BATCH_VALUES // outputs)
-        view = binding.rows(weight, slice(None))
+        view = binding.matrix(weight)
         for begin in range(0, inputs, step):
             part = view[:, begin : begin + step].astype(np.float32)
             with np.errstate(over="ignore"):
@@ -300,7 +314,11 @@ def _transposed(binding: Binding, weight: Weight, dtype: str) -> StoredTensor:
 
 
 def _quantized(
-    binding: Binding, weight: Weight, bits: int, weights: WeightFormat
+    binding: Binding,
+    weight: Weight,
+    bits: int,
+    weights: WeightFormat,
+    importance: NDArray[np.float32] | None,
 ) -> list[StoredTensor]:
     """Codes, scales and zero points of a matrix.
 
@@ -311,10 +329,16 @@ def _quantized(
     scales: list[NDArray[np.float32]] = []
     zero_points: list[NDArray[np.uint8]] = []
 
+    matrix = binding.matrix(weight)
+
     def quantize(rows: slice) -> Blocks:
-        values = _finite(weight, binding.rows(weight, rows).astype(np.float32))
+        values = _finite(weight, matrix[rows].astype(np.float32))
         return quantize_blocks(
-            values, bits=bits, block_size=weights.block_size, symmetric=weights.symmetric
+            values,
+            bits=bits,
+            block_size=weights.block_size,
+            symmetric=weights.symmetric,
+            importance=importance,
         )
 
     def produce_codes() -> Iterator[NDArray[Any]]:

@@ -41,7 +41,8 @@ class _Dense(nn.Module):
     """A model's weights and forward function as a module.
 
     Arguments of `forward`, in order: one tensor for each table, position ids, the tensors of each
-    cache, logit positions. Results: logits, the tensors of each cache, hidden states.
+    cache, states, logit positions. Results: logits, the tensors of each cache, states, hidden
+    values.
     """
 
     def __init__(self, model: Model, cache_dtype: CacheDtype) -> None:
@@ -63,11 +64,13 @@ class _Dense(nn.Module):
             rows=rows,
             position_ids=args[len(tables)],
             caches=caches,
+            states={state.name: next(rest) for state in self._model.states},
             logit_positions=args[-1],
         )
         outputs = self._model.forward(Parameters(dict(self.named_parameters())), inputs)
         written = [tensor for layer in caches for tensor in outputs.caches[layer]]
-        return outputs.logits, *written, *outputs.hidden
+        states = [outputs.states[state.name] for state in self._model.states]
+        return outputs.logits, *written, *states, *outputs.hidden
 
 
 def inputs(model: Model, cache_dtype: CacheDtype) -> list[GraphInput]:
@@ -85,6 +88,7 @@ def inputs(model: Model, cache_dtype: CacheDtype) -> list[GraphInput]:
         *(GraphInput(t.graph_input, lookup_shape(t), torch.float32) for t in model.tables),
         GraphInput(POSITION_IDS, [1, TOKENS], torch.int64),
         *caches,
+        *(GraphInput(s.input, [1, *s.shape], torch.float32) for s in model.states),
         GraphInput(LOGIT_POSITIONS, [LOGITS], torch.int64),
     ]
 
@@ -92,7 +96,8 @@ def inputs(model: Model, cache_dtype: CacheDtype) -> list[GraphInput]:
 def output_names(model: Model, cache_dtype: CacheDtype) -> list[str]:
     """Names of the results of the traced program, hidden states last."""
     caches = [buffer.output for cache in model.caches for buffer in cache.buffers(cache_dtype)]
-    return [LOGITS_OUTPUT, *caches, *(hidden_name(i) for i in range(model.num_layers))]
+    states = [state.output for state in model.states]
+    return [LOGITS_OUTPUT, *caches, *states, *(hidden_name(i) for i in range(model.num_layers))]
 
 
 def trace(model: Model, cache_dtype: CacheDtype) -> torch.export.ExportedProgram:

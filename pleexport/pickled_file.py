@@ -1,0 +1,84 @@
+"""View the tensors of a `.pth` file without copying them, and without running what it says.
+
+torch's restricted unpickler knows tensors and containers only; see `torch.load(weights_only=True)`.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.safetensors_file import DTYPES, TensorEntry
+
+# By name of a torch dtype.
+_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+class PickledFile:
+    """A memory-mapped `.pth` file: a dict of dense floating-point tensors.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, of the format before torch 1.6, or holds
+            anything but tensors.
+        MissingDependencyError: torch is not installed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._tensors = self._load()
+        self.entries: dict[str, TensorEntry] = {
+            name: self._entry(name, tensor) for name, tensor in self._tensors.items()
+        }
+
+    def array(self, name: str) -> NDArray[Any]:
+        """A view of tensor `name` in its stored dtype; nothing is copied."""
+        import torch
+
+        tensor = self._tensors[name].detach()
+        if tensor.dtype == torch.bfloat16:
+            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        array: NDArray[Any] = tensor.numpy()
+        return array
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            import torch
+        except ImportError as err:
+            raise MissingDependencyError(
+                f"reading `{self.path.name}` needs torch", hint="pip install 'pleexport[export]'"
+            ) from err
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except OSError as err:
+            raise CheckpointError(f"`{self.path}` cannot be read: {err.strerror}") from err
+        except pickle.UnpicklingError as err:
+            raise CheckpointError(
+                f"`{self.path}` holds more than tensors, or is damaged; nothing of it was run",
+                hint="get it from a source that you trust as a file of plain tensors",
+            ) from err
+        except Exception as err:  # torch raises many kinds for damaged archives
+            raise CheckpointError(
+                f"`{self.path}` is not a file that torch can map: {str(err).splitlines()[0]}",
+                hint="the copy may be damaged, or of the format before torch 1.6: save it again",
+            ) from err
+        if not isinstance(loaded, dict) or not all(
+            isinstance(name, str) and isinstance(tensor, torch.Tensor)
+            for name, tensor in loaded.items()
+        ):
+            raise CheckpointError(f"`{self.path}` is not a map from names to tensors")
+        return loaded
+
+    def _entry(self, name: str, tensor: Any) -> TensorEntry:
+        dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        if dtype is None or tensor.is_sparse or not tensor.is_contiguous():
+            raise CheckpointError(
+                f"`{self.path}`: tensor `{name}` is not a plain floating-point one"
+            )
+        size = tensor.numel() * np.dtype(DTYPES[dtype]).itemsize
+        return TensorEntry(name, dtype, tuple(tensor.shape), tensor.storage_offset(), size)

@@ -1,0 +1,140 @@
+"""RWKV bundles against the plain reference, and the reference's own witness beside it."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import check_every_way_to_feed, exact_bundle
+from rwkv_checkpoints import VARIANTS, rwkv, rwkv_tensors
+from safetensors.torch import save_file
+
+import pleexport
+from pleexport.checkpoint import Checkpoint
+from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.oracle import StepOracle
+from pleexport.references.rwkv import RwkvReference
+
+UNEVEN: dict[str, Any] = {
+    "vocab": 61,
+    "width": 60,
+    "layers": 2,
+    "head_size": 12,
+    "ffn": 77,
+    "decay_rank": 7,
+    "rate_rank": 5,
+    "value_rank": 3,
+    "gate_rank": 9,
+    "de_rank": 6,
+    "dea_width": 20,
+    "dea_rank": 11,
+}
+
+
+@pytest.mark.parametrize("sizes", [{}, UNEVEN], ids=["published", "uneven"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_agree_with_the_reference(variant: Any, sizes: Any, tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", variant, **sizes)
+    oracle = StepOracle(RwkvReference(rwkv_tensors(variant, **sizes)))
+    check_every_way_to_feed(exact_bundle(path, tmp_path / "bundle"), oracle.logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_half_precision_is_raised_before_anything_is_computed(
+    variant: Any, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = rwkv(tmp_path / "model.pth", variant, dtype=dtype, **UNEVEN)
+    oracle = StepOracle(RwkvReference(rwkv_tensors(variant, dtype=dtype, **UNEVEN)))
+    check_every_way_to_feed(exact_bundle(path, tmp_path / "bundle"), oracle.logits)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_build_passes_parity_also_when_rounded(variant: Any, tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", variant, **UNEVEN)
+    for options in (
+        {"weight_dtype": "fp32", "table_dtype": "source"},
+        {"weight_dtype": "int8", "table_dtype": "int8", "cache_dtype": "fp16"},
+    ):
+        bundle = pleexport.build(path, tmp_path / "bundle", overwrite=True, context=512, **options)
+        assert bundle.manifest.parity.passed
+    assert bundle.manifest.family == {"8": "rwkv8", "8-hybrid": "rwkv8-hybrid"}.get(
+        variant, f"rwkv{variant}"
+    )
+
+
+def test_a_safetensors_file_is_the_same_model(tmp_path: Path) -> None:
+    pth = rwkv(tmp_path / "model.pth", "7b", **UNEVEN)
+    save_file(rwkv_tensors("7b", **UNEVEN), tmp_path / "model.safetensors")
+    bundles = [
+        exact_bundle(path, tmp_path / f"bundle{i}")
+        for i, path in enumerate((pth, tmp_path / "model.safetensors"))
+    ]
+    first, second = (bundle.manifest.source_digest for bundle in bundles)
+    assert first == second
+
+
+def test_a_folder_with_one_pth_is_enough(tmp_path: Path) -> None:
+    rwkv(tmp_path / "folder" / "model.pth", "7a", **UNEVEN)
+    assert pleexport.inspect(tmp_path / "folder").family == "rwkv7a"
+    rwkv(tmp_path / "folder" / "other.pth", "7a", **UNEVEN)
+    with pytest.raises(CheckpointError, match=r"holds 2 \.pth files"):
+        Checkpoint(tmp_path / "folder")
+
+
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "ran",)
+
+    path = tmp_path / "model.pth"
+    torch.save(rwkv_tensors("7a", **UNEVEN) | {"evil": Evil()}, path)
+    with pytest.raises(CheckpointError, match="holds more than tensors"):
+        Checkpoint(path)
+    path.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(CheckpointError):
+        Checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 100_000])
+def test_a_truncated_file_is_refused(size: int, tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", "7a", **UNEVEN)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(CheckpointError, match=r"model\.pth"):
+        Checkpoint(path)
+
+
+def test_every_tensor_is_accounted_for(tmp_path: Path) -> None:
+    tensors = rwkv_tensors("7a", **UNEVEN)
+    info = pleexport.inspect(rwkv(tmp_path / "model.pth", "7a", **UNEVEN))
+    assert info.weights == "found", info.notes
+    assert info.counts.stored == sum(t.numel() for t in tensors.values())
+    torch.save(tensors | {"blocks.0.att.new": torch.zeros(3)}, tmp_path / "more.pth")
+    with pytest.raises(CheckpointError, match=r"`blocks\.0\.att\.new` is used by nothing"):
+        pleexport.build(tmp_path / "more.pth", tmp_path / "bundle")
+    del tensors["blocks.1.ffn.s2"]
+    torch.save(tensors, tmp_path / "less.pth")
+    with pytest.raises(CheckpointError, match=r"blocks\.1\.ffn\.s2"):
+        pleexport.build(tmp_path / "less.pth", tmp_path / "bundle")
+
+
+def test_plain_rwkv_has_nothing_to_split_off(tmp_path: Path) -> None:
+    tensors = {k: t for k, t in rwkv_tensors("7a", **UNEVEN).items() if ".s" not in k}
+    torch.save(tensors, tmp_path / "model.pth")
+    with pytest.raises(UnsupportedError, match="no DeepEmbed tables"):
+        pleexport.inspect(tmp_path / "model.pth")
+
+
+def test_a_prompt_may_be_fed_in_any_pieces_and_texts_do_not_mix(tmp_path: Path) -> None:
+    runner = pleexport.Runner(
+        exact_bundle(rwkv(tmp_path / "model.pth", "7b", **UNEVEN), tmp_path / "bundle")
+    )
+    ids = np.random.default_rng(2).integers(0, 61, 70).tolist()
+    alone = runner.logits(ids)
+    runner.logits(ids[::-1])
+    np.testing.assert_array_equal(runner.logits(ids), alone)
