@@ -57,7 +57,7 @@ class Checkpoint:
                 ".pth file",
             )
         self.files: list[WeightFile] = [_open_weights(self.folder / name) for name in names]
-        self._file_of: dict[str, SafetensorsFile] = {}
+        self._file_of: dict[str, WeightFile] = {}
         for file in self.files:
             for name in file.entries:
                 if name in self._file_of:

@@ -182,17 +182,18 @@ def attend_in_blocks(
     held_C: Tensor,
     block: int,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
-    """`attend` for a cache of any dtype and length, without a window.
+    """`attend` for a cache of any dtype and length.
 
     The graph takes `block` slots at a time, so that no scores of a whole context are in memory;
-    see `graph.attention`. No soft cap is 0.
+    see `graph.attention`. No soft cap and no window are 0.
     """
     keys, values = (x.float() for x in cache[:2])
     if len(cache) > 2:
         keys, values = keys * cache[2], values * cache[3]
     repeats = query_BTND.shape[2] // keys.shape[1]
-    bias = attention_bias(query_ids_BT, held_C, window=None, repeats=repeats)
+    bias = attention_bias(query_ids_BT, held_C, window=window or None, repeats=repeats)
     return attend(query_BTND, (keys, values), bias, cap=softcap or None).clone()
 
 
@@ -204,6 +205,7 @@ def _(
     held_C: Tensor,
     block: int,
     softcap: float = 0.0,
+    window: int = 0,
 ) -> Tensor:
     return query_BTND.new_empty(*query_BTND.shape[:2], query_BTND.shape[2] * cache[1].shape[3])
 

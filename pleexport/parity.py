@@ -356,12 +356,14 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
     contract = bundle.manifest.contract
     held: dict[str, NDArray[Any]] = {c.input: allocate(c, len(ids)) for c in contract.caches}
     held |= {s.input: np.zeros(s.shape, dtype=np.float32) for s in contract.states}
-    given = {h.output: h.input for h in (*contract.caches, *contract.states)}
+    given = {h.output: h.input for h in contract.held}
     step = contract.tokens_per_call or len(ids)
     pieces = []
     for begin in range(0, len(ids), step):
         piece = slice(begin, min(begin + step, len(ids)))
-        inputs = {n.name: vectors[n.table][None, piece] for n in contract.lookup_inputs}
+        inputs: dict[str, NDArray[Any]] = {
+            lookup.name: vectors[lookup.table][None, piece] for lookup in contract.lookup_inputs
+        }
         inputs[POSITION_IDS] = np.arange(piece.start, piece.stop, dtype=np.int64)[None]
         inputs[NUM_LOGITS_TO_KEEP] = np.array(0, dtype=np.int64)
         found = session.run([*names, *given], inputs | held)

@@ -41,9 +41,11 @@ class PickledFile:
         import torch
 
         tensor = self._tensors[name].detach()
+        array: NDArray[Any]
         if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        array: NDArray[Any] = tensor.numpy()
+            array = tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            array = tensor.numpy()
         return array
 
     def _load(self) -> dict[str, Any]:

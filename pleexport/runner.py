@@ -421,7 +421,7 @@ class Runner:
         inputs = {value.name: value.shape for value in self._session.get_inputs()}
         outputs = {value.name: value.shape for value in self._session.get_outputs()}
         names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
-        for held in (*self._contract.caches, *self._contract.states):
+        for held in self._contract.held:
             if inputs.get(held.input) != held.shape or held.output not in outputs:
                 names.add(held.input)
         names |= {n.name for n in self._contract.lookup_inputs if inputs.get(n.name) != n.shape}

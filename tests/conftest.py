@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from checkpoints import gemma3n, gemma4
 from hypothesis import settings
 from numpy.typing import NDArray
 
 import pleexport
+
+# Tests run side by side, and threads that wait for each other slow small models down tenfold.
+torch.set_num_threads(1)
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 TOLERANCE = 1e-4  # of the range of the logits

@@ -6,10 +6,17 @@ from typing import Any
 
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families import gemma3n, gemma4, rwkv
+from pleexport.families import (
+    embformer,
+    gemma3n,
+    gemma4,
+    lckv,
+    llama_value_embeddings,
+    rwkv,
+)
 from pleexport.families.base import Family, Model, UnconfiguredFamily
 
-FAMILIES: tuple[Family, ...] = (gemma4, gemma3n)
+FAMILIES: tuple[Family, ...] = (gemma4, gemma3n, embformer, lckv, llama_value_embeddings)
 UNCONFIGURED: tuple[UnconfiguredFamily, ...] = (rwkv,)
 
 # Model types that look like a family and hold no lookup tables, with the reason to give.

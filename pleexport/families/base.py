@@ -84,7 +84,8 @@ class Table:
     @property
     def sources(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors that its rows are made from, by key."""
-        own = dict.fromkeys(self.keys, (self.rows, self.row_width // len(self.keys)))
+        shape: tuple[int, ...] = (self.rows, self.row_width // len(self.keys))
+        own = dict.fromkeys(self.keys, shape)
         return own | dict(self.fold.sources) if self.fold else own
 
     def source_dtype(self, checkpoint_dtype: str) -> str:

@@ -7,21 +7,20 @@ N heads, D head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.base import (
-    CONTEXT_BLOCK,
     Cache,
-    GraphInputs,
-    Precision,
     Table,
     Unused,
     Weight,
     rounded,
 )
 from pleexport.families.config_reader import ConfigReader
+from pleexport.families.decoder import AttentionContext, linear
 from pleexport.families.rope import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -100,6 +99,11 @@ class Attention:
         return Cache(self.layer, self.kv_heads, self.head_dim, self.window)
 
 
+def caches(attentions: Sequence[Attention]) -> tuple[Cache, ...]:
+    """The caches of a model's layers."""
+    return tuple(a.cache for a in attentions if a.owns_cache)
+
+
 def kv_sources(layer_types: list[str], shared: int) -> list[int]:
     """For each layer, the layer whose keys and values it uses.
 
@@ -161,16 +165,6 @@ def read_shared_layers(config: ConfigReader, count: int) -> int:
     return shared
 
 
-def read_eos(config: dict[str, Any], text: ConfigReader) -> tuple[int, ...]:
-    """`eos_token_id`, of the whole model or of its text part: none, one or several."""
-    eos = config.get("eos_token_id")
-    eos = text.get("eos_token_id") if eos is None else eos
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(type(i) is int for i in ids):
-        raise text.malformed("eos_token_id", "an id or a list of ids")
-    return tuple(ids)
-
-
 def tables(
     config: ConfigReader, *, num_layers: int, dtype: str, outside: Literal["row 0", "error"]
 ) -> tuple[Table, Table]:
@@ -212,19 +206,6 @@ def tables(
     )
 
 
-def linear(
-    name: str,
-    outputs: int,
-    inputs: int,
-    *,
-    bias: bool = False,
-    precision: Precision = "quantizable",
-) -> list[Weight]:
-    """The weight `[outputs, inputs]` of a linear layer, and its bias if it has one."""
-    weight = Weight(f"{name}.weight", (outputs, inputs), precision)
-    return [weight, Weight(f"{name}.bias", (outputs,))] if bias else [weight]
-
-
 def attention_weights(
     attention: Attention, *, hidden: int, bias: bool
 ) -> tuple[list[Weight], dict[str, Unused]]:
@@ -263,15 +244,6 @@ def per_layer_input_weights(*, num_layers: int, hidden: int, width: int) -> list
     return weights
 
 
-def mlp_weights(layer: int, *, hidden: int, intermediate: int) -> list[Weight]:
-    """The gated feed-forward tensors of one layer."""
-    return [
-        *linear(f"layers.{layer}.mlp.gate_proj", intermediate, hidden),
-        *linear(f"layers.{layer}.mlp.up_proj", intermediate, hidden),
-        *linear(f"layers.{layer}.mlp.down_proj", hidden, intermediate),
-    ]
-
-
 def norm_weights(layer: int, *, hidden: int) -> list[Weight]:
     """The four norms around attention and feed-forward of one layer."""
     names = (
@@ -302,75 +274,6 @@ def rotary_weights(
     return list(weights.values())
 
 
-def head_weight(
-    config: dict[str, Any], text: ConfigReader, *, vocab: int, hidden: int
-) -> tuple[Weight, dict[str, Unused]]:
-    """The output head; a tied one reads the input embedding, whatever else a file holds."""
-    tied = text.flag("tie_word_embeddings", default=True)
-    if isinstance(config.get("tie_word_embeddings"), bool):
-        tied = config["tie_word_embeddings"]
-    name, shape = "lm_head.weight", (vocab, hidden)
-    if tied:
-        head = Weight(name, shape, "head", key="embed_tokens.weight")
-        return head, {name: Unused(shape, "the head is tied to the input embedding")}
-    return Weight(name, shape, "head"), {}
-
-
-class AttentionContext:
-    """What the attentions of one call share: positions, rotary angles, masks, caches.
-
-    Once `narrow` was called, queries are the positions that want logits only.
-    """
-
-    def __init__(self, weights: Parameters, inputs: GraphInputs) -> None:
-        self._weights = weights
-        self._inputs = inputs
-        self._query_ids = inputs.position_ids
-        self._angles: dict[str, tuple[Tensor, Tensor]] = {}
-        self._biases: dict[tuple[int, int], Tensor] = {}
-        self.caches = dict(inputs.caches)
-
-    def narrow(self) -> None:
-        """Drop the query positions whose logits are not wanted."""
-        self._query_ids = self._inputs.position_ids.index_select(1, self._inputs.logit_positions)
-        self._angles.clear()
-        self._biases.clear()
-
-    def angles(self, name: str) -> tuple[Tensor, Tensor]:
-        """Rotary angles of the query positions."""
-        from pleexport import layers
-
-        if name not in self._angles:
-            self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
-        return self._angles[name]
-
-    def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
-        """Put a layer's new keys and values into its cache."""
-        from pleexport import layers
-
-        self.caches[layer] = layers.update_cache(
-            self.caches[layer], keys_BTND, values_BTND, self._inputs.position_ids
-        )
-
-    def attend(self, query_BTND: Tensor, a: Attention) -> Tensor:
-        """What the query positions find in the cache of a layer's source."""
-        from pleexport import layers
-
-        cache = self.caches[a.source]
-        held = layers.held_positions(self._inputs.position_ids, capacity=cache[0].shape[2])
-        if a.window is None:
-            attended: Tensor = layers.attend_in_blocks(
-                query_BTND, list(cache), self._query_ids, held, CONTEXT_BLOCK
-            )
-            return attended
-        key = (a.window, a.heads // a.kv_heads)
-        if key not in self._biases:
-            self._biases[key] = layers.attention_bias(
-                self._query_ids, held, window=a.window, repeats=key[1]
-            )
-        return layers.attend(query_BTND, cache, self._biases[key])
-
-
 def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext) -> Tensor:
     """One layer's attention, `[B, T, H]`.
 
@@ -389,7 +292,7 @@ def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext
             value = layers.split_last(w.linear("v_proj", x_BTH), a.kv_heads, a.head_dim)
         key = layers.rotate(w.rms_norm("k_norm", key, a.eps), context.angles(a.inv_freq_name))
         context.write(a.layer, key, layers.rms_normalize(value, a.eps))
-    return w.linear("o_proj", context.attend(query, a))
+    return w.linear("o_proj", context.attend(query, source=a.source, window=a.window))
 
 
 def per_layer_inputs(

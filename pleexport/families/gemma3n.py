@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
-from pleexport.families import gemma
+from pleexport.families import decoder, gemma
 from pleexport.families.base import (
     ACTIVATIONS,
     GraphInputs,
@@ -85,7 +85,9 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         raise text.malformed("altup_active_idx", f"less than {settings.streams}")
     text.get("altup_coef_clip")  # clips while training only
     weights, unused = _weights(text, settings, hidden=hidden, width=per_layer.width)
-    head, unused_head = gemma.head_weight(config, text, vocab=embed_tokens.rows, hidden=hidden)
+    head, unused_head = decoder.head_weight(
+        config, text, vocab=embed_tokens.rows, hidden=hidden, tied=True
+    )
     model = Model(
         family="gemma3n",
         num_layers=layers,
@@ -94,12 +96,12 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         max_context=text.integer("max_position_embeddings"),
         tables=(embed_tokens, per_layer),
         weights=(*weights, head),
-        caches=tuple(a.cache for a in settings.attentions if a.owns_cache),
+        caches=gemma.caches(settings.attentions),
         forward=_Forward(settings),
         unused=unused | unused_head,
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
-        eos_token_ids=gemma.read_eos(config, text),
+        eos_token_ids=decoder.read_eos(config, text),
     )
     text.finish()
     return model
@@ -115,7 +117,7 @@ class _Forward:
         from pleexport import layers
 
         config = self.config
-        context = gemma.AttentionContext(w, inputs)
+        context = decoder.AttentionContext(w, inputs, gemma.caches(config.attentions))
         per_layer_BTLP = gemma.per_layer_inputs(
             w,
             inputs.rows,
@@ -144,7 +146,7 @@ class _Forward:
         index: int,
         streams_BTSH: Tensor,
         per_layer_BTP: Tensor,
-        context: gemma.AttentionContext,
+        context: decoder.AttentionContext,
     ) -> Tensor:
         import torch
 
@@ -320,16 +322,18 @@ def _weights(
         used, dead = gemma.attention_weights(attention, hidden=hidden, bias=bias)
         altup, laurel = f"layers.{i}.altup", f"layers.{i}.laurel"
         weights += used
-        weights += gemma.mlp_weights(i, hidden=hidden, intermediate=settings.intermediate_sizes[i])
+        weights += decoder.mlp_weights(
+            i, hidden=hidden, intermediate=settings.intermediate_sizes[i]
+        )
         weights += gemma.norm_weights(i, hidden=hidden)
         weights += [
-            *gemma.linear(f"{laurel}.linear_left", rank, hidden),
-            *gemma.linear(f"{laurel}.linear_right", hidden, rank),
+            *decoder.linear(f"{laurel}.linear_left", rank, hidden),
+            *decoder.linear(f"{laurel}.linear_right", hidden, rank),
             Weight(f"{laurel}.post_laurel_norm.weight", (hidden,)),
             # A few hundred numbers that steer all streams: not worth a rounding error.
-            *gemma.linear(f"{altup}.correction_coefs", streams, streams, precision="full"),
-            *gemma.linear(f"{altup}.prediction_coefs", streams**2, streams, precision="full"),
-            *gemma.linear(f"{altup}.modality_router", streams, hidden, precision="full"),
+            *decoder.linear(f"{altup}.correction_coefs", streams, streams, precision="full"),
+            *decoder.linear(f"{altup}.prediction_coefs", streams**2, streams, precision="full"),
+            *decoder.linear(f"{altup}.modality_router", streams, hidden, precision="full"),
             Weight(f"{altup}.router_norm.weight", (hidden,)),
         ]
         unused |= dead
@@ -339,8 +343,8 @@ def _weights(
         else:
             unused[scale.name] = Unused(scale.shape, "`altup_correct_scale` is false")
     for i in range(streams - 1):
-        weights += gemma.linear(f"altup_projections.{i}", hidden, hidden)
-        weights += gemma.linear(f"altup_unembed_projections.{i}", hidden, hidden)
+        weights += decoder.linear(f"altup_projections.{i}", hidden, hidden)
+        weights += decoder.linear(f"altup_unembed_projections.{i}", hidden, hidden)
     weights += gemma.rotary_weights(list(settings.attentions), _rope_parameters(text))
     weights.append(Weight("norm.weight", (hidden,)))
     return weights, unused

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families import gemma
+from pleexport.families import decoder, gemma
 from pleexport.families.base import (
     ACTIVATIONS,
     GraphInputs,
@@ -57,7 +57,9 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         eps=text.positive("rms_norm_eps"),
     )
     weights, unused = _weights(text, settings, width=per_layer.width)
-    head, unused_head = gemma.head_weight(config, text, vocab=embed_tokens.rows, hidden=hidden)
+    head, unused_head = decoder.head_weight(
+        config, text, vocab=embed_tokens.rows, hidden=hidden, tied=True
+    )
     num_rows = min(embed_tokens.rows, per_layer.rows)
     pad = text.integer("pad_token_id", minimum=0, default=0)
     model = Model(
@@ -68,13 +70,13 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         max_context=text.integer("max_position_embeddings"),
         tables=(embed_tokens, per_layer),
         weights=(*weights, head),
-        caches=tuple(a.cache for a in attentions if a.owns_cache),
+        caches=gemma.caches(attentions),
         forward=_Forward(settings),
         unused=unused | unused_head,
         row_aliases=_placeholder_aliases(config, num_rows, pad) if "text_config" in config else {},
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
-        eos_token_ids=gemma.read_eos(config, text),
+        eos_token_ids=decoder.read_eos(config, text),
     )
     text.finish()
     return model
@@ -90,7 +92,7 @@ class _Forward:
         from pleexport import layers
 
         config = self.config
-        context = gemma.AttentionContext(w, inputs)
+        context = decoder.AttentionContext(w, inputs, gemma.caches(config.attentions))
         per_layer_BTLP = gemma.per_layer_inputs(
             w,
             inputs.rows,
@@ -111,8 +113,7 @@ class _Forward:
             x_BTH = x_BTH + layer.rms_norm("post_attention_layernorm", attended, config.eps)
 
             normed = layer.rms_norm("pre_feedforward_layernorm", x_BTH, config.eps)
-            gate = layers.activation(config.activation, layer.linear("mlp.gate_proj", normed))
-            fed = layer.linear("mlp.down_proj", gate * layer.linear("mlp.up_proj", normed))
+            fed = decoder.gated_mlp(layer.below("mlp"), normed, config.activation)
             x_BTH = x_BTH + layer.rms_norm("post_feedforward_layernorm", fed, config.eps)
 
             x_BTH = x_BTH + gemma.gate_per_layer_input(
@@ -213,7 +214,7 @@ def _weights(
         used, dead = gemma.attention_weights(attention, hidden=hidden, bias=bias)
         wide = double_wide and not attention.owns_cache
         weights += used
-        weights += gemma.mlp_weights(
+        weights += decoder.mlp_weights(
             i, hidden=hidden, intermediate=text.integer("intermediate_size") * (2 if wide else 1)
         )
         weights += gemma.norm_weights(i, hidden=hidden)

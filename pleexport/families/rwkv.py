@@ -242,7 +242,8 @@ def _normalized_embedding(read: ReadRows, rows: Rows) -> NDArray[np.float32]:
     x = x - x.mean(-1, keepdims=True)
     x /= np.sqrt(np.square(x).mean(-1, keepdims=True) + np.float32(LAYER_NORM_EPS))
     weight, bias = (read(f"blocks.0.ln0.{name}", slice(None)) for name in ("weight", "bias"))
-    return x * weight + bias
+    normalized: NDArray[np.float32] = x * weight + bias
+    return normalized
 
 
 @dataclass(frozen=True)
@@ -426,6 +427,8 @@ class _Layer:
         """What the feed-forward part adds, `[B, T, C]`."""
         import torch
 
+        from pleexport import layers
+
         w, row = self._block.below("ffn"), self._rows["deep_embeds"]
         shifted = x_BTC + (self._shifted("ffn_x", x_BTC) - x_BTC) * w["x_k"]
         inner = torch.square(torch.relu(w.linear("key", shifted)))
@@ -433,7 +436,7 @@ class _Layer:
             return w.linear("value", inner) * row
         low = w.linear("s1", x_BTC).unsqueeze(-2)
         rank = low.shape[-1]
-        gate = (low @ row.unflatten(-1, (rank, rank))).squeeze(-2)
+        gate = (low @ layers.split_last(row, rank, rank)).squeeze(-2)
         return w.linear("value", inner * (w.linear("s2", gate) + w["s0"]))
 
     def attend(
@@ -485,4 +488,6 @@ class _Layer:
         return layers.token_shift(x_BTC, self._before[state])
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
-        return x_BTC.unflatten(-1, (self._sizes.heads, self._sizes.head_size))
+        from pleexport import layers
+
+        return layers.split_last(x_BTC, self._sizes.heads, self._sizes.head_size)

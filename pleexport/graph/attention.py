@@ -23,6 +23,7 @@ class _Variant:
         widened: the cache is not in float32.
         scaled: its vectors have scales.
         softcap: scores become softcap * tanh(scores / softcap); 0 for none.
+        window: positions that a query sees, its own included; 0 for all.
     """
 
     widened: bool
@@ -33,6 +34,7 @@ class _Variant:
     value_dim: int
     block: int
     softcap: float
+    window: int
 
 
 def _variant(node: ir.Node) -> _Variant:
@@ -48,6 +50,7 @@ def _variant(node: ir.Node) -> _Variant:
         value_dim=sizes(node.inputs[2])[3],
         block=node.attributes["block"].as_int(),
         softcap=node.attributes["softcap"].as_float(),
+        window=node.attributes["window"].as_int(),
     )
 
 
@@ -70,6 +73,13 @@ def _body(node: ir.Node) -> str:
         capped_scores = """share = Div (raw_scores, softcap)
           bounded = Tanh (share)
           scores = Mul (bounded, softcap)"""
+
+    visible = "visible = And (written, not_later)"
+    if v.window:
+        visible = """until_now = And (written, not_later)
+          first = Sub (query_positions, window)
+          not_before = Greater (held_block, first)
+          visible = And (until_now, not_before)"""
 
     def own(state: str) -> str:
         """The part of a state that belongs to the block's head."""
@@ -119,6 +129,7 @@ def _body(node: ir.Node) -> str:
   tokens_1 = Shape <start = 1> (query_ids)
   repeats_1 = Constant <value = int64[1] {{{repeats}}}> ()
   width_1 = Constant <value = int64[1] {{{v.value_dim}}}> ()
+  window = Constant <value = int64 {{{v.window}}}> ()
   softcap = Constant <value = float {{{v.softcap or 1.0}}}> ()
   row_count = Mul (tokens_1, repeats_1)
   total_shape = Concat <axis = 0> ({"" if one_head else "heads_1, "}row_count, axis_1)
@@ -147,7 +158,7 @@ def _body(node: ir.Node) -> str:
           {capped_scores}
           written = GreaterOrEqual (held_block, zero)
           not_later = LessOrEqual (held_block, query_positions)
-          visible = And (written, not_later)
+          {visible}
           bias = Where (visible, visible_bias, hidden_bias)
           by_token = Reshape (scores, scores_by_token)
           masked_by_token = Add (by_token, bias)
@@ -190,4 +201,6 @@ def _body(node: ir.Node) -> str:
 }}"""
 
 
-ATTEND_IN_BLOCKS = Operator("AttendInBlocks", ("out",), {"block": "INT", "softcap": "FLOAT"}, _body)
+ATTEND_IN_BLOCKS = Operator(
+    "AttendInBlocks", ("out",), {"block": "INT", "softcap": "FLOAT", "window": "INT"}, _body
+)

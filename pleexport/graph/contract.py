@@ -69,6 +69,11 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     vocab_size: int
     num_layers: int
 
+    @property
+    def held(self) -> list[CacheInput | StateInput]:
+        """All that a call takes from the one before."""
+        return [*self.caches, *self.states]
+
 
 def describe(model: Model, cache_dtype: CacheDtype) -> GraphContract:
     """The contract of a model's dense graph."""

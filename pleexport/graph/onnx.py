@@ -183,9 +183,15 @@ def _write_cache(cache: Any, new: Any, first_slot: Any) -> Any:
 
 
 def _attend_in_blocks(
-    query: Any, cache: Sequence[Any], query_ids: Any, held: Any, block: int, softcap: float
+    query: Any,
+    cache: Sequence[Any],
+    query_ids: Any,
+    held: Any,
+    block: int,
+    softcap: float = 0.0,
+    window: int = 0,
 ) -> Any:
-    return _attend(query, *cache, query_ids, held, block=block, softcap=softcap)
+    return _attend(query, *cache, query_ids, held, block=block, softcap=softcap, window=window)
 
 
 def _name_dimensions(graph: ir.Graph, arguments: list[GraphInput]) -> None:

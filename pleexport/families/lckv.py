@@ -1,0 +1,144 @@
+"""LCKV: a Llama whose layers share keys and values, also those of layers above.
+
+A layer that attends to one above sees the keys and values of earlier tokens only, since the own
+ones are not there yet; the first token finds zeros. So a token has to pass all layers before the
+next one begins. Source: arXiv 2405.10637; github.com/whyNLP/LCKV.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pleexport.families import decoder, llama
+from pleexport.families.base import Cache, GraphInputs, GraphOutputs, Model, Reference
+from pleexport.families.config_reader import ConfigReader
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from torch import Tensor
+
+    from pleexport.layers import Parameters
+
+MODEL_TYPES = ("lckv-llama",)
+DEFAULT_WINDOW = 4096
+# How the original approximates what is computed exactly here, and how it trains.
+APPROXIMATIONS = ("forward_passes", "backward_passes", "use_sequential", "num_encoders")
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a layer attends to.
+
+    Attributes:
+        layer: whose keys and values.
+        window: positions that a token sees, its own included; None for all.
+        strict: it does not see its own.
+    """
+
+    layer: int
+    window: int | None
+    strict: bool
+
+
+def configure(config: dict[str, Any], *, dtype: str) -> Model:
+    """Read a config.json; see `families.base.Family.configure`."""
+    reader = ConfigReader(config, where="config.json")
+    c = llama.read_config(reader)
+    for name in APPROXIMATIONS:
+        reader.get(name)
+    targets = _targets(reader, c.layers)
+    head, unused = decoder.head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
+    above = any(target.layer > i for i, target in enumerate(targets))
+    model = Model(
+        family="lckv",
+        num_layers=c.layers,
+        vocab_size=c.vocab,
+        num_rows=c.vocab,
+        max_context=c.max_context,
+        tables=(llama.embedding(c.vocab, c.hidden),),
+        weights=(
+            *llama.layer_weights(c, makes_keys={target.layer for target in targets}),
+            llama.rotary_weight(reader, c.head_dim),
+            head,
+        ),
+        caches=_caches(c, targets),
+        tokens_per_call=1 if above else None,
+        forward=_Forward(c, targets),
+        unused=unused,
+        text_prefixes=llama.PREFIXES,
+        eos_token_ids=decoder.read_eos(config, reader),
+        reference=_reference,
+    )
+    reader.finish()
+    return model
+
+
+def _targets(reader: ConfigReader, layers: int) -> tuple[Target, ...]:
+    """For each layer its number in `layer_types`, with an "s" where it slides."""
+    strict = reader.flag("force_nodiag", default=False)
+    window = reader.integer("sliding_window", default=DEFAULT_WINDOW)
+    own = "_".join(str(i) for i in range(layers))
+    text = reader.get("layer_types") or own
+    parts = text.split("_") if isinstance(text, str) else []
+    numbers = [part.removesuffix("s") for part in parts]
+    if len(parts) != layers or not all(
+        n.isascii() and n.isdigit() and len(n) < 6 and int(n) < layers for n in numbers
+    ):
+        raise reader.malformed(
+            "layer_types", f"the numbers of {layers} layers, joined by `_`, each with or without s"
+        )
+    targets = []
+    for i, (part, number) in enumerate(zip(parts, map(int, numbers), strict=True)):
+        target = Target(number, window if part.endswith("s") else None, strict or number > i)
+        if target.strict and target.window == 1:
+            raise reader.malformed("sliding_window", "at least 2, as a token does not see itself")
+        targets.append(target)
+    return tuple(targets)
+
+
+def _caches(c: llama.LlamaConfig, targets: tuple[Target, ...]) -> tuple[Cache, ...]:
+    """One for each target; it holds all positions if any layer looks at all of them."""
+    windows: dict[int, int | None] = {}
+    for target in targets:
+        is_all = target.window is None or windows.get(target.layer, 0) is None
+        windows[target.layer] = None if is_all else target.window
+    return tuple(Cache(i, c.kv_heads, c.head_dim, windows[i]) for i in sorted(windows))
+
+
+def _reference(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> Reference:
+    from pleexport.references.lckv import LckvReference
+
+    return LckvReference(tensors, config)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """LCKV's logits."""
+
+    config: llama.LlamaConfig
+    targets: tuple[Target, ...]
+
+    def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
+        c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
+        context = decoder.AttentionContext(w, inputs, _caches(c, self.targets))
+        for i, target in enumerate(self.targets):
+            layer = w.below(f"layers.{i}")
+            attention = layer.below("self_attn")
+            normed = layer.rms_norm("input_layernorm", x_BTH, c.eps)
+            if i in context.caches:
+                context.write(i, *llama.key_value(attention, normed, c, context))
+            attended = context.attend(
+                llama.query(attention, normed, c, context),
+                source=target.layer,
+                window=target.window,
+                strict=target.strict,
+            )
+            x_BTH = x_BTH + attention.linear("o_proj", attended)
+            normed = layer.rms_norm("post_attention_layernorm", x_BTH, c.eps)
+            x_BTH = x_BTH + decoder.gated_mlp(layer.below("mlp"), normed, c.activation)
+            hidden.append(x_BTH)
+        x_BTH = x_BTH.index_select(1, inputs.logit_positions)
+        logits = w.linear("lm_head", w.rms_norm("norm", x_BTH, c.eps))
+        return GraphOutputs(logits, context.caches, hidden)

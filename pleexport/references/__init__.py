@@ -1,0 +1,1 @@
+"""Plain implementations of models that no library has, to compare bundles with."""
