@@ -53,7 +53,7 @@ class Source:
 
 
 def table(name: str, *, width: int, layers: int | None, multiplier: float, rows: int) -> Table:
-    return Table(name, f"{name}.weight", rows, layers, width, multiplier, name)
+    return Table(name, (f"{name}.weight",), rows, layers, width, name, multiplier)
 
 
 def values(rows: int, width: int, *, seed: int) -> NDArray[np.float32]:

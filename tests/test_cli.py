@@ -114,7 +114,7 @@ def test_targets_lists_and_shows() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["inspect", "nowhere"], "`nowhere` is not a folder"),
+        (["inspect", "nowhere"], "`nowhere` does not exist"),
         (["build", "{checkpoint}", "--target", "androd"], "target `androd` is not known"),
         (["build", "{checkpoint}", "--table-dtype", "int3"], "table dtype `int3` is not known"),
         (["build", "{checkpoint}", "--backend", "tflite"], "backend `tflite` is not known"),

@@ -57,7 +57,7 @@ VARIATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "lckv only windows": (
         lckv,
-        {"layer_types": "2s_2s_2s", "num_hidden_layers": 3, "sliding_window": 3, "mlp_bias": True},
+        {"layer_types": "2s_2s_2s", "num_hidden_layers": 3, "sliding_window": 30, "mlp_bias": True},
     ),
     "lckv below only": (lckv, {"layer_types": "0_0_2_2_2", "num_key_value_heads": 6}),
     "llama value embeddings": (llama_value_embeddings, {}),

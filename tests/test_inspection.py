@@ -463,7 +463,7 @@ def test_inspect_needs_no_torch(tiny: Path) -> None:
 
 
 def test_inspect_missing_folder_says_so(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="nowhere` is not a folder"):
+    with pytest.raises(CheckpointError, match="nowhere` does not exist"):
         inspect(tmp_path / "nowhere")
 
 

@@ -1,0 +1,144 @@
+"""Our operators as ONNX, against their definitions written out in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+from numpy.typing import NDArray
+
+from pleexport.graph.attention import ATTEND_IN_BLOCKS
+from pleexport.graph.expansion import DOMAIN, Operator, expand
+from pleexport.graph.recurrence import WKV7
+
+BLOCK, HEAD_DIM, VALUE_DIM = 8, 4, 6
+_DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
+
+
+def session(
+    operator: Operator, inputs: list[ir.Value], attributes: dict[str, Any]
+) -> ort.InferenceSession:
+    """A graph of nothing but one of our operators."""
+    node = ir.node(
+        operator.name, inputs, attributes, domain=DOMAIN, num_outputs=len(operator.outputs)
+    )
+    for out, name in zip(node.outputs, operator.outputs, strict=True):
+        out.name, out.type = name, ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, DOMAIN: 1})
+    model = ir.Model(graph, ir_version=11)
+    expand(model, (operator,))
+    return ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+
+
+def attention_session(
+    dtype: str, heads: int, cache_heads: int, *, softcap: float = 0.0, window: int = 0
+) -> ort.InferenceSession:
+    inputs = [ir.val("query", ir.DataType.FLOAT, ir.Shape([1, "T", heads, HEAD_DIM]))]
+    for name, width in (("keys", HEAD_DIM), ("values", VALUE_DIM)):
+        inputs.append(ir.val(name, _DTYPES[dtype], ir.Shape([1, cache_heads, "C", width])))
+    if dtype == "int8":
+        scale = ir.Shape([1, cache_heads, "C", 1])
+        inputs += [ir.val(n, ir.DataType.FLOAT, scale) for n in ("key_scales", "value_scales")]
+    inputs.append(ir.val("query_ids", ir.DataType.INT64, ir.Shape([1, "T"])))
+    inputs.append(ir.val("held", ir.DataType.INT64, ir.Shape(["C"])))
+    attributes = {"block": BLOCK, "softcap": softcap, "window": window}
+    return session(ATTEND_IN_BLOCKS, inputs, attributes)
+
+
+def reference(
+    query: NDArray[np.float32],
+    keys: NDArray[np.float64],
+    values: NDArray[np.float64],
+    first: int,
+    *,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> NDArray[np.float64]:
+    """softmax(q k) v; the query of token t sees slots up to first + t, or a window of them."""
+    _, tokens, heads, _ = query.shape
+    repeats = heads // keys.shape[1]
+    out = np.empty((tokens, heads, VALUE_DIM))
+    for t in range(tokens):
+        for head in range(heads):
+            end = first + t + 1
+            seen = slice(max(0, end - window) if window else 0, end)
+            scores = keys[0, head // repeats, seen] @ query[0, t, head].astype(np.float64)
+            scores = softcap * np.tanh(scores / softcap) if softcap else scores
+            weights = np.exp(scores - scores.max())
+            out[t, head] = (weights / weights.sum()) @ values[0, head // repeats, seen]
+    return out.reshape(1, tokens, heads * VALUE_DIM)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(("heads", "cache_heads"), [(1, 1), (6, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize(("first", "tokens"), [(0, 1), (0, 11), (7, 1), (8, 1), (13, 10)])
+@pytest.mark.parametrize("options", [{}, {"softcap": 0.5}, {"window": 3}, {"window": 9}])
+def test_blocks_give_what_the_whole_cache_gives(
+    dtype: str, heads: int, cache_heads: int, first: int, tokens: int, options: dict[str, Any]
+) -> None:
+    generator = np.random.default_rng(heads * 100 + first)
+    capacity = 4 * BLOCK  # more than is written: empty blocks, and a half-full one
+    query = generator.normal(size=(1, tokens, heads, HEAD_DIM)).astype(np.float32)
+    feeds = {"query": query}
+    wide = []
+    for name, width in (("key", HEAD_DIM), ("value", VALUE_DIM)):
+        vectors = generator.normal(size=(1, cache_heads, capacity, width))
+        if dtype == "int8":
+            scales = (np.abs(vectors).max(-1, keepdims=True) / 127).astype(np.float32)
+            codes = np.rint(vectors / scales).astype(np.int8)
+            feeds |= {f"{name}s": codes, f"{name}_scales": scales}
+            wide.append(codes * scales.astype(np.float64))
+        else:
+            stored = vectors.astype(np.float16 if dtype == "fp16" else np.float32)
+            feeds[f"{name}s"] = stored
+            wide.append(stored.astype(np.float64))
+    written, slots = first + tokens, np.arange(capacity)
+    feeds["query_ids"] = np.arange(first, written)[None]
+    feeds["held"] = np.where(slots < written, slots, slots - capacity)
+    graph = attention_session(dtype, heads, cache_heads, **options)
+    (got,) = graph.run(None, feeds)
+    expected = reference(query, *wide, first, **options)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    # One slot less to see must show, or the mask is not tested.
+    if written > 1:
+        feeds["query_ids"] = feeds["query_ids"] - 1
+        (blind,) = graph.run(None, feeds)
+        assert np.abs(blind[:, -1] - expected[:, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize(("heads", "size"), [(1, 4), (3, 16)])
+def test_the_recurrence_gives_what_single_steps_give(tokens: int, heads: int, size: int) -> None:
+    generator = np.random.default_rng(tokens)
+    shape = (1, tokens, heads, size)
+    r, k, v, a = (generator.normal(size=shape).astype(np.float32) for _ in range(4))
+    a /= np.linalg.norm(a, axis=-1, keepdims=True)
+    b = -a * generator.uniform(0, 1, shape).astype(np.float32)
+    # From no decay to the fastest that there is, over a whole chunk.
+    log_w = (-0.606531 * generator.uniform(0, 1, shape)).astype(np.float32)
+    log_w[:, :, 0] = -0.606531
+    state = generator.normal(size=(1, heads, size, size)).astype(np.float32)
+    names = ("r", "log_w", "k", "v", "a", "b")
+    inputs = [ir.val(n, ir.DataType.FLOAT, ir.Shape([1, "T", heads, size])) for n in names]
+    inputs.append(ir.val("state", ir.DataType.FLOAT, ir.Shape([1, heads, size, size])))
+    feeds = dict(zip(names, (r, log_w, k, v, a, b), strict=True)) | {"state": state}
+    graph = session(WKV7, inputs, {})
+    got_y, got_state = graph.run(None, feeds)
+
+    wide, expected = state[0].astype(np.float64), np.empty(shape)
+    for t in range(tokens):
+        for h in range(heads):
+            moved = np.diag(np.exp(log_w[0, t, h].astype(np.float64)))
+            moved += np.outer(a[0, t, h], b[0, t, h])
+            wide[h] = wide[h] @ moved + np.outer(v[0, t, h], k[0, t, h])
+            expected[0, t, h] = wide[h] @ r[0, t, h]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(got_y, expected, atol=1e-5 * scale)
+    np.testing.assert_allclose(got_state[0], wide, atol=1e-5 * scale)
+    feeds["b"] = -b
+    assert np.abs(graph.run(None, feeds)[0] - expected).max() > 0.01 * scale
