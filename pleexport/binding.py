@@ -41,6 +41,7 @@ class Binding:
         self.model = model
         self.checkpoint = checkpoint
         self.prefix = _text_prefix(model, checkpoint)
+        self._whole: dict[str, NDArray[np.float32]] = {}
         self.left_out, self.ignored = self._check()
 
     def entries(self, item: Table | Weight) -> list[TensorEntry]:
@@ -110,6 +111,10 @@ class Binding:
         return array.astype(DTYPES[self.dtype], copy=False)
 
     def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
+        if isinstance(rows, slice) and rows == slice(None):  # every batch of rows needs it
+            if key not in self._whole:
+                self._whole[key] = self.checkpoint.array(self._full_name(key)).astype(np.float32)
+            return self._whole[key]
         array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))[rows]
         return array.astype(np.float32)
 

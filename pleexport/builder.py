@@ -110,7 +110,8 @@ def build(
             the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.
         cache_dtype: "fp32", "fp16" or "int8", how keys and values are held at run time in layers
-            that see the whole context; the target's by default.
+            that see the whole context, or "none" where they can be looked up again; the target's
+            by default.
         context: largest number of positions; the target's by default, the model's at most.
         backend: "onnx", the only one so far.
         calibrate: a text file like those that the model will meet; int8 and int4 weights are then
@@ -128,7 +129,10 @@ def build(
     progress = progress or Progress(quiet=True)
     _choice("backend", BACKENDS[0] if backend is None else backend, BACKENDS)
     source = Checkpoint(checkpoint)
-    model = families.resolve(source)
+    chosen = targets.load(target)
+    cache_dtype = chosen.cache_dtype if cache_dtype is None else cache_dtype
+    _choice("cache dtype", cache_dtype, CACHE_DTYPES)
+    model = families.resolve(source).with_cache(cast(CacheDtype, cache_dtype))
     binding = Binding(model, source)
     _ = source.generation_config  # to say now if it is malformed
     text_files = tokenizer_files(source.folder if tokenizer is None else Path(tokenizer))
@@ -136,7 +140,6 @@ def build(
         raise CheckpointError(f"`{tokenizer}` holds no {' or '.join(TOKENIZERS)}")
     calibration_ids = _read_texts(text_files, calibrate)
     binding.check_tied_head()
-    chosen = targets.load(target)
     plan = make_plan(
         binding,
         chosen,
@@ -147,7 +150,7 @@ def build(
             symmetric,
             chosen.head_dtype if head_dtype is None else head_dtype,
         ),
-        cache_dtype=chosen.cache_dtype if cache_dtype is None else cache_dtype,
+        cache_dtype=cast(CacheDtype, cache_dtype),
         context=context,
         calibration_ids=calibration_ids,
     )
@@ -180,7 +183,7 @@ def make_plan(
     *,
     table_dtype: str,
     weights: WeightFormat,
-    cache_dtype: str,
+    cache_dtype: CacheDtype,
     context: int | None,
     calibration_ids: Sequence[int] = (),
 ) -> Plan:
@@ -194,8 +197,6 @@ def make_plan(
     _choice("weight dtype", weights.dtype, WEIGHT_DTYPES)
     if weights.head_dtype is not None:
         _choice("head dtype", weights.head_dtype, WEIGHT_DTYPES)
-    _choice("cache dtype", cache_dtype, CACHE_DTYPES)
-    cache = cast(CacheDtype, cache_dtype)
     _choice("block size", str(weights.block_size), tuple(map(str, BLOCK_SIZES)))
     model = binding.model
     if context is not None and not 1 <= context <= model.max_context:
@@ -213,7 +214,7 @@ def make_plan(
         BLOB: blob_bytes(model, segments, target.page_size),
     }
     positions = context or min(target.context, model.max_context)
-    resident = resident_bytes(model, weights, cache, positions)
+    resident = resident_bytes(model, weights, cache_dtype, positions)
     problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
     if problems:
         raise TargetError(
@@ -224,7 +225,7 @@ def make_plan(
         target=target,
         table_dtype=table_dtype,
         weights=weights,
-        cache_dtype=cache,
+        cache_dtype=cache_dtype,
         context=positions,
         calibration_ids=calibration_ids,
         segments=segments,

@@ -110,7 +110,8 @@ def build(
     cache_dtype: Annotated[
         str | None,
         typer.Option(
-            help="Keys and values of full layers: fp32, fp16, int8.", show_default="the target's"
+            help="Keys and values of full layers: fp32, fp16, int8; none: look rows up again.",
+            show_default="the target's",
         ),
     ] = None,
     context: Annotated[

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -21,37 +20,9 @@ from pleexport.blob.writer import blob_bytes
 from pleexport.bundle import BLOB, GRAPH_DATA
 from pleexport.checkpoint import CONFIG_DTYPES, Checkpoint
 from pleexport.errors import CheckpointError
-from pleexport.families.base import CACHE_ITEM_BYTES, CacheDtype, Model, Table
+from pleexport.families.base import CACHE_ITEM_BYTES, CacheDtype, Model, Published, Table
 from pleexport.graph.storage import WeightFormat
 from pleexport.targets import Target
-
-
-@dataclass(frozen=True)
-class Published:
-    """Figures that a model's makers state, with the shape they belong to.
-
-    Attributes:
-        live_text: parameters of the text model, which identify the shape.
-        stored: parameters of the whole published checkpoint; None where not known for certain.
-        total, embedding, effective: the rounded figures; None likewise.
-    """
-
-    name: str
-    family: str
-    live_text: int
-    stored: int | None
-    total: str | None
-    embedding: str | None
-    effective: str
-
-
-# Source: the Hugging Face parameter counts and model cards of the published checkpoints.
-PUBLISHED = (
-    Published("Gemma 4 E2B", "gemma4", 4_628_569_344, 5_123_178_051, "5.1B", "2.8B", "2.3B"),
-    Published("Gemma 4 E4B", "gemma4", 7_463_013_376, 7_996_156_490, "8.0B", "3.5B", "4.5B"),
-    Published("Gemma 3n E2B", "gemma3n", 4_435_182_688, None, None, None, "1.91B"),
-    Published("Gemma 3n E4B", "gemma3n", 6_835_235_568, None, None, None, "about 4B"),
-)
 
 
 class Counts(msgspec.Struct, frozen=True, kw_only=True):
@@ -447,7 +418,7 @@ def _blobs(model: Model, source: str) -> list[BlobInfo]:
 
 
 def _effective(model: Model, counts: Counts) -> Effective:
-    if model.family == "gemma3n":
+    if model.counts_only_tables_out:
         return _effective_core(counts)
     published = _published(model, counts)
     if published is None or published.stored is None or counts.towers:
@@ -464,7 +435,7 @@ def _effective(model: Model, counts: Counts) -> Effective:
 
 
 def _effective_core(counts: Counts) -> Effective:
-    """Gemma 3n: everything but the tables, tensors of sharing layers included."""
+    """Everything but the tables, tensors of sharing layers included."""
     effective = counts.dense + counts.dead
     label = _rounded(effective)
     return Effective(
@@ -481,7 +452,7 @@ def _effective_core(counts: Counts) -> Effective:
 
 
 def _effective_difference(counts: Counts, *, stored: int, name: str | None) -> Effective:
-    """Gemma 4: the difference of two rounded figures; below a billion, nothing is rounded first.
+    """The difference of two rounded figures; below a billion, nothing is rounded first.
 
     Args:
         stored: parameters of the whole checkpoint.
@@ -528,8 +499,7 @@ def _what_can_leave(counts: Counts) -> str:
 
 def _published(model: Model, counts: Counts) -> Published | None:
     """The published model of this shape."""
-    key = (model.family, counts.text)
-    return next((p for p in PUBLISHED if (p.family, p.live_text) == key), None)
+    return next((p for p in model.published if p.live_text == counts.text), None)
 
 
 def _published_note(published: Published, counts: Counts) -> str:

@@ -68,7 +68,8 @@ def _parameters(info: ModelInfo) -> list[str]:
             (tower.name, tower.parameters, f"left out of a build: {size(tower.nbytes)}")
             for tower in info.towers
         ),
-        ("unused keys and values", counts.dead, "of layers that share another layer's"),
+        ("merged into rows", counts.folded, "multiplied once, while building"),
+        ("unused", counts.dead, "the original does not read them"),
         ("unused copy of the head", counts.head_copies, "the head is tied"),
         ("buffers", counts.buffers, "needed, not counted as parameters"),
     ]

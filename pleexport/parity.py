@@ -362,7 +362,10 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
     for begin in range(0, len(ids), step):
         piece = slice(begin, min(begin + step, len(ids)))
         inputs: dict[str, NDArray[Any]] = {
-            lookup.name: vectors[lookup.table][None, piece] for lookup in contract.lookup_inputs
+            lookup.name: vectors[lookup.table][
+                None, slice(piece.stop) if lookup.whole_text else piece
+            ]
+            for lookup in contract.lookup_inputs
         }
         inputs[POSITION_IDS] = np.arange(piece.start, piece.stop, dtype=np.int64)[None]
         inputs[NUM_LOGITS_TO_KEEP] = np.array(0, dtype=np.int64)
@@ -397,7 +400,7 @@ def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> flo
 
 def _computing_dtypes(bundle: Bundle) -> set[str]:
     manifest = bundle.manifest
-    return {manifest.weight_dtype, manifest.head_dtype, manifest.cache_dtype}
+    return {manifest.weight_dtype, manifest.head_dtype, manifest.cache_dtype} - {"none"}
 
 
 def _compared_positions(runner: Runner, ids: list[int]) -> int:

@@ -362,7 +362,13 @@ class Runner:
         parts = []
         for begin in range(0, len(ids), self.chunk):
             chunk = slice(begin, begin + self.chunk)
-            given = None if vectors is None else {n: v[chunk] for n, v in vectors.items()}
+            given = None
+            if vectors is not None:
+                text = slice(chunk.stop)
+                given = {
+                    lookup.table: vectors[lookup.table][text if lookup.whole_text else chunk]
+                    for lookup in self._contract.lookup_inputs
+                }
             parts.append(self._feed(rows[chunk], ids[chunk], keep=keep, vectors=given))
         return np.concatenate(parts) if keep == 0 else parts[-1]
 
@@ -379,7 +385,7 @@ class Runner:
         self._check_length(begin + count)
         self._caches.bind(self._binding, positions=begin + count)
         self._states.bind(self._binding)
-        vectors = vectors or self.blob.lookup(rows)
+        vectors = vectors or self._vectors(rows)
         # The bound arrays must live until the run is over.
         inputs: dict[str, NDArray[Any]] = {
             lookup.name: np.ascontiguousarray(vectors[lookup.table], dtype=np.float32)[None]
@@ -399,6 +405,15 @@ class Runner:
         self.stats.row_bytes += count * self.blob.row_stride
         self._rows_read.append(rows)
         return logits
+
+    def _vectors(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+        """By table, what the graph takes for new tokens."""
+        whole = {lookup.table for lookup in self._contract.lookup_inputs if lookup.whole_text}
+        if not whole:
+            return self.blob.lookup(rows)
+        text = np.concatenate((self.blob.row_ids(self._ids), rows))
+        new = self.blob.lookup(rows, self.blob.shapes.keys() - whole)
+        return new | self.blob.lookup(text, whole)
 
     def _tokenizer(self) -> Text:
         if self.text is None:

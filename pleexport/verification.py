@@ -50,7 +50,8 @@ def verify(
     if checkpoint is None:
         return None
     source = Checkpoint(checkpoint)
-    binding = Binding(families.resolve(source), source)
+    model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
+    binding = Binding(model, source)
     if describe(binding.model, opened.manifest.cache_dtype) != opened.manifest.contract:
         raise CheckpointError(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",

@@ -38,9 +38,18 @@ def gemma3n_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gemma3n(tmp_path_factory.mktemp("gemma3n") / "checkpoint")
 
 
-def exact_bundle(checkpoint: Path, out: Path) -> pleexport.Bundle:
+def exact_bundle(
+    checkpoint: Path, out: Path, *, cache_dtype: str | None = None
+) -> pleexport.Bundle:
     """A bundle with fp32 weights and source tables, not verified."""
-    return pleexport.build(checkpoint, out, table_dtype="source", weight_dtype="fp32", verify=False)
+    return pleexport.build(
+        checkpoint,
+        out,
+        table_dtype="source",
+        weight_dtype="fp32",
+        cache_dtype=cache_dtype,
+        verify=False,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -89,6 +89,25 @@ def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     check_every_way_to_feed(exact_bundle(folder, tmp_path / "bundle"), oracle.logits)
 
 
+@pytest.mark.parametrize("name", [name for name in VARIATIONS if name.startswith("embformer")])
+def test_embformer_without_a_cache_is_the_same(name: str, tmp_path: Path) -> None:
+    make, changes = VARIATIONS[name]
+    folder = make(tmp_path / "checkpoint", **changes)
+    checkpoint = Checkpoint(folder)
+    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    bundle = exact_bundle(folder, tmp_path / "bundle", cache_dtype="none")
+    assert bundle.manifest.contract.caches == []
+    check_every_way_to_feed(bundle, oracle.logits)
+
+
+def test_only_embformer_goes_without_a_cache(tmp_path: Path) -> None:
+    folder = llama_value_embeddings(tmp_path / "checkpoint")
+    with pytest.raises(UnsupportedError, match="do not follow from rows alone"):
+        pleexport.build(folder, tmp_path / "bundle", cache_dtype="none")
+    bundle = pleexport.build(embformer(tmp_path / "embformer"), tmp_path / "b", cache_dtype="none")
+    assert bundle.manifest.parity.passed
+
+
 @pytest.mark.parametrize("make", [embformer, lckv, llama_value_embeddings])
 def test_a_build_passes_parity_also_when_rounded(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint")

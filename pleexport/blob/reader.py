@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -150,10 +150,17 @@ class Blob:
         """How many distinct pages of the file the rows lie on."""
         return sum(end - first for first, end in self._page_runs(row_ids))
 
-    def lookup(self, row_ids: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
-        """By table, the vectors of rows, multiplied once: `[T, width]` or `[T, layers, width]`."""
+    def lookup(
+        self, row_ids: NDArray[np.int64], tables: Collection[str] | None = None
+    ) -> dict[str, NDArray[np.float32]]:
+        """By table, the vectors of rows, multiplied once: `[T, width]` or `[T, layers, width]`.
+
+        Args:
+            tables: those wanted; all by default.
+        """
+        wanted = self._runs if tables is None else {name: self._runs[name] for name in tables}
         gathered = self.rows[row_ids]
-        return {name: self._decode(gathered, run) for name, run in self._runs.items()}
+        return {name: self._decode(gathered, run) for name, run in wanted.items()}
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Compare every chunk with its checksum.

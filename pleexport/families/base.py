@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.errors import UnsupportedError
 from pleexport.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
@@ -22,9 +23,9 @@ if TYPE_CHECKING:
     from pleexport.layers import Parameters
 
 Precision = Literal["quantizable", "sensitive", "head", "full"]
-CacheDtype = Literal["fp32", "fp16", "int8"]
+CacheDtype = Literal["fp32", "fp16", "int8", "none"]
 CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
-CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1}
+CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1, "none": 0}
 # Slots of a context that attention takes at once. Larger blocks take less time a slot in long
 # texts, smaller ones waste less in short ones.
 CONTEXT_BLOCK = 512
@@ -64,6 +65,7 @@ class Table:
         graph_input: the graph's input that takes the vectors.
         outside: what ids >= rows select; "row 0", or "error" where the original fails on them.
         fold: how rows are computed, where they are not the tensors' own.
+        whole_text: each call gets the vectors of all tokens so far, not of the new ones only.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Table:
     multiplier: float = 1.0
     outside: Literal["row 0", "error"] = "error"
     fold: Fold | None = None
+    whole_text: bool = False
 
     @property
     def row_width(self) -> int:
@@ -232,7 +235,8 @@ class GraphInputs:
     """Tensors that one call of the dense graph gets.
 
     Attributes:
-        rows: by graph input, looked-up vectors `[1, T, width]` or `[1, T, layers, width]`.
+        rows: by graph input, looked-up vectors `[1, T, width]` or `[1, T, layers, width]`; of a
+            table of the whole text, as many as there are positions so far.
         position_ids: `[1, T]` int64, consecutive.
         caches: by layer, the tensors of `Cache.buffers`.
         states: by name, what the call before handed on.
@@ -261,6 +265,24 @@ class GraphOutputs:
     caches: Mapping[int, tuple[Tensor, ...]]
     hidden: list[Tensor]
     states: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures that a model's makers state, with the shape they belong to.
+
+    Attributes:
+        live_text: parameters of the text model, which identify the shape.
+        stored: parameters of the whole published checkpoint; None where not known for certain.
+        total, embedding, effective: the rounded figures; None likewise.
+    """
+
+    name: str
+    live_text: int
+    stored: int | None
+    total: str | None
+    embedding: str | None
+    effective: str
 
 
 class Forward(Protocol):
@@ -302,6 +324,10 @@ class Model:
         unused: tensors that the original ignores, by key.
         ignored_prefixes: other parts of a checkpoint that are left out (towers), with their name.
         eos_token_ids: ids that end a text, as far as the config says.
+        without_cache: the same model, which reads rows again in place of keeping keys and values.
+        published: shapes of published models, with the figures that their makers state.
+        counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
+            the difference of two rounded figures.
         reference: makes the original from the checkpoint's tensors and its config; None where
             `transformers` has it.
     """
@@ -322,7 +348,25 @@ class Model:
     text_prefixes: tuple[str, ...] = ("",)
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    without_cache: Model | None = None
+    published: tuple[Published, ...] = ()
+    counts_only_tables_out: bool = False
     reference: Callable[[Mapping[str, Tensor], dict[str, Any]], Reference] | None = None
+
+    def with_cache(self, dtype: CacheDtype) -> Model:
+        """The model that keeps keys and values in a dtype, or in none.
+
+        Raises:
+            UnsupportedError: they do not follow from rows alone, so that they have to be kept.
+        """
+        if dtype != "none":
+            return self
+        if self.without_cache is None:
+            raise UnsupportedError(
+                f"keys and values of `{self.family}` do not follow from rows alone",
+                hint="choose a cache dtype: fp32, fp16 or int8",
+            )
+        return self.without_cache
 
     def table(self, name: str) -> Table:
         """The table called `name`."""

@@ -6,7 +6,7 @@ a gate and a fixed permutation of channels. Source: github.com/HighCWu/embformer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families import decoder, llama
@@ -66,6 +66,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     c = _read(reader)
     head, unused = decoder.head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
     reader.require("attention_bias", (None, False))
+    rotary = llama.rotary_weight(reader, c.head_dim)
     model = Model(
         family="embformer",
         num_layers=len(c.windows),
@@ -78,7 +79,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
             _table("value_embeds", "self_attn.v_embed", c, c.kv_heads * c.head_dim),
             _table("gate_embeds", "ffn.gate_embed", c, c.hidden),
         ),
-        weights=(head, llama.rotary_weight(reader, c.head_dim)),
+        weights=(head, rotary),
         caches=c.caches,
         forward=_Forward(c),
         unused=unused,
@@ -87,7 +88,13 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         reference=_reference,
     )
     reader.finish()
-    return model
+    return replace(model, without_cache=_without_cache(model, c))
+
+
+def _without_cache(model: Model, c: EmbformerConfig) -> Model:
+    """Keys and values depend on ids and positions alone, so their rows can be read again."""
+    tables = (replace(t, whole_text=t.name in ("key_embeds", "value_embeds")) for t in model.tables)
+    return replace(model, tables=tuple(tables), caches=(), forward=_Forward(c, keeps=False))
 
 
 def _read(reader: ConfigReader) -> EmbformerConfig:
@@ -143,28 +150,51 @@ def _reference(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> Referen
 
 @dataclass(frozen=True)
 class _Forward:
-    """Embformer's logits."""
+    """Embformer's logits.
+
+    Attributes:
+        keeps: keys and values are kept from call to call.
+    """
 
     config: EmbformerConfig
+    keeps: bool = True
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
+        import torch
+
         from pleexport import layers
 
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
-        context = decoder.AttentionContext(w, inputs, c.caches)
+        context = decoder.AttentionContext(w, inputs, c.caches if self.keeps else ())
+        query_angles = key_angles = context.angles(llama.INV_FREQ)
+        positions = inputs.position_ids
+        if not self.keeps:
+            positions = torch.arange(inputs.rows["key_embeds"].shape[1]).unsqueeze(0)
+            key_angles = layers.rotary_angles(positions, w[llama.INV_FREQ])
 
-        def rotated(x_BTW: Tensor, heads: int) -> Tensor:
+        def rotated(x_BTW: Tensor, heads: int, angles: tuple[Tensor, Tensor]) -> Tensor:
             normed = layers.rms_normalize(layers.split_last(x_BTW, heads, c.head_dim), c.eps)
-            return layers.rotate(normed, context.angles(llama.INV_FREQ))
+            return layers.rotate(normed, angles)
 
         for i, window in enumerate(c.windows):
             key, value, gate = (
                 inputs.rows[name][:, :, i] for name in ("key_embeds", "value_embeds", "gate_embeds")
             )
+            keys = rotated(key, c.kv_heads, key_angles)
             values = layers.split_last(value, c.kv_heads, c.head_dim)
-            context.write(i, rotated(key, c.kv_heads), values)
-            query = rotated(layers.rms_normalize(x_BTH, c.eps), c.heads) * c.head_dim**-0.5
-            x_BTH = x_BTH + context.attend(query, source=i, window=window)
+            query = rotated(layers.rms_normalize(x_BTH, c.eps), c.heads, query_angles)
+            query = query * c.head_dim**-0.5
+            if self.keeps:
+                context.write(i, keys, values)
+                attended = context.attend(query, source=i, window=window)
+            else:
+                bias = layers.attention_bias(
+                    inputs.position_ids, positions[0], window=window, repeats=c.heads // c.kv_heads
+                )
+                attended = layers.attend(
+                    query, (keys.transpose(1, 2), values.transpose(1, 2)), bias
+                )
+            x_BTH = x_BTH + attended
             opened = layers.activation(c.activation, layers.rms_normalize(x_BTH, c.eps))
             x_BTH = x_BTH + self._shift(opened * gate)
             hidden.append(x_BTH)

@@ -16,6 +16,7 @@ from pleexport.families.base import (
     GraphInputs,
     GraphOutputs,
     Model,
+    Published,
     Unused,
     Weight,
     rounded,
@@ -102,9 +103,18 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
         eos_token_ids=decoder.read_eos(config, text),
+        published=PUBLISHED,
+        counts_only_tables_out=True,
     )
     text.finish()
     return model
+
+
+# Source: the Hugging Face parameter counts and model cards of the published checkpoints.
+PUBLISHED = (
+    Published("Gemma 3n E2B", 4_435_182_688, None, None, None, "1.91B"),
+    Published("Gemma 3n E4B", 6_835_235_568, None, None, None, "about 4B"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pleexport.families.base import (
     GraphInputs,
     GraphOutputs,
     Model,
+    Published,
     Unused,
     Weight,
 )
@@ -77,9 +78,17 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         text_prefixes=gemma.TEXT_PREFIXES,
         ignored_prefixes=gemma.TOWERS,
         eos_token_ids=decoder.read_eos(config, text),
+        published=PUBLISHED,
     )
     text.finish()
     return model
+
+
+# Source: the Hugging Face parameter counts and model cards of the published checkpoints.
+PUBLISHED = (
+    Published("Gemma 4 E2B", 4_628_569_344, 5_123_178_051, "5.1B", "2.8B", "2.3B"),
+    Published("Gemma 4 E4B", 7_463_013_376, 7_996_156_490, "8.0B", "3.5B", "4.5B"),
+)
 
 
 @dataclass(frozen=True)

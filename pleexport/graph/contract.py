@@ -11,6 +11,7 @@ from pleexport.families.base import CacheDtype, Model, Table
 OPSET = 24
 CONTRACT = "pleexport.decoder/1"
 TOKENS = "sequence_length"
+ALL_TOKENS = "total_sequence_length"
 LOGITS = "num_logits"
 CONTEXT_CAPACITY = "context_capacity"
 WINDOW_CAPACITY = "window_capacity"
@@ -25,6 +26,11 @@ class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     name: str
     table: str
     shape: list[int | str]
+
+    @property
+    def whole_text(self) -> bool:
+        """Whether it takes those of all tokens so far, not of the new ones only."""
+        return self.shape[1] == ALL_TOKENS
 
 
 class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -105,7 +111,7 @@ def describe(model: Model, cache_dtype: CacheDtype) -> GraphContract:
 def lookup_shape(table: Table) -> list[int | str]:
     """Shape of the graph input that a table's vectors go to."""
     layers = [] if table.layers is None else [table.layers]
-    return [1, TOKENS, *layers, table.width]
+    return [1, ALL_TOKENS if table.whole_text else TOKENS, *layers, table.width]
 
 
 def capacity_name(window: int | None) -> str:

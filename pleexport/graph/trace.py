@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pleexport.families.base import CacheDtype, GraphInputs, Model
 from pleexport.graph.contract import (
+    ALL_TOKENS,
     CONTEXT_CAPACITY,
     LOGITS,
     LOGITS_OUTPUT,
@@ -23,7 +24,7 @@ from pleexport.graph.contract import (
 from pleexport.layers import Parameters
 
 # Sizes used while tracing; any that differ from each other and from 0 and 1 will do.
-_EXAMPLE = {TOKENS: 5, LOGITS: 3, CONTEXT_CAPACITY: 37, WINDOW_CAPACITY: 29}
+_EXAMPLE = {TOKENS: 5, ALL_TOKENS: 11, LOGITS: 3, CONTEXT_CAPACITY: 37, WINDOW_CAPACITY: 29}
 LOGIT_POSITIONS = "logit_positions"
 _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "int8": torch.int8}
 
