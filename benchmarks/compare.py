@@ -47,7 +47,7 @@ def make_inputs(shape: str, folder: Path) -> dict[str, Path]:
         "llama.cpp Q4_0, Q8_0 head": folder / "q4_0-q8_0-head.gguf",
     }
     if not (paths["checkpoint"] / "config.json").exists():
-        write_checkpoint(SHAPES[shape], paths["checkpoint"])
+        write_checkpoint(shape, paths["checkpoint"])
     for name, head_dtype in (("pleexport", None), ("pleexport, int4 head", "int4")):
         if not paths[name].exists():
             pleexport.build(

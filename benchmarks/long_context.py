@@ -1,11 +1,12 @@
-"""Memory and time per token up to 131,072 positions; JSON and an HTML page with plots.
+"""Memory and time per token in long texts; JSON and an HTML page with plots.
 
     python benchmarks/long_context.py                 # 15 minutes, most of it reading the prompts
     python benchmarks/long_context.py --context 16384
+    python benchmarks/long_context.py embformer --context 4096
 
-The model has Gemma 4 E2B's layers, 35 of which 7 see the whole context and 3 of these hold keys and
-values, but is narrow: its caches are what there is to measure. Each cache dtype runs in a process
-of its own.
+The first model has Gemma 4 E2B's layers, 35 of which 7 see the whole context and 3 of these hold
+keys and values, but is narrow: its caches are what there is to measure. Embformer can do without a
+cache, which is measured too ("none"). Each cache dtype runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from machine import describe
 from make_checkpoint import write_checkpoint
 from matplotlib.figure import Figure
-from shapes import SHAPES
 from tqdm import tqdm
 
 import pleexport
@@ -36,7 +36,7 @@ from pleexport.inspection import cache_bytes
 from pleexport.process import memory
 
 HERE = Path(__file__).parent
-SHAPE = "gemma4-narrow"
+SHAPE_NAMES = ("gemma4-narrow", "embformer")
 FIRST_MARK = 1024
 STEPS = 32
 
@@ -102,7 +102,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/long-context"))
+    parser.add_argument("shape", nargs="?", choices=SHAPE_NAMES, default=SHAPE_NAMES[0])
+    parser.add_argument("--out", type=Path, help="build/benchmarks/long-context-SHAPE by default")
     parser.add_argument("--context", type=int, default=131_072, help="a power of two")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
@@ -110,21 +111,22 @@ def main() -> None:
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.threads)))
         return
-    folder: Path = arguments.out
+    folder: Path = arguments.out or Path(f"build/benchmarks/long-context-{arguments.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
     if not (checkpoint / "config.json").exists():
-        write_checkpoint(SHAPES[SHAPE], checkpoint)
+        write_checkpoint(arguments.shape, checkpoint)
     source = Checkpoint(checkpoint)
     model = families.resolve(source)
     result: dict[str, Any] = {
-        "shape": SHAPE,
+        "shape": arguments.shape,
         "context": arguments.context,
         "threads": arguments.threads,
         "machine": describe(folder, arguments.threads),
         "measured": {},
     }
-    for dtype in tqdm(CACHE_DTYPES, unit=" dtypes"):
+    dtypes = [dtype for dtype in CACHE_DTYPES if dtype != "none" or model.without_cache]
+    for dtype in tqdm(dtypes, unit=" dtypes"):
         bundle = pleexport.build(
             checkpoint,
             folder / dtype,
@@ -139,7 +141,8 @@ def main() -> None:
             [*command, "--threads", str(arguments.threads)], check=True, stdout=subprocess.PIPE
         )
         result["measured"][dtype] = [
-            mark | {"computed_bytes": cache_bytes(model, dtype, mark["positions"])}
+            mark
+            | {"computed_bytes": cache_bytes(model.with_cache(dtype), dtype, mark["positions"])}
             for mark in json.loads(done.stdout)
         ]
     (folder / "result.json").write_text(json.dumps(result, indent=2))

@@ -3,7 +3,7 @@
     python benchmarks/make_checkpoint.py gemma4-e2b build/checkpoints/gemma4-e2b
 
 It is written in a stream, a few million values at a time, with the key prefix of the published
-multimodal checkpoints; the vision and audio towers are not there.
+checkpoints; vision and audio towers are not there. RWKV goes without a config, as published.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from shapes import SHAPES
+from shapes import SHAPES, TENSORS
 from tqdm import tqdm
 
 from pleexport import families
 
-PREFIX = "model.language_model."
 SHARD_BYTES = 4_000_000_000
 BATCH_VALUES = 8 << 20
 
@@ -34,9 +33,9 @@ def tensor_shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the text model by name, those of sharing layers included, as published."""
     model = families.from_config(config, dtype="BF16")
     shapes = {k: shape for table in model.tables for k, shape in table.sources.items()}
-    shapes |= {w.source_key: w.shape for w in model.weights if w.constant is None}
+    shapes |= {w.source_key: w.source_shape for w in model.weights if w.constant is None}
     shapes |= {key: unused.shape for key, unused in model.unused.items() if key != "lm_head.weight"}
-    return {PREFIX + key: shape for key, shape in shapes.items()}
+    return {model.text_prefixes[0] + key: shape for key, shape in shapes.items()}
 
 
 def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
@@ -56,7 +55,7 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
 def values(name: str, shape: tuple[int, ...]) -> Iterator[NDArray[np.generic]]:
     """Random bf16 values of one tensor, in parts; the same for the same name."""
     generator = np.random.default_rng(zlib.crc32(name.encode()))
-    if len(shape) == 1:
+    if max(shape) == math.prod(shape):
         centre, spread = 1.0, 0.05
     elif "embed_tokens_per_layer" in name:
         centre, spread = 0.0, 1 / 16
@@ -70,10 +69,10 @@ def values(name: str, shape: tuple[int, ...]) -> Iterator[NDArray[np.generic]]:
         yield part.astype(ml_dtypes.bfloat16)
 
 
-def write_checkpoint(config: dict[str, object], out: Path) -> None:
-    """Write config, shards and index."""
+def write_checkpoint(shape: str, out: Path) -> None:
+    """Write config, if the family has one, shards and index."""
     out.mkdir(parents=True, exist_ok=True)
-    shapes = tensor_shapes(config)
+    shapes = TENSORS[shape] if shape in TENSORS else tensor_shapes(SHAPES[shape])
     files = shards(shapes)
     total = sum(2 * math.prod(shape) for shape in shapes.values())
     weight_map = {}
@@ -84,7 +83,8 @@ def write_checkpoint(config: dict[str, object], out: Path) -> None:
             _write_shard(path, {name: shapes[name] for name in names}, bar)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (out / "model.safetensors.index.json").write_text(json.dumps(index))
-    (out / "config.json").write_text(json.dumps(config, indent=2))
+    if shape in SHAPES:
+        (out / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
 
 
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], bar: tqdm) -> None:
@@ -114,10 +114,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("shape", choices=[*SHAPES, *TENSORS])
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
-    write_checkpoint(SHAPES[arguments.shape], arguments.out)
+    write_checkpoint(arguments.shape, arguments.out)
 
 
 if __name__ == "__main__":

@@ -84,4 +84,54 @@ SHAPES: dict[str, dict[str, Any]] = {
         vocab_size=2048,
         vocab_size_per_layer_input=2048,
     ),
+    # The released model's sizes, with the two key heads that its name suggests.
+    "embformer": {
+        "architectures": ["EmbformerForCausalLM"],
+        "model_type": "embformer",
+        "dtype": "bfloat16",
+        "vocab_size": 6400,
+        "hidden_size": 768,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 96,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 32_768,
+        "tie_word_embeddings": True,
+    },
 }
+
+
+def _rwkv7a(*, vocab: int, width: int, layers: int, head_size: int) -> dict[str, tuple[int, ...]]:
+    """Tensors of RWKV-7a by name, with the ranks of the published model."""
+    vector, feed_forward = (1, 1, width), 4 * width
+    tensors: dict[str, tuple[int, ...]] = {"emb.weight": (vocab, width)}
+    for part in ("weight", "bias"):
+        tensors |= {f"{norm}.{part}": (width,) for norm in ("blocks.0.ln0", "ln_out")}
+    for i in range(layers):
+        att, ffn = f"blocks.{i}.att", f"blocks.{i}.ffn"
+        for norm in (f"blocks.{i}.ln1", f"blocks.{i}.ln2", f"{att}.ln_x"):
+            tensors |= {f"{norm}.{part}": (width,) for part in ("weight", "bias")}
+        tensors |= {f"{att}.x_{name}": vector for name in "rwkvag"}
+        tensors |= {f"{att}.{name}": vector for name in ("w0", "a0", "v0", "k_k", "k_a")}
+        for name, rank in (("w", 64), ("a", 64), ("v", 32), ("g", 128)):
+            tensors |= {f"{att}.{name}1": (width, rank), f"{att}.{name}2": (rank, width)}
+        tensors[f"{att}.r_k"] = (width // head_size, head_size)
+        for name in ("receptance", "key", "value", "output"):
+            tensors[f"{att}.{name}.weight"] = (width, width)
+        tensors |= {
+            f"{ffn}.x_k": vector,
+            f"{ffn}.key.weight": (feed_forward, width),
+            f"{ffn}.value.weight": (width, feed_forward),
+            f"{ffn}.s_emb.weight": (vocab, 1024),
+            f"{ffn}.s_emb_x.weight": (1024, width),
+            f"{ffn}.s0": (1, 1, feed_forward),
+            f"{ffn}.s1": (width, 32),
+            f"{ffn}.s2": (32, feed_forward),
+        }
+    return tensors | {"head.weight": (vocab, width)}
+
+
+# Shapes of tensors, of models that have no config.
+TENSORS = {"rwkv7a-0.1b": _rwkv7a(vocab=65_536, width=768, layers=12, head_size=64)}

@@ -63,11 +63,12 @@ class Binding:
         """
         if table.fold:
             return table.fold.compute(self._read, rows)
-        parts = [self._array(key)[rows] for key in table.keys]
+        dtype = DTYPES[self.dtype]
+        parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def matrix(self, weight: Weight) -> NDArray[np.generic]:
-        """A view of a weight in the checkpoint's dtype."""
+        """A view of a weight in its stored dtype; `raised` makes numbers of it."""
         array = self._array(weight.source_key)
         return array.T if weight.transposed else array.reshape(weight.shape)
 
@@ -75,7 +76,11 @@ class Binding:
         """A whole weight in float32."""
         if weight.constant is not None:
             return weight.constant
-        return self.matrix(weight).astype(np.float32)
+        return self.raised(self.matrix(weight))
+
+    def raised(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
+        """A copy of stored values in float32, rounded to the checkpoint's dtype first."""
+        return values.astype(DTYPES[self.dtype], copy=False).astype(np.float32)
 
     def vectors(self, table: Table, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """What token ids look up: `[T, width]`, or `[T, layers, width]`, multiplier applied."""
@@ -108,15 +113,14 @@ class Binding:
 
     def _array(self, key: str) -> NDArray[np.generic]:
         array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))
-        return array.astype(DTYPES[self.dtype], copy=False)
+        return array
 
     def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
         if isinstance(rows, slice) and rows == slice(None):  # every batch of rows needs it
             if key not in self._whole:
-                self._whole[key] = self.checkpoint.array(self._full_name(key)).astype(np.float32)
+                self._whole[key] = self._array(key).astype(np.float32)
             return self._whole[key]
-        array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))[rows]
-        return array.astype(np.float32)
+        return self._array(key)[rows].astype(np.float32)
 
     def _full_name(self, key: str) -> str:
         for name in _candidates(self.prefix, key):

@@ -311,7 +311,7 @@ def _transposed(binding: Binding, weight: Weight, dtype: str) -> StoredTensor:
         step = max(1, _BATCH_VALUES // outputs)
         view = binding.matrix(weight)
         for begin in range(0, inputs, step):
-            part = view[:, begin : begin + step].astype(np.float32)
+            part = binding.raised(view[:, begin : begin + step])
             with np.errstate(over="ignore"):
                 yield _finite(weight, part.T.astype(numpy_dtype, order="C"))
 
@@ -338,7 +338,7 @@ def _quantized(
     matrix = binding.matrix(weight)
 
     def quantize(rows: slice) -> Blocks:
-        values = _finite(weight, matrix[rows].astype(np.float32))
+        values = _finite(weight, binding.raised(matrix[rows]))
         return quantize_blocks(
             values,
             bits=bits,
