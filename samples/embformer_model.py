@@ -19,8 +19,8 @@ from torch.nn import functional
 def rotate(x_BNTD: Tensor, *, theta: float) -> Tensor:
     """Rotary embedding: element i of a head turns with element i + D / 2."""
     length, size = x_BNTD.shape[-2:]
-    inv_freq = 1.0 / theta ** (torch.arange(0, size, 2) / size)
-    angles = torch.arange(length)[:, None] * inv_freq
+    inv_freq = 1.0 / theta ** (torch.arange(0, size, 2, device=x_BNTD.device) / size)
+    angles = torch.arange(length, device=x_BNTD.device)[:, None] * inv_freq
     cos, sin = angles.cos(), angles.sin()
     a, b = x_BNTD.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)

@@ -5,60 +5,79 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from corpus import read_chapters, read_heldout, split_chapters
-from tokenizer import BOS_ID, PAD_ID, VOCAB_SIZE, encode_documents
+from models import FAMILIES, Family, Rows
+from tokenizer import encode_documents
 from tokenizers import Tokenizer
+from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pleexport import families
+from pleexport.binding import Binding
+from pleexport.checkpoint import Checkpoint
+from pleexport.oracle import open_oracle
 
 CONTEXT = 256
 STRIDE = 128
 PROMPT = "In the beginning"
 NOT_SCORED = -100
+COMPARED_TOKENS = 64
+SAMPLED_FROM = 50  # the most likely tokens, as in `transformers`
+
+# Logits of windows of ids.
+Scorer = Callable[[Tensor], Tensor]
 
 
-def load_checkpoint(folder: Path) -> PreTrainedModel:
-    """Load in the checkpoint's own dtype, then compute in fp32."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
+def make_scorer(
+    family: Family, model: nn.Module, change: Callable[[Rows, Tensor], Rows] | None = None
+) -> Scorer:
+    """Return what scores windows, with what they look up changed by `change(rows, ids)`."""
+
+    def score(ids_BT: Tensor) -> Tensor:
+        rows = family.look_up(model, ids_BT)
+        return family.compute_logits(model, rows if change is None else change(rows, ids_BT))
+
+    return score
 
 
 def cut_windows(document: Sequence[int], *, stride: int = STRIDE) -> Iterator[list[list[int]]]:
-    """Yield [inputs, targets] of `CONTEXT` ids each; every id after `<bos>` is scored once.
+    """Yield [inputs, targets] of `CONTEXT` ids each; every id after the first is scored once.
 
-    The first id of each window is `<bos>`, as in training.
+    The first id of each window is the document's first, which starts a text, as in training.
     """
     scored = 0
     for start in range(0, len(document) - 1, stride):
-        inputs = [BOS_ID, *document[start + 1 : start + CONTEXT]]
+        inputs = [document[0], *document[start + 1 : start + CONTEXT]]
         targets = list(document[start + 1 : start + CONTEXT + 1])
         inputs = inputs[: len(targets)]
         already_scored = max(0, scored - start)
         targets[:already_scored] = [NOT_SCORED] * already_scored
         scored = start + len(targets)
         padding = CONTEXT - len(targets)
-        yield [inputs + [PAD_ID] * padding, targets + [NOT_SCORED] * padding]
+        yield [inputs + [0] * padding, targets + [NOT_SCORED] * padding]
         if scored >= len(document) - 1:
             return
 
 
 @torch.no_grad()
 def measure_loss(
-    model: PreTrainedModel,
+    score: Scorer,
     documents: Sequence[Sequence[int]],
     *,
     stride: int = STRIDE,
     batch_size: int = 16,
+    device: torch.device | None = None,
 ) -> float:
     """Return the mean negative log-likelihood per token, in nats."""
     windows = torch.tensor([w for d in documents for w in cut_windows(d, stride=stride)])
-    windows = windows.to(model.device)
+    windows = windows.to(device)
     total, count = 0.0, 0
     for inputs, targets in (batch.unbind(1) for batch in windows.split(batch_size)):
-        logits = model(input_ids=inputs, use_cache=False).logits.float()
+        logits = score(inputs).float()
         loss = functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=NOT_SCORED, reduction="sum"
         )
@@ -68,63 +87,113 @@ def measure_loss(
 
 
 def measure_unigram_loss(
-    training: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]]
+    training: Sequence[Sequence[int]], heldout: Sequence[Sequence[int]], *, vocab_size: int
 ) -> float:
     """Return the loss of add-one smoothed token frequencies of the training text."""
     ids = torch.tensor([token for document in training for token in document[1:]])
-    counts = torch.bincount(ids, minlength=VOCAB_SIZE).double() + 1
+    counts = torch.bincount(ids, minlength=vocab_size).double() + 1
     log_probability = (counts / counts.sum()).log()
     scored = torch.tensor([token for document in heldout for token in document[1:]])
     return -log_probability[scored].mean().item()
 
 
-def measure_ablations(model: PreTrainedModel, heldout: Sequence[Sequence[int]]) -> dict[str, float]:
-    """Return the losses with changed per-layer tables; the model is left as it was."""
-    table = model.model.embed_tokens_per_layer.weight
-    original = table.detach().clone()
-    changed = {"zeroed": torch.zeros_like(original), "shifted": original.roll(1, dims=0)}
-    losses = {}
-    for name, rows in changed.items():
-        table.data.copy_(rows)
-        losses[name] = measure_loss(model, heldout)
-    table.data.copy_(original)
-    return losses
+def measure_ablations(
+    family: Family, model: nn.Module, heldout: Sequence[Sequence[int]]
+) -> dict[str, float]:
+    """Return the losses with changed rows, by what is changed."""
+
+    def zero(rows: Rows, _: Tensor) -> Rows:
+        return {n: r if n == "inputs_embeds" else torch.zeros_like(r) for n, r in rows.items()}
+
+    def zero_all(rows: Rows, _: Tensor) -> Rows:
+        return {name: torch.zeros_like(row) for name, row in rows.items()}
+
+    def shift(rows: Rows, ids: Tensor) -> Rows:
+        others = family.look_up(model, (ids - 1) % family.vocabulary.size)
+        return others | {"inputs_embeds": rows["inputs_embeds"]}
+
+    changes = {"ple_zeroed": zero, "ple_shifted": shift, "rows_zeroed": zero_all}
+    return {
+        name: measure_loss(make_scorer(family, model, change), heldout)
+        for name, change in changes.items()
+    }
 
 
+@torch.no_grad()
+def measure_difference(folder: Path, score: Scorer, ids: Sequence[int]) -> float:
+    """Return the largest difference to the logits of the original that bundles are checked with."""
+    checkpoint = Checkpoint(folder)
+    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    original = torch.from_numpy(oracle.logits(ids))
+    return (score(torch.tensor([ids]))[0] - original).abs().max().item()
+
+
+@torch.no_grad()
 def generate_text(
-    model: PreTrainedModel, tokenizer: Tokenizer, *, prompt: str, tokens: int, temperature: float
+    score: Scorer,
+    tokenizer: Tokenizer,
+    *,
+    prompt: str,
+    tokens: int,
+    temperature: float,
+    end_id: int,
 ) -> str:
     """Return the prompt with its continuation; temperature 0 is greedy."""
     torch.manual_seed(0)
-    ids = torch.tensor([tokenizer.encode(prompt).ids], device=model.device)
-    options = {"do_sample": True, "temperature": temperature} if temperature else {}
-    if not temperature:
-        options["do_sample"] = False
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, **options
-    )
-    return tokenizer.decode(output[0].tolist())
+    ids = tokenizer.encode(prompt).ids
+    for _ in range(tokens):
+        logits = score(torch.tensor([ids]))[0, -1]
+        if temperature:
+            least = logits.topk(SAMPLED_FROM).values[-1]
+            likely = logits.masked_fill(logits < least, -math.inf)
+            chosen = torch.multinomial((likely / temperature).softmax(-1), 1)
+        else:
+            chosen = logits.argmax()
+        ids.append(int(chosen))
+        if ids[-1] == end_id:
+            break
+    return tokenizer.decode(ids)
 
 
 def evaluate_checkpoint(folder: Path) -> dict[str, object]:
     """Return every metric of the checkpoint in `folder`, computed on the CPU in fp32."""
+    family = FAMILIES[families.resolve(Checkpoint(folder)).family]
+    vocabulary = family.vocabulary
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    training = encode_documents(tokenizer, split_chapters(read_chapters())[0])
-    heldout = encode_documents(tokenizer, read_heldout())
-    model = load_checkpoint(folder)
-    loss = measure_loss(model, heldout)
-    ablations = measure_ablations(model, heldout)
+    training = encode_documents(tokenizer, split_chapters(read_chapters())[0], vocabulary)
+    texts = read_heldout()
+    heldout = encode_documents(tokenizer, texts, vocabulary)
+    tokens = sum(len(document) - 1 for document in heldout)
+    size = sum(len(text.encode()) for text in texts)
+    model = family.load(folder)
+    score = make_scorer(family, model)
+    loss = measure_loss(score, heldout)
+    unigram_loss = measure_unigram_loss(training, heldout, vocab_size=vocabulary.size)
+    ablations = measure_ablations(family, model, heldout)
+
+    def write(tokens: int, temperature: float) -> str:
+        return generate_text(
+            score,
+            tokenizer,
+            prompt=PROMPT,
+            tokens=tokens,
+            temperature=temperature,
+            end_id=vocabulary.end_id,
+        )
+
     return {
-        "heldout_tokens": sum(len(document) - 1 for document in heldout),
+        "heldout_tokens": tokens,
+        "heldout_bytes": size,
         "context": CONTEXT,
         "stride": STRIDE,
         "loss": round(loss, 4),
+        "bits_per_byte": round(loss * tokens / size / math.log(2), 3),
         "perplexity": round(math.exp(loss), 2),
-        "perplexity_unigram": round(math.exp(measure_unigram_loss(training, heldout)), 2),
-        "perplexity_ple_zeroed": round(math.exp(ablations["zeroed"]), 2),
-        "perplexity_ple_shifted": round(math.exp(ablations["shifted"]), 2),
-        "greedy_text": generate_text(model, tokenizer, prompt=PROMPT, tokens=64, temperature=0.0),
-        "sampled_text": generate_text(model, tokenizer, prompt=PROMPT, tokens=120, temperature=0.7),
+        "perplexity_unigram": round(math.exp(unigram_loss), 2),
+        **{f"perplexity_{name}": round(math.exp(value), 2) for name, value in ablations.items()},
+        "difference_to_original": measure_difference(folder, score, heldout[0][:COMPARED_TOKENS]),
+        "greedy_text": write(64, 0.0),
+        "sampled_text": write(120, 0.7),
     }
 
 

