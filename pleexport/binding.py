@@ -159,7 +159,7 @@ class Binding:
             if name in entries and entries[name].shape != shape:
                 problems.append(
                     f"tensor `{name}` has shape {list(entries[name].shape)}; "
-                    f"the config asks for {list(shape)}"
+                    f"the model has {list(shape)}"
                 )
             elif name in entries and entries[name].dtype not in FLOAT_DTYPES:
                 problems.append(
@@ -216,5 +216,5 @@ def _everything(checkpoint: Checkpoint, problems: list[str]) -> CheckpointError:
         return CheckpointError(f"`{checkpoint.path}`: {shown[0]}")
     listed = "".join(f"\n  - {problem}" for problem in shown)
     return CheckpointError(
-        f"`{checkpoint.path}` does not fit its config, {len(problems)} problems:{listed}"
+        f"`{checkpoint.path}` does not fit the model, {len(problems)} problems:{listed}"
     )

@@ -43,7 +43,7 @@ from pleexport.inspection import resident_bytes
 from pleexport.parallel import beside
 from pleexport.progress import Progress
 from pleexport.targets import Target
-from pleexport.text import TOKENIZERS, open_text, read_text_file, tokenizer_files
+from pleexport.text import TOKENIZERS, open_text, tokenizer_files
 
 BACKENDS = ("onnx",)
 _VERSIONED = ("pleexport", "torch", "onnx-ir", "onnxscript", "numpy")
@@ -98,7 +98,7 @@ def build(
     """Write a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder.
+        checkpoint: a Hugging Face folder, or a file of a family that has no config.
         out: folder of the bundle; `{checkpoint}-{target}` here by default.
         target: name of a target, or path of a target file.
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
@@ -137,8 +137,8 @@ def build(
     _ = source.generation_config  # to say now if it is malformed
     text_files = tokenizer_files(source.folder if tokenizer is None else Path(tokenizer))
     if tokenizer is not None and not text_files.keys() & set(TOKENIZERS):
-        raise CheckpointError(f"`{tokenizer}` holds no {' or '.join(TOKENIZERS)}")
-    calibration_ids = _read_texts(text_files, calibrate)
+        raise CheckpointError(f"there is no {' or '.join(TOKENIZERS)} at `{tokenizer}`")
+    calibration_ids = _read_texts(text_files, calibrate, model)
     binding.check_tied_head()
     plan = make_plan(
         binding,
@@ -256,7 +256,7 @@ def _reason(binding: Binding) -> str:
     return next(u.reason for key, u in binding.model.unused.items() if first.endswith(key))
 
 
-def _read_texts(files: Mapping[str, Path], calibrate: str | Path | None) -> list[int]:
+def _read_texts(files: Mapping[str, Path], calibrate: str | Path | None, model: Model) -> list[int]:
     """Read the tokenizer before the long work, and with it the text to calibrate on."""
     tokenizer = open_text(files)
     if calibrate is None:
@@ -266,7 +266,8 @@ def _read_texts(files: Mapping[str, Path], calibrate: str | Path | None) -> list
             f"there is no tokenizer, so `{calibrate}` cannot be read as tokens",
             hint=f"put {' or '.join(TOKENIZERS)} beside the weights, or add `--tokenizer PATH`",
         )
-    return tokenizer.encode(read_text_file(Path(calibrate)))[:_CALIBRATION_TOKENS]
+    ids = tokenizer.encode_file(Path(calibrate), num_rows=model.num_rows)
+    return ids[:_CALIBRATION_TOKENS]
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:

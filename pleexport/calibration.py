@@ -38,7 +38,7 @@ def importance(
     with torch.no_grad():
         for begin in range(0, len(ids), _WINDOW):
             window = ids[begin : begin + _WINDOW]
-            binding.model.forward(weights, _inputs(binding, window))
+            _read(binding, weights, window)
             progress(len(window))
     return {name: (total / len(ids)).numpy() for name, total in weights.squares.items()}
 
@@ -77,18 +77,32 @@ class _ObservedParameters(Parameters):
         return super().linear(name, x)
 
 
-def _inputs(binding: Binding, ids: NDArray[np.int64]) -> GraphInputs:
-    positions = torch.arange(len(ids))
-    return GraphInputs(
-        rows={
-            table.graph_input: torch.from_numpy(binding.vectors(table, ids))[None]
-            for table in binding.model.tables
-        },
-        position_ids=positions[None],
-        caches={cache.layer: _empty(cache, len(ids)) for cache in binding.model.caches},
-        states={s.name: torch.zeros(1, *s.shape) for s in binding.model.states},
-        logit_positions=positions,
-    )
+def _read(binding: Binding, weights: Parameters, ids: NDArray[np.int64]) -> None:
+    """Run the model on a text from its start, in as many calls as it needs."""
+    model = binding.model
+    caches = {cache.layer: _empty(cache, len(ids)) for cache in model.caches}
+    states = {s.name: torch.zeros(1, *s.shape) for s in model.states}
+    step = model.tokens_per_call or len(ids)
+    for begin in range(0, len(ids), step):
+        piece = slice(begin, begin + step)
+        outputs = model.forward(
+            weights,
+            GraphInputs(
+                rows={
+                    table.graph_input: torch.from_numpy(
+                        binding.vectors(
+                            table, ids[: piece.stop] if table.whole_text else ids[piece]
+                        )
+                    )[None]
+                    for table in model.tables
+                },
+                position_ids=torch.arange(len(ids))[None, piece],
+                caches=caches,
+                states=states,
+                logit_positions=torch.arange(len(ids[piece])),
+            ),
+        )
+        caches, states = dict(outputs.caches), dict(outputs.states)
 
 
 def _empty(cache: Cache, positions: int) -> tuple[Tensor, ...]:

@@ -25,7 +25,10 @@ app = typer.Typer(
 )
 
 CheckpointArgument = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="Hugging Face folder of the trained model.")
+    Path,
+    typer.Argument(
+        metavar="CKPT", help="Hugging Face folder of the trained model, or RWKV's .pth file."
+    ),
 ]
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that `pleexport build` wrote.")
@@ -49,7 +52,8 @@ TextFileOption = Annotated[
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Ship language models with per-layer embeddings (Gemma 3n, Gemma 4) on devices.
+    """Ship language models with per-layer embeddings on devices: Gemma 3n and 4,
+    RWKV with DeepEmbed, Embformer.
 
     Splits a trained checkpoint into a dense graph and a memory-mapped file of all table rows,
     proves that both together compute what the PyTorch original computes, and runs them.

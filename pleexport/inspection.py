@@ -193,7 +193,7 @@ def inspect(path: str | Path) -> ModelInfo:
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder.
+        path: a Hugging Face folder, or a file of a family that has no config.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
@@ -232,15 +232,22 @@ def inspect(path: str | Path) -> ModelInfo:
 def cache_bytes(model: Model, dtype: CacheDtype, context: int) -> int:
     """Bytes of states, and of keys and values of `context` positions.
 
-    A window holds no more than its own.
+    A window holds no more than its own. What is looked up again for the whole text is in memory
+    for as long as a call takes.
     """
-    return sum(state.nbytes for state in model.states) + sum(
-        CACHE_ITEM_BYTES[buffer.dtype]
-        * buffer.width
-        * cache.heads
-        * min(cache.window or context, context)
-        for cache in model.caches
-        for buffer in cache.buffers(dtype)
+    states = sum(state.nbytes for state in model.states)
+    looked_up = sum(4 * context * table.row_width for table in model.tables if table.whole_text)
+    return (
+        states
+        + looked_up
+        + sum(
+            CACHE_ITEM_BYTES[buffer.dtype]
+            * buffer.width
+            * cache.heads
+            * min(cache.window or context, context)
+            for cache in model.caches
+            for buffer in cache.buffers(dtype)
+        )
     )
 
 
@@ -295,7 +302,7 @@ def _bind(model: Model, checkpoint: Checkpoint, notes: list[str]) -> Binding | N
         return Binding(model, checkpoint)
     except CheckpointError as err:
         notes.append(
-            "The weights do not fit the config, so a build would be refused; the counts are those "
+            "The weights do not fit the model, so a build would be refused; the counts are those "
             f"of a text-only checkpoint that does fit. {err.message}"
         )
         return None

@@ -42,9 +42,9 @@ def columns(rows: list[list[str]], *, left: int = 1) -> list[str]:
 
 def _head(info: ModelInfo) -> list[str]:
     weights = {
-        "found": "weights fit the config",
+        "found": "weights fit",
         "none": "config only, no weights",
-        "unusable": "weights do not fit the config, see the notes",
+        "unusable": "weights do not fit, see the notes",
     }
     facts = [
         f"{info.layers} layers",

@@ -18,6 +18,7 @@ from pleexport.binding import Binding
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.families.base import Reference
+from pleexport.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,7 +65,11 @@ def open_oracle(binding: Binding) -> Oracle:
 
 
 class CheckpointTensors(Mapping[str, "Tensor"]):
-    """A checkpoint's tensors by name, as views of the mapped files."""
+    """A checkpoint's tensors by name, as views of the mapped files.
+
+    Those that are stored in another dtype than the config names are rounded to it, as the original
+    does when it loads them.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
@@ -73,9 +78,10 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
         import torch
 
         array = self._checkpoint.array(name)
+        array = array.astype(DTYPES[self._checkpoint.dtype], copy=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
-            if self._checkpoint.entries[name].dtype == "BF16":
+            if self._checkpoint.dtype == "BF16":
                 return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
             return torch.from_numpy(array)
 

@@ -39,6 +39,7 @@ LEAST_CORRELATION = {"fp16": 0.999, "int8": 0.95, "int4": 0.7}
 NEAR_TIE = 1e-4
 _ROWS_PER_BATCH_BYTES = 8 << 20
 _GREEDY_TOKENS = 32
+_REPEATED = 64
 _FIDELITY_TOKENS = 4096
 _LOGITS_BYTES = 256 << 20
 _LEAST_COMPARED = 128
@@ -218,15 +219,20 @@ def compare(
 def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
     """The ids to compare on: enough for every ring to wrap around, where the context allows.
 
-    A text that is too short is repeated. Random ids leave out those that stand for others.
+    A text that is too short is repeated. Random ids leave out those that stand for others. In the
+    middle, one id comes again and again: where keys are alike, rounding errors add up.
     """
     windows = [c.window for c in runner.bundle.manifest.contract.caches if c.window is not None]
     longest = min(max(windows, default=0), runner.context)
-    length = min(longest + runner.chunk + 64, runner.context - 1)
+    length = max(min(longest + runner.chunk + 64, runner.context - 1), 1)
     if text_ids:
-        return [int(i) for i in np.resize(np.asarray(text_ids), max(length, 1))]
-    own = np.setdiff1d(np.arange(runner.blob.num_rows), [i for i, _ in runner.blob.row_aliases])
-    return [int(i) for i in np.random.default_rng(_SEED).choice(own, length)]
+        ids = np.resize(np.asarray(text_ids), length)
+    else:
+        own = np.setdiff1d(np.arange(runner.blob.num_rows), [i for i, _ in runner.blob.row_aliases])
+        ids = np.random.default_rng(_SEED).choice(own, length)
+    middle = length // 2
+    ids[middle : middle + min(_REPEATED, length // 4)] = ids[middle]
+    return [int(i) for i in ids]
 
 
 def check_table(

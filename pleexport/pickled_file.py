@@ -66,7 +66,7 @@ class PickledFile:
             ) from err
         except Exception as err:  # torch raises many kinds for damaged archives
             raise CheckpointError(
-                f"`{self.path}` is not a file that torch can map: {str(err).splitlines()[0]}",
+                f"`{self.path}` is not a file that torch can map: {(str(err) or type(err).__name__).splitlines()[0]}",
                 hint="the copy may be damaged, or of the format before torch 1.6: save it again",
             ) from err
         if not isinstance(loaded, dict) or not all(
@@ -77,8 +77,11 @@ class PickledFile:
         return loaded
 
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
+        import torch
+
         dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
-        if dtype is None or tensor.is_sparse or not tensor.is_contiguous():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
+        if dtype is None or not plain or tensor.is_nested or tensor.is_neg():
             raise CheckpointError(
                 f"`{self.path}`: tensor `{name}` is not a plain floating-point one"
             )

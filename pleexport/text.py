@@ -35,8 +35,9 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     Args:
         path: a folder, or a file: a tokenizer.json, or a vocabulary of RWKV's World tokenizer.
     """
-    if path.is_file():
+    if path.is_file() and path.name != TOKENIZER:
         return {VOCABULARY if path.suffix == ".txt" else TOKENIZER: path}
+    path = path.parent if path.is_file() else path
     return {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
 
 
@@ -88,6 +89,23 @@ class Text:
             bos_id = self.tokenizer.token_to_id(bos)
             if bos_id is not None and ids[:1] != [bos_id]:
                 ids.insert(0, bos_id)
+        return ids
+
+    def encode_file(self, path: Path, *, num_rows: int) -> list[int]:
+        """Ids of a text file.
+
+        Args:
+            num_rows: the model's token ids are below it.
+        Raises:
+            RunnerError: the file cannot be read, or has ids that the model does not know.
+        """
+        ids = self.encode(read_text_file(path))
+        if max(ids, default=0) >= num_rows:
+            raise RunnerError(
+                f"the tokenizer gives `{path}` the id {max(ids)}, and the model knows 0 to "
+                f"{num_rows - 1}",
+                hint="it belongs to another model; pass the right one with `--tokenizer PATH`",
+            )
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

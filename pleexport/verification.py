@@ -16,7 +16,7 @@ from pleexport.graph.contract import describe
 from pleexport.oracle import open_oracle
 from pleexport.parity import ParityReport, compare
 from pleexport.progress import Progress
-from pleexport.text import open_text, read_text_file, tokenizer_files
+from pleexport.text import open_text, tokenizer_files
 
 PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
 
@@ -72,7 +72,7 @@ def compare_with_original(
         oracle = open_oracle(binding)
     ids = None
     if tokenizer := open_text(tokenizer_files(bundle.path)):
-        ids = tokenizer.encode(read_text_file(Path(text or PARITY_TEXT)))
+        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=binding.model.num_rows)
     elif text:
         raise RunnerError(
             f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",

@@ -75,7 +75,7 @@ def _read_vocabulary(path: Path) -> dict[int, bytes]:
         numbers = [int(number) for number, _, rest in lines if rest]
         for number, value, (_, size) in zip(numbers, values, literals, strict=True):
             piece = value.encode() if isinstance(value, str) else value
-            if not isinstance(piece, bytes) or len(piece) != int(size) or not piece:
+            if not isinstance(piece, bytes) or len(piece) != int(size) or not piece or number < 0:
                 raise ValueError(f"token {number} is not {size} bytes")
             pieces[number] = piece
     except (OSError, ValueError, SyntaxError, MemoryError, RecursionError) as err:

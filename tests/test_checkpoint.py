@@ -111,7 +111,7 @@ def test_all_problems_are_named_at_once_with_the_nearest_name(
         "(the nearest name is `model.layers.1.mlp.gate_porj.weight`)" in message
     )
     assert "`model.layers.1.mlp.gate_porj.weight` is used by nothing" in message
-    assert "`model.norm.weight` has shape [5]; the config asks for [32]" in message
+    assert "`model.norm.weight` has shape [5]; the model has [32]" in message
     assert "`model.layers.0.layer_scalar` has dtype I64" in message
 
 

@@ -355,8 +355,8 @@ def test_weights_that_do_not_fit_become_a_note(tiny: Path) -> None:
     assert info.weights == "unusable"
     assert info.counts == config_only.counts
     text = _flat(info)
-    assert "The weights do not fit the config, so a build would be refused" in text
-    assert "norm.weight` has shape [17]; the config asks for [16]" in text
+    assert "The weights do not fit the model, so a build would be refused" in text
+    assert "norm.weight` has shape [17]; the model has [16]" in text
     assert "surprise` is used by nothing" in text
 
 

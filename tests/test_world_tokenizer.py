@@ -75,7 +75,7 @@ def test_a_bundle_takes_the_vocabulary_along(tmp_path: Path) -> None:
     assert tokenizer is not None
     assert tokenizer.encode("Hello") == [33155]
     assert list(pleexport.Runner(bundle).generate("Hello", max_new_tokens=3))
-    with pytest.raises(CheckpointError, match=r"holds no tokenizer\.json or"):
+    with pytest.raises(CheckpointError, match=r"there is no tokenizer\.json or"):
         pleexport.build(checkpoint, tmp_path / "other", tokenizer=tmp_path / "no", verify=False)
 
 

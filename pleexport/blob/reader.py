@@ -158,9 +158,16 @@ class Blob:
         Args:
             tables: those wanted; all by default.
         """
-        wanted = self._runs if tables is None else {name: self._runs[name] for name in tables}
-        gathered = self.rows[row_ids]
-        return {name: self._decode(gathered, run) for name, run in wanted.items()}
+        if tables is None:
+            gathered = self.rows[row_ids]
+            return {name: self._decode(gathered, run) for name, run in self._runs.items()}
+        found = {}
+        for name in tables:
+            run = self._runs[name]
+            begin = run.first.offset
+            end = begin + run.pitch * (run.count - 1) + run.first.end - begin
+            found[name] = self._decode(self.rows[:, begin:end][row_ids], run, begin=begin)
+        return found
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Compare every chunk with its checksum.
@@ -172,10 +179,13 @@ class Blob:
             self._check_chunk(chunk)
             progress(CHECKSUM_CHUNK_BYTES)
 
-    def _decode(self, gathered: NDArray[np.uint8], run: _Run) -> NDArray[np.float32]:
+    def _decode(
+        self, gathered: NDArray[np.uint8], run: _Run, *, begin: int = 0
+    ) -> NDArray[np.float32]:
+        """Vectors of one table, from bytes of rows that start at byte `begin`."""
         segment = run.first
         slots = np.lib.stride_tricks.as_strided(
-            gathered[:, segment.offset :],
+            gathered[:, segment.offset - begin :],
             (len(gathered), run.count, segment.end - segment.offset),
             (gathered.strides[0], run.pitch, 1),
             writeable=False,

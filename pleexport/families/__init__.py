@@ -44,7 +44,7 @@ def resolve(checkpoint: Checkpoint) -> Model:
     raise UnsupportedError(
         f"`{checkpoint.path}` has no config.json, and its tensors are of no family that goes "
         "without one",
-        hint="put the config.json beside the weights",
+        hint="pass the folder that holds config.json, not a file in it",
     )
 
 

@@ -80,7 +80,8 @@ def _targets(reader: ConfigReader, layers: int) -> tuple[Target, ...]:
     strict = reader.flag("force_nodiag", default=False)
     window = reader.integer("sliding_window", default=DEFAULT_WINDOW)
     own = "_".join(str(i) for i in range(layers))
-    text = reader.get("layer_types") or own
+    text = reader.get("layer_types")
+    text = own if text is None else text
     parts = text.split("_") if isinstance(text, str) else []
     numbers = [part.removesuffix("s") for part in parts]
     if len(parts) != layers or not all(

@@ -226,6 +226,12 @@ def _tables(variant: Variant, sizes: _Sizes, shapes: Shapes) -> Iterator[Table]:
     for graph_input, name in names.items():
         keys = tuple(f"blocks.{i}.{name}.weight" for i in range(sizes.layers))
         width = _matrix(shapes, keys[0])[1]
+        rank = _matrix(shapes, "blocks.0.ffn.s1")[1] if variant.gates else 0
+        if graph_input == "deep_embeds" and variant.gates and width != rank**2:
+            raise CheckpointError(
+                f"tensor `{keys[0]}` has rows of {width} elements, which are no matrix of {rank} x "
+                f"{rank}, as `blocks.0.ffn.s1` asks for"
+            )
         fold = None
         if variant.gates:
             projections = {
@@ -270,7 +276,7 @@ def _weights(
     width, weights, unused = sizes.width, [], dict[str, Unused]()
 
     def vector(name: str, size: int) -> Weight:
-        return Weight(name, (size,), leading_ones=max(len(shapes.get(name, ())) - 1, 0))
+        return Weight(name, (size,), leading_ones=2 if len(shapes.get(name, ())) == 3 else 0)
 
     def norm(name: str, size: int) -> list[Weight]:
         return [vector(f"{name}.{part}", size) for part in ("weight", "bias")]

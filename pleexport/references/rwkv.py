@@ -311,9 +311,8 @@ def time_mix(
         + value_HN[:, :, None] * key_HN[:, None, :]
     )
     read_HN = torch.einsum("hij,hj->hi", state.wkv, receptance_HN)
-    read_C = F.group_norm(
-        read_HN.view(1, -1), heads, w["ln_x.weight"], w["ln_x.bias"], GROUP_NORM_EPS
-    ).view(-1)
+    normed_HN = F.layer_norm(read_HN, (size,), eps=GROUP_NORM_EPS)  # a group is a head
+    read_C = normed_HN.view(-1) * w["ln_x.weight"] + w["ln_x.bias"]
     bonus_H1 = (receptance_HN * key_HN * w["r_k"]).sum(dim=-1, keepdim=True)
     read_C = read_C + (bonus_H1 * value_HN).view(-1)
     return w.linear("output.weight", read_C * gate_C), value_C
