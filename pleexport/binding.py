@@ -118,9 +118,9 @@ class Binding:
     def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
         if isinstance(rows, slice) and rows == slice(None):  # every batch of rows needs it
             if key not in self._whole:
-                self._whole[key] = self._array(key).astype(np.float32)
+                self._whole[key] = self._array(key).astype(np.float32, order="C")
             return self._whole[key]
-        return self._array(key)[rows].astype(np.float32)
+        return self._array(key)[rows].astype(np.float32, order="C")
 
     def _full_name(self, key: str) -> str:
         for name in _candidates(self.prefix, key):

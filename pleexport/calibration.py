@@ -84,24 +84,20 @@ def _read(binding: Binding, weights: Parameters, ids: NDArray[np.int64]) -> None
     states = {s.name: torch.zeros(1, *s.shape) for s in model.states}
     step = model.tokens_per_call or len(ids)
     for begin in range(0, len(ids), step):
-        piece = slice(begin, begin + step)
-        outputs = model.forward(
-            weights,
-            GraphInputs(
-                rows={
-                    table.graph_input: torch.from_numpy(
-                        binding.vectors(
-                            table, ids[: piece.stop] if table.whole_text else ids[piece]
-                        )
-                    )[None]
-                    for table in model.tables
-                },
-                position_ids=torch.arange(len(ids))[None, piece],
-                caches=caches,
-                states=states,
-                logit_positions=torch.arange(len(ids[piece])),
-            ),
+        end = min(begin + step, len(ids))
+        inputs = GraphInputs(
+            rows={
+                table.graph_input: torch.from_numpy(
+                    binding.vectors(table, ids[0 if table.whole_text else begin : end])
+                )[None]
+                for table in model.tables
+            },
+            position_ids=torch.arange(begin, end)[None],
+            caches=caches,
+            states=states,
+            logit_positions=torch.arange(end - begin),
         )
+        outputs = model.forward(weights, inputs)
         caches, states = dict(outputs.caches), dict(outputs.states)
 
 

@@ -65,8 +65,9 @@ class PickledFile:
                 hint="get it from a source that you trust as a file of plain tensors",
             ) from err
         except Exception as err:  # torch raises many kinds for damaged archives
+            said = (str(err) or type(err).__name__).splitlines()[0]
             raise CheckpointError(
-                f"`{self.path}` is not a file that torch can map: {(str(err) or type(err).__name__).splitlines()[0]}",
+                f"`{self.path}` is not a file that torch can map: {said}",
                 hint="the copy may be damaged, or of the format before torch 1.6: save it again",
             ) from err
         if not isinstance(loaded, dict) or not all(

@@ -74,6 +74,7 @@ def check_every_way_to_feed(
     """
     runner = pleexport.Runner(bundle)
     ids = np.random.default_rng(1).integers(0, runner.blob.num_rows, 300).tolist()
+    ids[180:250] = [ids[180]] * 70  # rounding errors add up where tokens are alike
     expected = original(ids)
 
     assert relative_error(expected, runner.logits(ids)) < TOLERANCE  # chunks of 256 and 44

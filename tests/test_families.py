@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import check_every_way_to_feed, exact_bundle
@@ -13,6 +15,7 @@ from family_checkpoints import embformer, lckv, llama_value_embeddings
 import pleexport
 from pleexport import families
 from pleexport.binding import Binding
+from pleexport.calibration import importance
 from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.oracle import open_oracle
@@ -119,6 +122,32 @@ def test_a_build_passes_parity_also_when_rounded(make: Any, tmp_path: Path) -> N
             folder, tmp_path / "bundle", overwrite=True, context=512, **options
         )
         assert bundle.manifest.parity.passed
+
+
+@pytest.mark.parametrize("make", [embformer, llama_value_embeddings])
+def test_files_in_another_dtype_than_the_config_are_rounded_to_it(
+    make: Any, tmp_path: Path
+) -> None:
+    folder = make(tmp_path / "checkpoint")
+    config = Checkpoint(folder).config | {"torch_dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    bundle = pleexport.build(
+        folder, tmp_path / "bundle", table_dtype="source", weight_dtype="fp32", context=512
+    )
+    assert bundle.manifest.parity.passed
+
+
+def test_calibration_takes_a_token_at_a_time_where_the_model_does(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(lckv(tmp_path / "checkpoint"))
+    binding = Binding(families.resolve(checkpoint), checkpoint)
+    ids = list(range(1, 40))
+    # What the last layer gets is right only if all layers saw what they should.
+    hidden = open_oracle(binding).hidden(ids)[-2]
+    normed = hidden / np.sqrt(np.square(hidden).mean(-1, keepdims=True) + 1e-5)
+    normed *= checkpoint.array("model.layers.4.input_layernorm.weight")
+    squares = np.square(normed).mean(0)
+    got = importance(binding, ids)["layers.4.self_attn.q_proj.weight"]
+    np.testing.assert_allclose(got, squares, rtol=1e-3)
 
 
 def test_lckv_has_no_per_layer_tables(tmp_path: Path) -> None:

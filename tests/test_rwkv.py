@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import check_every_way_to_feed, exact_bundle
+from conftest import SAMPLES, check_every_way_to_feed, exact_bundle
 from rwkv_checkpoints import VARIANTS, rwkv, rwkv_tensors
 from safetensors.torch import save_file
 
 import pleexport
 from pleexport.checkpoint import Checkpoint
-from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.errors import CheckpointError, RunnerError, UnsupportedError
 from pleexport.oracle import StepOracle
 from pleexport.references.rwkv import RwkvReference
 
@@ -99,6 +100,49 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls some of its layouts new
+def test_odd_tensors_get_one_sentence(tmp_path: Path) -> None:
+    tensors = rwkv_tensors("7a", **UNEVEN)
+    matrix = tensors["head.weight"]
+    for odd in (
+        matrix.to_sparse_csr(),
+        matrix.int(),
+        torch.empty(matrix.shape, device="meta"),
+        torch.nested.nested_tensor([matrix]),
+    ):
+        torch.save(tensors | {"head.weight": odd}, tmp_path / "model.pth")
+        with pytest.raises(CheckpointError, match=r"`head\.weight` is not a plain"):
+            Checkpoint(tmp_path / "model.pth")
+    torch.save({"state": tensors}, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="not a map from names to tensors"):
+        Checkpoint(tmp_path / "model.pth")
+    with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
+        archive.writestr("model/data.pkl", b"")
+    with pytest.raises(CheckpointError, match=r"model\.pth"):
+        Checkpoint(tmp_path / "model.pth")
+    odd_rank = tensors | {f"blocks.{i}.ffn.s1": torch.zeros(60, 7) for i in range(2)}
+    torch.save(odd_rank, tmp_path / "model.pth")
+    with pytest.raises(CheckpointError, match="no matrix of 7 x 7"):
+        pleexport.inspect(tmp_path / "model.pth")
+
+
+def test_a_matrix_stored_the_other_way_round_in_memory_is_read(tmp_path: Path) -> None:
+    tensors = rwkv_tensors("7a", **UNEVEN)
+    plain = exact_bundle(rwkv(tmp_path / "model.pth", "7a", **UNEVEN), tmp_path / "plain")
+    turned = {k: t.t().contiguous().t() if t.ndim == 2 else t for k, t in tensors.items()}
+    torch.save(turned, tmp_path / "turned.pth")
+    bundle = exact_bundle(tmp_path / "turned.pth", tmp_path / "bundle")
+    assert bundle.manifest.source_digest == plain.manifest.source_digest
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", "7a", **UNEVEN)
+    tokenizer = SAMPLES / "gemma4-kjv" / "tokenizer.json"
+    with pytest.raises(RunnerError, match="the model knows 0 to 60"):
+        pleexport.build(path, tmp_path / "bundle", tokenizer=tokenizer)
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 100_000])

@@ -112,7 +112,7 @@ def _encode(
     values = source.reshape(len(batch), count, table.width)
     if first.group_size is None:
         with np.errstate(over="ignore"):
-            raw = values.astype(FLOAT_DTYPES[first.dtype])
+            raw = values.astype(FLOAT_DTYPES[first.dtype], order="C")
         if raw.dtype != values.dtype and not np.isfinite(raw).all():
             raise CheckpointError(
                 f"table `{table.name}` holds values that are not finite in {first.dtype}",
