@@ -67,23 +67,32 @@ def open_oracle(binding: Binding) -> Oracle:
 class CheckpointTensors(Mapping[str, "Tensor"]):
     """A checkpoint's tensors by name, as views of the mapped files.
 
-    Those that are stored in another dtype than the config names are rounded to it, as the original
-    does when it loads them.
+    Those that are stored in another dtype than a config names are copies, rounded to it, as the
+    original does when it loads them.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
+        self._rounded: dict[str, NDArray[Any]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
         import torch
 
-        array = self._checkpoint.array(name)
-        array = array.astype(DTYPES[self._checkpoint.dtype], copy=False)
+        array = self._array(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
-            if self._checkpoint.dtype == "BF16":
+            if array.dtype == DTYPES["BF16"]:
                 return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
             return torch.from_numpy(array)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        array = self._checkpoint.array(name)
+        dtype = DTYPES[self._checkpoint.dtype]
+        if not self._checkpoint.config or array.dtype == dtype:
+            return array
+        if name not in self._rounded:
+            self._rounded[name] = array.astype(dtype)
+        return self._rounded[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._checkpoint.entries)
