@@ -309,6 +309,9 @@ class Reference(Protocol):
         ...
 
 
+MakeReference = Callable[[Mapping[str, "Tensor"], dict[str, Any]], Reference]
+
+
 @dataclass(frozen=True)
 class Model:
     """One configured model of a family.
@@ -351,7 +354,7 @@ class Model:
     without_cache: Model | None = None
     published: tuple[Published, ...] = ()
     counts_only_tables_out: bool = False
-    reference: Callable[[Mapping[str, Tensor], dict[str, Any]], Reference] | None = None
+    reference: MakeReference | None = None
 
     def with_cache(self, dtype: CacheDtype) -> Model:
         """The model that keeps keys and values in a dtype, or in none.

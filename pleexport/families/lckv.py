@@ -49,30 +49,18 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     for name in APPROXIMATIONS:
         reader.get(name)
     targets = _targets(reader, c.layers)
-    head, unused = decoder.head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
     above = any(target.layer > i for i, target in enumerate(targets))
-    model = Model(
+    return llama.build_model(
+        config,
+        reader,
+        c,
         family="lckv",
-        num_layers=c.layers,
-        vocab_size=c.vocab,
-        num_rows=c.vocab,
-        max_context=c.max_context,
-        tables=(llama.embedding(c.vocab, c.hidden),),
-        weights=(
-            *llama.layer_weights(c, makes_keys={target.layer for target in targets}),
-            llama.rotary_weight(reader, c.head_dim),
-            head,
-        ),
+        makes_keys={target.layer for target in targets},
         caches=_caches(c, targets),
         tokens_per_call=1 if above else None,
         forward=_Forward(c, targets),
-        unused=unused,
-        text_prefixes=llama.PREFIXES,
-        eos_token_ids=decoder.read_eos(config, reader),
         reference=_reference,
     )
-    reader.finish()
-    return model
 
 
 def _targets(reader: ConfigReader, layers: int) -> tuple[Target, ...]:
@@ -136,10 +124,6 @@ class _Forward:
                 window=target.window,
                 strict=target.strict,
             )
-            x_BTH = x_BTH + attention.linear("o_proj", attended)
-            normed = layer.rms_norm("post_attention_layernorm", x_BTH, c.eps)
-            x_BTH = x_BTH + decoder.gated_mlp(layer.below("mlp"), normed, c.activation)
+            x_BTH = llama.finish_layer(layer, x_BTH, attended, c)
             hidden.append(x_BTH)
-        x_BTH = x_BTH.index_select(1, inputs.logit_positions)
-        logits = w.linear("lm_head", w.rms_norm("norm", x_BTH, c.eps))
-        return GraphOutputs(logits, context.caches, hidden)
+        return GraphOutputs(llama.logits(w, x_BTH, inputs, c), context.caches, hidden)

@@ -7,9 +7,25 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import UnsupportedError
-from pleexport.families.base import ACTIVATIONS, Table, Weight
+from pleexport.families.base import (
+    ACTIVATIONS,
+    Cache,
+    Forward,
+    GraphInputs,
+    MakeReference,
+    Model,
+    Table,
+    Weight,
+)
 from pleexport.families.config_reader import ConfigReader
-from pleexport.families.decoder import AttentionContext, linear, mlp_weights
+from pleexport.families.decoder import (
+    AttentionContext,
+    gated_mlp,
+    head_weight,
+    linear,
+    mlp_weights,
+    read_eos,
+)
 from pleexport.families.rope import inverse_frequencies
 
 if TYPE_CHECKING:
@@ -136,6 +152,49 @@ def layer_weights(c: LlamaConfig, *, makes_keys: Collection[int]) -> list[Weight
     return [*weights, Weight("norm.weight", (c.hidden,))]
 
 
+def build_model(
+    config: dict[str, Any],
+    reader: ConfigReader,
+    c: LlamaConfig,
+    *,
+    family: str,
+    tables: tuple[Table, ...] = (),
+    makes_keys: Collection[int],
+    caches: tuple[Cache, ...],
+    forward: Forward,
+    reference: MakeReference,
+    tokens_per_call: int | None = None,
+) -> Model:
+    """The model of a Llama-like family; finishes the reader.
+
+    Args:
+        tables: those beside the input embedding.
+        makes_keys: the layers that have keys and values of their own.
+    Raises:
+        CheckpointError, UnsupportedError: as `ConfigReader`.
+    """
+    head, unused = head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
+    rotary = rotary_weight(reader, c.head_dim)
+    model = Model(
+        family=family,
+        num_layers=c.layers,
+        vocab_size=c.vocab,
+        num_rows=c.vocab,
+        max_context=c.max_context,
+        tables=(embedding(c.vocab, c.hidden), *tables),
+        weights=(*layer_weights(c, makes_keys=makes_keys), rotary, head),
+        caches=caches,
+        tokens_per_call=tokens_per_call,
+        forward=forward,
+        unused=unused,
+        text_prefixes=PREFIXES,
+        eos_token_ids=read_eos(config, reader),
+        reference=reference,
+    )
+    reader.finish()
+    return model
+
+
 def query(w: Parameters, x_BTH: Tensor, c: LlamaConfig, context: AttentionContext) -> Tensor:
     """Rotated queries `[B, T, N, D]`, scaled."""
     from pleexport import layers
@@ -156,3 +215,16 @@ def key_value(
         for name in ("k_proj", "v_proj")
     )
     return layers.rotate(key, context.angles(INV_FREQ)), value
+
+
+def finish_layer(layer: Parameters, x_BTH: Tensor, attended: Tensor, c: LlamaConfig) -> Tensor:
+    """What a layer hands on, `[B, T, H]`: its input, its attention, and its feed-forward part."""
+    x_BTH = x_BTH + layer.linear("self_attn.o_proj", attended)
+    normed = layer.rms_norm("post_attention_layernorm", x_BTH, c.eps)
+    return x_BTH + gated_mlp(layer.below("mlp"), normed, c.activation)
+
+
+def logits(w: Parameters, x_BTH: Tensor, inputs: GraphInputs, c: LlamaConfig) -> Tensor:
+    """`[B, N, vocab]`, of the positions that want them."""
+    x_BTH = x_BTH.index_select(1, inputs.logit_positions)
+    return w.linear("lm_head", w.rms_norm("norm", x_BTH, c.eps))

@@ -24,38 +24,25 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     reader = ConfigReader(config, where="config.json")
     c = llama.read_config(reader)
     with_table = _layers_with_table(reader, c.layers)
-    head, unused = decoder.head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
-    model = Model(
+    value_embeds = Table(
+        name="value_embeds",
+        keys=tuple(f"layers.{i}.self_attn.value_embeds.weight" for i in with_table),
+        rows=c.vocab,
+        layers=len(with_table),
+        width=c.kv_heads * c.head_dim,
+        graph_input="value_embeds",
+    )
+    return llama.build_model(
+        config,
+        reader,
+        c,
         family="llama_value_embeddings",
-        num_layers=c.layers,
-        vocab_size=c.vocab,
-        num_rows=c.vocab,
-        max_context=c.max_context,
-        tables=(
-            llama.embedding(c.vocab, c.hidden),
-            Table(
-                name="value_embeds",
-                keys=tuple(f"layers.{i}.self_attn.value_embeds.weight" for i in with_table),
-                rows=c.vocab,
-                layers=len(with_table),
-                width=c.kv_heads * c.head_dim,
-                graph_input="value_embeds",
-            ),
-        ),
-        weights=(
-            *llama.layer_weights(c, makes_keys=range(c.layers)),
-            llama.rotary_weight(reader, c.head_dim),
-            head,
-        ),
+        tables=(value_embeds,),
+        makes_keys=range(c.layers),
         caches=_caches(c),
         forward=_Forward(c, with_table),
-        unused=unused,
-        text_prefixes=llama.PREFIXES,
-        eos_token_ids=decoder.read_eos(config, reader),
         reference=_reference,
     )
-    reader.finish()
-    return model
 
 
 def _layers_with_table(reader: ConfigReader, layers: int) -> list[int]:
@@ -101,10 +88,6 @@ class _Forward:
             context.write(i, key, value)
             query = llama.query(attention, normed, c, context)
             attended = context.attend(query, source=i, window=None)
-            x_BTH = x_BTH + attention.linear("o_proj", attended)
-            normed = layer.rms_norm("post_attention_layernorm", x_BTH, c.eps)
-            x_BTH = x_BTH + decoder.gated_mlp(layer.below("mlp"), normed, c.activation)
+            x_BTH = llama.finish_layer(layer, x_BTH, attended, c)
             hidden.append(x_BTH)
-        x_BTH = x_BTH.index_select(1, inputs.logit_positions)
-        logits = w.linear("lm_head", w.rms_norm("norm", x_BTH, c.eps))
-        return GraphOutputs(logits, context.caches, hidden)
+        return GraphOutputs(llama.logits(w, x_BTH, inputs, c), context.caches, hidden)

@@ -24,7 +24,6 @@ from pleexport.families.base import (
     GraphInputs,
     GraphOutputs,
     Model,
-    Precision,
     ReadRows,
     Reference,
     Rows,
@@ -33,6 +32,7 @@ from pleexport.families.base import (
     Unused,
     Weight,
 )
+from pleexport.families.decoder import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -281,19 +281,17 @@ def _weights(
     def norm(name: str, size: int) -> list[Weight]:
         return [vector(f"{name}.{part}", size) for part in ("weight", "bias")]
 
-    def linear(
-        name: str, outputs: int, inputs: int, precision: Precision = "quantizable"
-    ) -> Weight:
-        return Weight(f"{name}.weight", (outputs, inputs), precision)
-
     def low_rank(first: str, second: str, outputs: int, *, transposed: bool = True) -> list[Weight]:
-        if not transposed:
-            rank = _matrix(shapes, f"{first}.weight")[0]
-            sizes = ((first, (rank, width)), (second, (outputs, rank)))
-            return [linear(name, *shape, "sensitive") for name, shape in sizes]
-        rank = _matrix(shapes, first)[1]
+        shape = _matrix(shapes, first if transposed else f"{first}.weight")
+        rank = shape[1] if transposed else shape[0]
         return [
-            Weight(f"{name}.weight", shape, "sensitive", key=name, transposed=True)
+            Weight(
+                f"{name}.weight",
+                shape,
+                "sensitive",
+                key=name if transposed else None,
+                transposed=transposed,
+            )
             for name, shape in ((first, (rank, width)), (second, (outputs, rank)))
         ]
 
@@ -304,8 +302,8 @@ def _weights(
         weights += [vector(f"{att}.x_{name}", width) for name in "rwkvag"]
         weights += [vector(f"{att}.{name}", width) for name in ("w0", "a0", "k_k", "k_a")]
         weights.append(Weight(f"{att}.r_k", (sizes.heads, sizes.head_size)))
-        weights += [linear(f"{att}.{n}", width, width) for n in ("receptance", "output")]
-        weights += [linear(f"{att}.{n}", width, width) for n in ("key", "value")]
+        for name in ("receptance", "output", "key", "value"):
+            weights += linear(f"{att}.{name}", width, width)
         for name in "wag":
             weights += low_rank(f"{att}.{name}1", f"{att}.{name}2", width)
         mix = [vector(f"{att}.v0", width)]
@@ -317,14 +315,14 @@ def _weights(
             reason = "the first layer mixes no values of an earlier one"
             unused |= {w.source_key: Unused(w.source_shape, reason) for w in mix}
         weights.append(vector(f"{ffn}.x_k", width))
-        weights.append(linear(f"{ffn}.key", sizes.feed_forward, width))
-        weights.append(linear(f"{ffn}.value", width, sizes.feed_forward))
+        weights += linear(f"{ffn}.key", sizes.feed_forward, width)
+        weights += linear(f"{ffn}.value", width, sizes.feed_forward)
         if variant.gates:
             weights += low_rank(f"{ffn}.s1", f"{ffn}.s2", sizes.feed_forward)
             weights.append(vector(f"{ffn}.s0", sizes.feed_forward))
         if attention := variant.attention:
             query = (("q", sizes.key_width), ("k", sizes.key_width), ("v", width))
-            weights.append(linear(f"{qkv}.qq", sizes.key_width, width, "sensitive"))
+            weights += linear(f"{qkv}.qq", sizes.key_width, width, precision="sensitive")
             for pair, outputs in ((attention.key, sizes.key_width), (attention.value, width)):
                 first, second = (f"{qkv}.{name}" for name in pair)
                 weights += low_rank(first, second, outputs, transposed=attention.transposed)
