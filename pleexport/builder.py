@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -43,7 +43,7 @@ from pleexport.inspection import resident_bytes
 from pleexport.parallel import beside
 from pleexport.progress import Progress
 from pleexport.targets import Target
-from pleexport.text import TOKENIZERS, open_text, tokenizer_files
+from pleexport.text import TOKENIZERS, Text, open_text, tokenizer_files
 
 BACKENDS = ("onnx",)
 _VERSIONED = ("pleexport", "torch", "onnx-ir", "onnxscript", "numpy")
@@ -130,15 +130,16 @@ def build(
     _choice("backend", BACKENDS[0] if backend is None else backend, BACKENDS)
     source = Checkpoint(checkpoint)
     chosen = targets.load(target)
-    cache_dtype = chosen.cache_dtype if cache_dtype is None else cache_dtype
-    _choice("cache dtype", cache_dtype, CACHE_DTYPES)
-    model = families.resolve(source).with_cache(cast(CacheDtype, cache_dtype))
+    cache = cast(CacheDtype, chosen.cache_dtype if cache_dtype is None else cache_dtype)
+    _choice("cache dtype", cache, CACHE_DTYPES)
+    model = families.resolve(source).with_cache(cache)
     binding = Binding(model, source)
     _ = source.generation_config  # to say now if it is malformed
     text_files = tokenizer_files(source.folder if tokenizer is None else Path(tokenizer))
-    if tokenizer is not None and not text_files.keys() & set(TOKENIZERS):
+    text = open_text(text_files)
+    if text is None and tokenizer is not None:
         raise CheckpointError(f"there is no {' or '.join(TOKENIZERS)} at `{tokenizer}`")
-    calibration_ids = _read_texts(text_files, calibrate, model)
+    calibration_ids = _calibration_ids(text, calibrate, model)
     binding.check_tied_head()
     plan = make_plan(
         binding,
@@ -150,7 +151,7 @@ def build(
             symmetric,
             chosen.head_dtype if head_dtype is None else head_dtype,
         ),
-        cache_dtype=cast(CacheDtype, cache_dtype),
+        cache_dtype=cache,
         context=context,
         calibration_ids=calibration_ids,
     )
@@ -158,7 +159,7 @@ def build(
     with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         _note_what_is_left_out(binding, progress)
-        if not text_files.keys() & set(TOKENIZERS):
+        if text is None:
             progress.note(
                 f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
                 "will take token ids only"
@@ -256,17 +257,15 @@ def _reason(binding: Binding) -> str:
     return next(u.reason for key, u in binding.model.unused.items() if first.endswith(key))
 
 
-def _read_texts(files: Mapping[str, Path], calibrate: str | Path | None, model: Model) -> list[int]:
-    """Read the tokenizer before the long work, and with it the text to calibrate on."""
-    tokenizer = open_text(files)
+def _calibration_ids(text: Text | None, calibrate: str | Path | None, model: Model) -> list[int]:
     if calibrate is None:
         return []
-    if tokenizer is None:
+    if text is None:
         raise CheckpointError(
             f"there is no tokenizer, so `{calibrate}` cannot be read as tokens",
             hint=f"put {' or '.join(TOKENIZERS)} beside the weights, or add `--tokenizer PATH`",
         )
-    ids = tokenizer.encode_file(Path(calibrate), num_rows=model.num_rows)
+    ids = text.encode_file(Path(calibrate), num_rows=model.num_rows)
     return ids[:_CALIBRATION_TOKENS]
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pleexport.binding import Binding
+from pleexport.blob.layout import align
 from pleexport.families.base import Cache, GraphInputs, Weight
 from pleexport.layers import Parameters
 
@@ -102,5 +103,5 @@ def _read(binding: Binding, weights: Parameters, ids: NDArray[np.int64]) -> None
 
 
 def _empty(cache: Cache, positions: int) -> tuple[Tensor, ...]:
-    slots = -(-positions // cache.block) * cache.block
+    slots = align(positions, cache.block)
     return tuple(torch.zeros(1, cache.heads, slots, b.width) for b in cache.buffers("fp32"))

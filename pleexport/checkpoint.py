@@ -84,8 +84,8 @@ class Checkpoint:
         """The dtype that the original computes its constants in: "F32", "F16" or "BF16".
 
         The config's word comes first, as in `from_pretrained(dtype="auto")`; a config without one
-        takes the dtype of the first floating-point tensor. Without a config, it is the narrowest
-        that holds all tensors.
+        takes the dtype of the first floating-point tensor. Without a config, it is that of all
+        tensors, or "F32" where they differ.
         """
         for config in (self.config, self.text_config):
             name = config.get("dtype") or config.get("torch_dtype")

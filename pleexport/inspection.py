@@ -334,8 +334,7 @@ def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: 
     buffers = sum(weight.size for weight in own if weight.is_buffer)
     folds: dict[str, int] = {}
     for table in model.tables:
-        own_keys = {*table.keys, *table_keys}
-        folds |= {k: math.prod(n) for k, n in table.sources.items() if k not in own_keys}
+        folds |= {k: math.prod(n) for k, n in table.sources.items() if k not in table_keys}
     dead, copies = _unused(model, binding)
     heads = {w.source_key for w in model.weights if w.source_key in table_keys}
     resident_tables = sum(t.rows * t.row_width for t in model.tables if heads & {*t.keys})

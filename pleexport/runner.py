@@ -13,6 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pleexport.blob import Blob
+from pleexport.blob.layout import align
 from pleexport.bundle import Bundle
 from pleexport.errors import BundleError, RunnerError
 from pleexport.graph.contract import (
@@ -184,6 +185,8 @@ class Runner:
         self.chunk = min(PREFILL_CHUNK, self._contract.tokens_per_call or PREFILL_CHUNK)
         self._caches = _Caches(self._contract, context=self.context, chunk=self.chunk)
         self._states = _States(self._contract)
+        lookups = self._contract.lookup_inputs
+        self._whole_text = {lookup.table for lookup in lookups if lookup.whole_text}
         self._ids: list[int] = []
         self._rows_read: list[NDArray[np.int64]] = []
 
@@ -408,12 +411,11 @@ class Runner:
 
     def _vectors(self, rows: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
         """By table, what the graph takes for new tokens."""
-        whole = {lookup.table for lookup in self._contract.lookup_inputs if lookup.whole_text}
-        if not whole:
+        if not self._whole_text:
             return self.blob.lookup(rows)
         text = np.concatenate((self.blob.row_ids(self._ids), rows))
-        new = self.blob.lookup(rows, self.blob.shapes.keys() - whole)
-        return new | self.blob.lookup(text, whole)
+        new = self.blob.lookup(rows, self.blob.shapes.keys() - self._whole_text)
+        return new | self.blob.lookup(text, self._whole_text)
 
     def _tokenizer(self) -> Text:
         if self.text is None:
@@ -462,7 +464,7 @@ def allocate(cache: CacheInput, positions: int) -> NDArray[Any]:
 
 
 def _slots(cache: CacheInput, positions: int) -> int:
-    return -(-positions // cache.block) * cache.block
+    return align(positions, cache.block)
 
 
 def _bind_input(binding: ort.IOBinding, name: str, array: NDArray[Any]) -> None:

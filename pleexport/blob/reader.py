@@ -165,7 +165,7 @@ class Blob:
         for name in tables:
             run = self._runs[name]
             begin = run.first.offset
-            end = begin + run.pitch * (run.count - 1) + run.first.end - begin
+            end = run.first.end + run.pitch * (run.count - 1)
             found[name] = self._decode(self.rows[:, begin:end][row_ids], run, begin=begin)
         return found
 

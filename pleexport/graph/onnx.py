@@ -20,6 +20,7 @@ from onnxscript.values import Opset
 
 import pleexport.layers  # noqa: F401  registers torch.ops.pleexport
 from pleexport.binding import Binding
+from pleexport.blob.layout import align
 from pleexport.errors import CheckpointError
 from pleexport.families.base import CacheDtype, Model, Weight
 from pleexport.graph.attention import ATTEND_IN_BLOCKS
@@ -138,7 +139,7 @@ def attach_weights(
     position = 0
     for tensor in result.tensors:
         alignment = _PAGE if tensor.nbytes >= _PAGE else _CACHE_LINE
-        tensor.offset = -(-position // alignment) * alignment
+        tensor.offset = align(position, alignment)
         position = tensor.offset + tensor.nbytes
     return result
 
