@@ -28,7 +28,7 @@ from pleexport.bundle import (
     seal,
     staging_folder,
 )
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.errors import (
     CheckFailed,
     CheckpointError,
@@ -169,6 +169,8 @@ def build(
         digests = _write_model(binding, plan, staging, progress)
         for name, file in text_files.items():
             shutil.copyfile(file, staging / name)
+        if (source.folder / GENERATION_CONFIG).is_file():
+            shutil.copyfile(source.folder / GENERATION_CONFIG, staging / GENERATION_CONFIG)
         manifest = _manifest(binding, plan, digests)
         seal(staging, manifest)
         if verify:

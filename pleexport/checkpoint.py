@@ -14,6 +14,7 @@ from pleexport.errors import CheckpointError
 from pleexport.pickled_file import PickledFile
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
+GENERATION_CONFIG = "generation_config.json"
 # `dtype` strings of config.json -> safetensors dtype.
 CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -106,7 +107,7 @@ class Checkpoint:
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """`generation_config.json`, or an empty dict."""
-        path = self.folder / "generation_config.json"
+        path = self.folder / GENERATION_CONFIG
         return _read_json(path) if path.exists() else {}
 
     @property

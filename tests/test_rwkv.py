@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,17 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunnerError, match="the model knows 0 to 60"):
         pleexport.build(path, tmp_path / "bundle", tokenizer=tokenizer)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_only_the_tokenizer_comes_from_where_it_is_asked_for(tmp_path: Path) -> None:
+    sample, other = SAMPLES / "gemma4-kjv", tmp_path / "tokenizer"
+    shutil.copytree(sample, other)
+    (other / "generation_config.json").write_text('{"eos_token_id": 7}', encoding="utf-8")
+    (other / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+    bundle = pleexport.build(sample, tmp_path / "bundle", tokenizer=other, verify=False)
+    own = (sample / "generation_config.json").read_bytes()
+    assert (bundle.path / "generation_config.json").read_bytes() == own
+    assert (bundle.path / "chat_template.jinja").exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 100_000])
