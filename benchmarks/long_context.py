@@ -12,7 +12,6 @@ cache, which is measured too ("none"). Each cache dtype runs in a process of its
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import statistics
 import subprocess
@@ -22,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, select_autoescape
 from machine import describe
 from make_checkpoint import write_checkpoint
 from matplotlib.figure import Figure
+from page import Section, Table, machine_section, svg, write_page
 from tqdm import tqdm
 
 import pleexport
@@ -35,7 +34,6 @@ from pleexport.families.base import CACHE_DTYPES
 from pleexport.inspection import cache_bytes
 from pleexport.process import memory
 
-HERE = Path(__file__).parent
 SHAPE_NAMES = ("gemma4-narrow", "embformer")
 FIRST_MARK = 1024
 STEPS = 32
@@ -72,30 +70,54 @@ def measure(bundle: Path, threads: int) -> list[dict[str, float]]:
     return results
 
 
-def plots(result: dict[str, Any]) -> list[str]:
-    """Memory, with the computed size, and time of a decode step; SVG."""
-    figures = []
-    for quantity, label, factor in (
-        ("grown_bytes", "memory above an empty context, MB", 1e-6),
-        ("step_seconds", "time of a decode step, ms", 1e3),
-    ):
-        figure = Figure(figsize=(7.5, 3.6), layout="constrained")
-        axes = figure.subplots()
-        for dtype, marks in result["measured"].items():
-            positions = [m["positions"] for m in marks]
-            (line,) = axes.plot(positions, [m[quantity] * factor for m in marks], "o-", label=dtype)
-            if quantity == "grown_bytes":
-                computed = [m["computed_bytes"] * factor for m in marks]
-                axes.plot(positions, computed, ":", color=line.get_color())
-        axes.set_xlabel("positions" + ("; dotted: computed" if factor < 1 else ""))
-        axes.set_ylabel(label)
-        axes.set_ylim(bottom=0)
-        axes.legend(title="cache")
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg")
-        text = buffer.getvalue()
-        figures.append(text[text.index("<svg") :])
-    return figures
+def sections(result: dict[str, Any]) -> list[Section]:
+    """The result as parts of a page."""
+    tables = []
+    for dtype, marks in result["measured"].items():
+        header = [f"{dtype} cache", "memory", "computed", "ratio", "step", "prefill up to here"]
+        tables.append(Table(header, [_cells(mark) for mark in marks]))
+    return [
+        Section(
+            f"{result['shape']}: up to {result['context']:,} positions",
+            f"Random weights, {result['threads']} threads. Memory is what the process has in "
+            "anonymous pages beyond an empty context; computed is the size of keys and values. A "
+            "step is the median of the last decode steps before that position.",
+            tables,
+            [
+                _plot(result, "grown_bytes", "memory above an empty context, MB", 1e-6),
+                _plot(result, "step_seconds", "time of a decode step, ms", 1e3),
+            ],
+        )
+    ]
+
+
+def _cells(mark: dict[str, float]) -> list[str]:
+    grown, computed = mark["grown_bytes"], mark["computed_bytes"]
+    return [
+        f"{mark['positions']:,}",
+        f"{grown / 1e6:.1f} MB",
+        f"{computed / 1e6:.1f} MB",
+        f"{grown / computed:.3f}" if computed else "",
+        f"{mark['step_seconds'] * 1e3:.2f} ms",
+        f"{mark['prefill_tokens_per_second']:,.0f} tokens/s",
+    ]
+
+
+def _plot(result: dict[str, Any], quantity: str, label: str, factor: float) -> str:
+    """A quantity over positions, with the computed size where there is one; SVG."""
+    figure = Figure(figsize=(7.5, 3.6), layout="constrained")
+    axes, with_computed = figure.subplots(), quantity == "grown_bytes"
+    for dtype, marks in result["measured"].items():
+        positions = [m["positions"] for m in marks]
+        (line,) = axes.plot(positions, [m[quantity] * factor for m in marks], "o-", label=dtype)
+        if with_computed:
+            computed = [m["computed_bytes"] * factor for m in marks]
+            axes.plot(positions, computed, ":", color=line.get_color())
+    axes.set_xlabel("positions" + ("; dotted: computed" if with_computed else ""))
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.legend(title="cache")
+    return svg(figure)
 
 
 def main() -> None:
@@ -106,11 +128,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="build/benchmarks/long-context-SHAPE by default")
     parser.add_argument("--context", type=int, default=131_072, help="a power of two")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="4,096 positions")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure, arguments.threads)))
         return
+    if arguments.quick:
+        arguments.context = 4096
     folder: Path = arguments.out or Path(f"build/benchmarks/long-context-{arguments.shape}")
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint"
@@ -145,10 +170,9 @@ def main() -> None:
             | {"computed_bytes": cache_bytes(model.with_cache(dtype), dtype, mark["positions"])}
             for mark in json.loads(done.stdout)
         ]
-    (folder / "result.json").write_text(json.dumps(result, indent=2))
-    environment = Environment(loader=FileSystemLoader(HERE), autoescape=select_autoescape(["html"]))
-    page = environment.get_template("long_context.html").render(result=result, plots=plots(result))
-    (folder / "result.html").write_text(page, encoding="utf-8")
+    (folder / "long_context.json").write_text(json.dumps(result, indent=2))
+    page = folder / "long_context.html"
+    write_page(page, "Long contexts", [*sections(result), machine_section(result["machine"])])
     for dtype, marks in result["measured"].items():
         for m in marks:
             print(
@@ -156,7 +180,7 @@ def main() -> None:
                 f"{m['computed_bytes'] / 1e6:8.1f} MB; step {m['step_seconds'] * 1e3:6.2f} ms; "
                 f"prefill {m['prefill_tokens_per_second']:,.0f} tokens/s"
             )
-    print(f"written: {folder / 'result.html'}")
+    print(f"written: {page}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Time lookups alone: rows per second, warm and cold, against other ways to look rows up.
 
-    python benchmarks/lookups.py build/benchmarks/gemma4-small
+    python benchmarks/lookups.py gemma4-small
 
-The folder holds `checkpoint`, as `compare.py` makes it. Blobs of every dtype are written beside it.
-A lookup gives float32 vectors of all layers of random token ids. Cold means that the file was
-dropped from the page cache before each batch. The others look up the per-layer table alone, held
-in memory as float32 (`numpy.take`, `torch.nn.Embedding`, a graph with one `Gather`) or read from
-the int8 blob as bytes, without decoding them (`pread`).
+The checkpoint, and blobs of every dtype beside it, are made once. A lookup gives float32 vectors of
+all layers of random token ids. Cold means that the file was dropped from the page cache before each
+batch. The others look up the per-layer table alone, held in memory as float32 (`numpy.take`,
+`torch.nn.Embedding`, a graph with one `Gather`) or read from the int8 blob as bytes, without
+decoding them (`pread`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from machine import describe
+from make_checkpoint import write_checkpoint
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from page import Section, Table, machine_section, svg, write_page
+from shapes import SHAPES
 
 from pleexport import families
 from pleexport.binding import Binding
@@ -59,12 +64,12 @@ def open_blobs(binding: Binding, folder: Path) -> dict[str, Blob]:
     return blobs
 
 
-def gather_session(table: NDArray[np.float32], folder: Path) -> ort.InferenceSession:
+def gather_session(values: NDArray[np.float32], folder: Path) -> ort.InferenceSession:
     """A graph with the table as external data and one Gather."""
     helper, kinds = onnx.helper, onnx.TensorProto
-    table.tofile(folder / "lookups-gather.bin")
+    values.tofile(folder / "lookups-gather.bin")
     tensor = onnx.TensorProto(
-        name="table", data_type=kinds.FLOAT, dims=table.shape, data_location=kinds.EXTERNAL
+        name="table", data_type=kinds.FLOAT, dims=values.shape, data_location=kinds.EXTERNAL
     )
     tensor.external_data.add(key="location", value="lookups-gather.bin")
     graph = helper.make_graph(
@@ -85,8 +90,8 @@ def measure(folder: Path, repeat: int) -> list[dict[str, Any]]:
     checkpoint = Checkpoint(folder / "checkpoint")
     binding = Binding(families.resolve(checkpoint), checkpoint)
     blobs = open_blobs(binding, folder)
-    table = next(t for t in binding.model.tables if t.layers is not None)
-    in_memory = binding.rows(table, slice(None)).astype(np.float32)
+    per_layer = next(t for t in binding.model.tables if t.layers is not None)
+    in_memory = binding.rows(per_layer, slice(None)).astype(np.float32)
     embedding = torch.nn.Embedding.from_pretrained(torch.from_numpy(in_memory))
     session = gather_session(in_memory, folder)
     descriptor = os.open(blobs["int8"].path, os.O_RDONLY)
@@ -114,7 +119,7 @@ def measure(folder: Path, repeat: int) -> list[dict[str, Any]]:
     records = []
     for batch in BATCHES:
         for name, (lookup, forget) in ways.items():
-            ids = generator.integers(0, table.rows, (repeat, batch))
+            ids = generator.integers(0, per_layer.rows, (repeat, batch))
             for row in ids:
                 lookup(row)  # the pages are in the cache now
             records.append(
@@ -132,30 +137,67 @@ def measure(folder: Path, repeat: int) -> list[dict[str, Any]]:
     return records
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
+def table(records: list[dict[str, Any]]) -> Table:
     """Rows per second, one line for each way."""
     cells = {(r["way"], r["state"], r["batch"]): r["rows"] for r in records}
-    lines = [
-        "| rows per second | " + " | ".join(f"{s} {b}" for s in ("warm", "cold") for b in BATCHES),
-        "|---" * (1 + 2 * len(BATCHES)) + "|",
-    ]
-    lines[0] += " |"
+    columns = [(state, batch) for state in ("warm", "cold") for batch in BATCHES]
+    lines = []
     for way in dict.fromkeys(r["way"] for r in records):
-        values = [cells.get((way, s, b)) for s in ("warm", "cold") for b in BATCHES]
-        lines.append(f"| {way} | " + " | ".join(f"{v:,.0f}" if v else "" for v in values) + " |")
-    return "\n".join(lines)
+        values = [cells.get((way, *column)) for column in columns]
+        lines.append([way, *(f"{value:,.0f}" if value else "" for value in values)])
+    return Table(["rows per second", *(f"{state} {batch}" for state, batch in columns)], lines)
+
+
+def sections(result: dict[str, Any]) -> list[Section]:
+    """The result as parts of a page."""
+    records = result["lookups"]
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    for axes, state in zip(figure.subplots(1, 2, sharey=True), ("warm", "cold"), strict=True):
+        for way in dict.fromkeys(r["way"] for r in records if r["state"] == state):
+            own = [r for r in records if (r["way"], r["state"]) == (way, state)]
+            axes.loglog([r["batch"] for r in own], [r["rows"] for r in own], "o-", label=way)
+        axes.set_title(state)
+        axes.set_xlabel("rows in a batch")
+        axes.set_xticks(BATCHES, map(str, BATCHES))
+        axes.legend(fontsize="x-small")
+        if state == "warm":
+            axes.set_ylabel("rows per second")
+    return [
+        Section(
+            f"{result['shape']}: lookups alone",
+            "Float32 vectors of all layers, of random tokens; cold means that the file was dropped "
+            "from the page cache before each batch. `pread` reads the bytes of the int8 blob and "
+            "decodes nothing; the others hold the table in memory as float32.",
+            [table(records)],
+            [svg(figure)],
+        )
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("shape", choices=SHAPES)
+    parser.add_argument("--out", type=Path, help="folder; build/benchmarks/SHAPE by default")
     parser.add_argument("--repeat", type=int, default=200)
-    parser.add_argument("--json", action="store_true", help="print JSON instead of Markdown")
+    parser.add_argument("--quick", action="store_true", help="few repetitions")
     arguments = parser.parse_args()
-    records = measure(arguments.folder, arguments.repeat)
-    print(json.dumps(records, indent=2) if arguments.json else markdown(records))
+    folder: Path = arguments.out or Path("build/benchmarks") / arguments.shape
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "checkpoint" / "config.json").exists():
+        write_checkpoint(arguments.shape, folder / "checkpoint")
+    result = {
+        "shape": arguments.shape,
+        "machine": describe(folder, threads=1),
+        "lookups": measure(folder, 20 if arguments.quick else arguments.repeat),
+    }
+    (folder / "lookups.json").write_text(json.dumps(result, indent=2))
+    page, cells = folder / "lookups.html", table(result["lookups"])
+    write_page(page, "Lookups", [*sections(result), machine_section(result["machine"])])
+    for line in (cells.header, ["---"] * len(cells.header), *cells.rows):
+        print(f"| {' | '.join(line)} |")
+    print(f"\nwritten: {page}")
 
 
 if __name__ == "__main__":

@@ -104,8 +104,8 @@ def build(
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
             by default.
         weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.
-        block_size: weights that share a scale in int8 and int4: 16, 32, 64, 128 or 256; the
-            target's by default.
+        block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
+            the target's by default.
         symmetric: one zero point for all blocks; otherwise each has its own, which is closer to
             the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.

@@ -101,7 +101,8 @@ def build(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="Weights that share a scale: 16, 32, 64, 128, 256.", show_default="the target's"
+            help="How many weights may share a scale: 16, 32, 64, 128, 256.",
+            show_default="the target's",
         ),
     ] = None,
     symmetric: Annotated[

@@ -55,7 +55,8 @@ def activation(name: str, x: Tensor) -> Tensor:
 
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """RMS norm over the last axis, without a weight."""
-    return F.rms_norm(x, (x.shape[-1],), None, eps)
+    # Ones, because without them the exporter makes some in x's shape for every call.
+    return F.rms_norm(x, (x.shape[-1],), torch.ones(x.shape[-1]), eps)
 
 
 def split_last(x: Tensor, *sizes: int) -> Tensor:

@@ -210,10 +210,17 @@ class Runner:
         self.stats = Stats()
         return self._prefill(ids, keep=0, vectors=vectors)
 
-    def feed(self, token_ids: Sequence[int], *, keep: int = 1) -> NDArray[np.float32]:
+    def feed(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 1,
+    ) -> NDArray[np.float32]:
         """Logits `[n, vocab]` after the next tokens, at most `chunk` of them.
 
         Args:
+            vectors: by table, what the graph takes for these tokens in place of the blob's.
             keep: n, how many of the last positions want logits; 0 for all.
         Raises:
             RunnerError: no tokens or too many, an id without a row, or an impossible `keep`.
@@ -222,7 +229,7 @@ class Runner:
             raise RunnerError(f"{len(token_ids)} tokens at once; feed 1 to {self.chunk}")
         if not 0 <= keep <= len(token_ids):
             raise RunnerError(f"keep is {keep}; it must be 0 to {len(token_ids)}")
-        return self._feed(self.blob.row_ids(token_ids), token_ids, keep=keep)
+        return self._feed(self.blob.row_ids(token_ids), token_ids, keep=keep, vectors=vectors)
 
     def reset(self) -> None:
         """Forget the text so far."""

@@ -15,7 +15,7 @@ import msgspec
 from pleexport.blob.layout import MINIMUM_PAGE_SIZE
 from pleexport.errors import TargetError
 from pleexport.families.base import CacheDtype
-from pleexport.graph.storage import WeightFormat
+from pleexport.graph.storage import DEFAULT_BLOCK_SIZE, WeightFormat
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
@@ -52,7 +52,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         page_size: bytes, a power of two; the blob's rows begin at a multiple of it.
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
-        block_size: weights that share a scale, likewise; matters to int8 and int4.
+        block_size: how many weights may share a scale, likewise; matters to int8 and int4.
         head_dtype: how the output head is stored, likewise; None for what goes with weight_dtype.
         cache_dtype: of keys and values in layers that see the whole context, likewise.
         context: positions that a bundle is built for, capped by the model's own maximum.
@@ -67,7 +67,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
     table_dtype: Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
     weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
-    block_size: Literal[16, 32, 64, 128, 256] = 64
+    block_size: Literal[16, 32, 64, 128, 256] = DEFAULT_BLOCK_SIZE
     head_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
     cache_dtype: CacheDtype = "fp32"
     context: Positive
@@ -164,7 +164,7 @@ def render(target: Target) -> str:
         "runtime": ", ".join(f"{name} {version}" for name, version in target.runtime.items()),
         "page size": f"{target.page_size:,} bytes",
         "table dtype": target.table_dtype,
-        "weight dtype": f"{target.weight_dtype}, blocks of {target.block_size}",
+        "weight dtype": f"{target.weight_dtype}, blocks of up to {target.block_size}",
         "context": f"{target.context:,} positions",
     } | {
         name.removesuffix("_bytes").replace("_", " "): _gigabytes(value)

@@ -88,6 +88,19 @@ def create_gemma4() -> Gemma4ForCausalLM:
     return Gemma4ForCausalLM(config)
 
 
+def create_gemma4_wide() -> Gemma4ForCausalLM:
+    """Return a toy Gemma 4 with rows as long as blocks of 256 want them; it is not shipped."""
+    config = Gemma4TextConfig(
+        **(_SHARED | {"head_dim": 64}),
+        vocab_size=SHARED_VOCABULARY.size,
+        hidden_size=512,
+        intermediate_size=512,
+        use_double_wide_mlp=True,
+        global_head_dim=128,
+    )
+    return Gemma4ForCausalLM(config)
+
+
 def create_gemma3n() -> Gemma3nForCausalLM:
     """Return a randomly initialised toy Gemma 3n.
 
@@ -241,6 +254,7 @@ class RwkvFamily(ModuleFamily):
 Family = GemmaFamily | EmbformerFamily | RwkvFamily
 FAMILIES: dict[str, Family] = {
     "gemma4": GemmaFamily(create_gemma4),
+    "gemma4-wide": GemmaFamily(create_gemma4_wide),
     "gemma3n": GemmaFamily(create_gemma3n),
     "rwkv7a": RwkvFamily(),
     "embformer": EmbformerFamily(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,17 @@ class Description:
     mechanisms: str
 
 
+_GEMMA4 = Description(
+    title="Gemma 4",
+    layout="in Hugging Face layout",
+    tables="the per-layer embedding table",
+    mechanisms="sliding and full attention layers, shared K/V in the last four layers, "
+    "double-wide MLP in those, a wider head in full layers, proportional rotary embedding, a "
+    "per-layer embedding in each layer, soft-capped logits, tied head",
+)
 DESCRIPTIONS = {
-    "gemma4": Description(
-        title="Gemma 4",
-        layout="in Hugging Face layout",
-        tables="the per-layer embedding table",
-        mechanisms="sliding and full attention layers, shared K/V in the last four layers, "
-        "double-wide MLP in those, a wider head in full layers, proportional rotary embedding, a "
-        "per-layer embedding in each layer, soft-capped logits, tied head",
-    ),
+    "gemma4": _GEMMA4,
+    "gemma4-wide": replace(_GEMMA4, title="Gemma 4, wide"),
     "gemma3n": Description(
         title="Gemma 3n",
         layout="in Hugging Face layout",

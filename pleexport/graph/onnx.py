@@ -232,7 +232,7 @@ def _count_logits(graph: ir.Graph) -> None:
 
 
 def _fix_reshapes(graph: ir.Graph) -> None:
-    """Reshape to a constant wherever at most one dimension is dynamic."""
+    """Reshape to a constant wherever at most one dimension is dynamic, and once, not in steps."""
     for node in list(graph):
         if node.op_type != "Reshape" or node.outputs[0].shape is None:
             continue
@@ -243,6 +243,10 @@ def _fix_reshapes(graph: ir.Graph) -> None:
         graph.insert_before(node, constant)
         node.replace_input_with(1, constant.outputs[0])
         node.attributes.pop("allowzero", None)
+        before = node.inputs[0].producer()
+        while before is not None and before.op_type == "Reshape":
+            node.replace_input_with(0, before.inputs[0])
+            before = node.inputs[0].producer()
 
 
 def _store(result: OnnxGraph, value: ir.Value, tensor: StoredTensor) -> None:
@@ -274,7 +278,7 @@ def _replace_matmul(
             "K": weight.shape[1],
             "N": weight.shape[0],
             "bits": BITS[dtype],
-            "block_size": weights.block_size,
+            "block_size": weights.block_size_of(weight),
             "accuracy_level": 4,
         }
         stored = [
@@ -332,7 +336,8 @@ def _quantized(
     Scales and zero points, a tenth of the codes, are kept while the codes are written.
     """
     outputs, inputs = weight.shape
-    blocks = groups(inputs, weights.block_size)
+    block_size = weights.block_size_of(weight)
+    blocks = groups(inputs, block_size)
     scales: list[NDArray[np.float32]] = []
     zero_points: list[NDArray[np.uint8]] = []
 
@@ -343,7 +348,7 @@ def _quantized(
         return quantize_blocks(
             values,
             bits=bits,
-            block_size=weights.block_size,
+            block_size=block_size,
             symmetric=weights.symmetric,
             importance=importance,
         )
@@ -361,7 +366,7 @@ def _quantized(
         yield from kept
         kept.clear()
 
-    code_shape = (outputs, blocks, weights.block_size * bits // 8)
+    code_shape = (outputs, blocks, block_size * bits // 8)
     stored = [
         StoredTensor(f"{weight.name}.codes", ir.DataType.UINT8, code_shape, produce_codes),
         StoredTensor(

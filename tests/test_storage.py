@@ -1,0 +1,54 @@
+"""How dense weights are stored, and how large that is."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pleexport.families.base import Weight
+from pleexport.graph.storage import BITS, BLOCK_SIZES, WeightFormat
+from pleexport.quantize import quantize_blocks
+
+
+@pytest.mark.parametrize(
+    ("inputs", "most", "expected"),
+    [
+        (1536, 256, 256),
+        (1536, 64, 64),
+        (192, 256, 64),
+        (192, 32, 32),
+        (128, 256, 128),
+        (8, 256, 16),
+    ],
+)
+def test_a_matrix_gets_the_largest_block_that_wastes_nothing(
+    inputs: int, most: int, expected: int
+) -> None:
+    weight = Weight("weight", (4, inputs), "quantizable")
+    assert WeightFormat("int4", block_size=most).block_size_of(weight) == expected
+
+
+@given(
+    inputs=st.integers(1, 700),
+    most=st.sampled_from(BLOCK_SIZES),
+    dtype=st.sampled_from(sorted(BITS)),
+    symmetric=st.booleans(),
+)
+def test_no_block_size_that_is_allowed_takes_fewer_bytes(
+    inputs: int, most: int, dtype: str, symmetric: bool
+) -> None:
+    weight = Weight("weight", (3, inputs), "quantizable")
+    chosen = WeightFormat(dtype, most, symmetric)
+    values = np.zeros(weight.shape, dtype=np.float32)
+    sizes = {}
+    for block_size in [size for size in BLOCK_SIZES if size <= most]:
+        stored = quantize_blocks(
+            values, bits=BITS[dtype], block_size=block_size, symmetric=symmetric
+        )
+        sizes[block_size] = stored.codes.nbytes + stored.scales.nbytes
+        if stored.zero_points is not None:
+            sizes[block_size] += stored.zero_points.nbytes
+    assert chosen.stored_bytes(weight) == sizes[chosen.block_size_of(weight)]
+    assert chosen.stored_bytes(weight) == min(sizes.values())
