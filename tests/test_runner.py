@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 import pleexport
 from pleexport import session
@@ -47,6 +48,43 @@ def test_sampling_with_a_seed_repeats_and_without_differs(sample_bundle: Path) -
 
     assert ids(1) == ids(1)
     assert ids(1) != ids(2)
+
+
+def test_pages_are_asked_for_before_their_rows_are_read(
+    sample_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = pleexport.Runner(sample_bundle)
+    calls: list[tuple[str, set[int]]] = []
+
+    def record(name: str) -> None:
+        original = getattr(runner.blob, name)
+
+        def recorded(row_ids: NDArray[np.int64], *rest: object) -> object:
+            calls.append((name, set(row_ids.tolist())))
+            return original(row_ids, *rest)
+
+        monkeypatch.setattr(runner.blob, name, recorded)
+
+    record("prefetch")
+    record("lookup")
+    tokens = list(runner.generate([5, 6, 7], max_new_tokens=4))
+    asked: set[int] = set()
+    for name, rows in calls:
+        if name == "prefetch":
+            asked |= rows
+        else:
+            assert rows <= asked
+    assert asked == {5, 6, 7, *(token.id for token in tokens[:-1])}
+
+
+def test_given_vectors_take_the_place_of_the_rows(sample_bundle: Path) -> None:
+    runner = pleexport.Runner(sample_bundle)
+    expected = runner.feed([9, 10])
+    runner.reset()
+    given = runner.blob.lookup(runner.blob.row_ids([9, 10]))
+    np.testing.assert_array_equal(runner.feed([1, 2], given), expected)
+    runner.reset()
+    assert not np.array_equal(runner.feed([1, 2]), expected)
 
 
 def test_a_stop_string_ends_the_text_before_it(sample_bundle: Path) -> None:
