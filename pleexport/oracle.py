@@ -159,7 +159,8 @@ class TransformersOracle:
     """`transformers`' implementation, loaded in the checkpoint's dtype and raised to float32.
 
     The order matters: constants such as the embedding scale are rounded to the checkpoint's dtype
-    by the original, and stay so.
+    by the original, and stay so. Large weights stay in the mapped files, and are raised where they
+    are used.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -170,6 +171,8 @@ class TransformersOracle:
         try:
             import torch
             import transformers
+
+            from pleexport.raising import raise_where_used
         except ImportError as err:
             raise MissingDependencyError(
                 f"comparing with the PyTorch original needs {err.name}",
@@ -180,7 +183,8 @@ class TransformersOracle:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._model = self._load(binding).float().eval()
+        self._model = self._load(binding).eval()
+        raise_where_used(self._model)
         self._layers = self._model.get_decoder().layers
 
     def logits(
