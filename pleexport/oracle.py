@@ -48,8 +48,6 @@ class Oracle(Protocol):
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
 
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]: ...
-
 
 def open_oracle(binding: Binding) -> Oracle:
     """The original of a checkpoint.
@@ -124,16 +122,6 @@ class StepOracle:
         """What each layer hands on: `[T, H]` float32."""
         tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
         return [np.stack(layer) for layer in zip(*tokens, strict=True)]
-
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The `count` ids that greedy decoding adds."""
-        ids = list(token_ids)
-        state = self._reference.start()
-        for position in range(len(token_ids) + count - 1):
-            logits, _ = self._step(self._reference.vectors(ids[position]), state)
-            if position + 1 == len(ids):
-                ids.append(int(logits.argmax()))
-        return ids[len(token_ids) :]
 
     def _steps(
         self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
@@ -222,22 +210,6 @@ class TransformersOracle:
             for hook in hooks:
                 hook.remove()
         return found
-
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The `count` ids that greedy decoding adds, end-of-text ids not ending it."""
-        from transformers import GenerationConfig
-
-        # A checkpoint's own generation settings (beams, penalties) are not greedy decoding.
-        greedy = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=count, pad_token_id=0
-        )
-        self._model.generation_config = greedy
-        with self._torch.no_grad():
-            ids = self._model.generate(
-                self._torch.tensor([list(token_ids)]), generation_config=greedy
-            )
-        result: list[int] = ids[0, len(token_ids) :].tolist()
-        return result
 
     def _call(
         self,
