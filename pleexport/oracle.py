@@ -48,8 +48,6 @@ class Oracle(Protocol):
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
 
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]: ...
-
 
 def open_oracle(binding: Binding) -> Oracle:
     """The original of a checkpoint.
@@ -125,16 +123,6 @@ class StepOracle:
         tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
         return [np.stack(layer) for layer in zip(*tokens, strict=True)]
 
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The `count` ids that greedy decoding adds."""
-        ids = list(token_ids)
-        state = self._reference.start()
-        for position in range(len(token_ids) + count - 1):
-            logits, _ = self._step(self._reference.vectors(ids[position]), state)
-            if position + 1 == len(ids):
-                ids.append(int(logits.argmax()))
-        return ids[len(token_ids) :]
-
     def _steps(
         self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
     ) -> Iterator[tuple[Tensor, list[Tensor]]]:
@@ -159,7 +147,8 @@ class TransformersOracle:
     """`transformers`' implementation, loaded in the checkpoint's dtype and raised to float32.
 
     The order matters: constants such as the embedding scale are rounded to the checkpoint's dtype
-    by the original, and stay so.
+    by the original, and stay so. Large weights stay in the mapped files, and are raised where they
+    are used.
 
     Raises:
         MissingDependencyError: transformers is not installed.
@@ -170,6 +159,8 @@ class TransformersOracle:
         try:
             import torch
             import transformers
+
+            from pleexport.raising import raise_where_used
         except ImportError as err:
             raise MissingDependencyError(
                 f"comparing with the PyTorch original needs {err.name}",
@@ -180,7 +171,8 @@ class TransformersOracle:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._model = self._load(binding).float().eval()
+        self._model = self._load(binding).eval()
+        raise_where_used(self._model)
         self._layers = self._model.get_decoder().layers
 
     def logits(
@@ -218,22 +210,6 @@ class TransformersOracle:
             for hook in hooks:
                 hook.remove()
         return found
-
-    def generate(self, token_ids: Sequence[int], count: int) -> list[int]:
-        """The `count` ids that greedy decoding adds, end-of-text ids not ending it."""
-        from transformers import GenerationConfig
-
-        # A checkpoint's own generation settings (beams, penalties) are not greedy decoding.
-        greedy = GenerationConfig(
-            do_sample=False, num_beams=1, max_new_tokens=count, pad_token_id=0
-        )
-        self._model.generation_config = greedy
-        with self._torch.no_grad():
-            ids = self._model.generate(
-                self._torch.tensor([list(token_ids)]), generation_config=greedy
-            )
-        result: list[int] = ids[0, len(token_ids) :].tolist()
-        return result
 
     def _call(
         self,

@@ -20,7 +20,12 @@ from pleexport.blob import Blob
 from pleexport.bundle import Bundle, ParitySummary
 from pleexport.errors import RunnerError
 from pleexport.families.base import Table
-from pleexport.graph.contract import NUM_LOGITS_TO_KEEP, POSITION_IDS, hidden_name
+from pleexport.graph.contract import (
+    LOGITS_OUTPUT,
+    NUM_LOGITS_TO_KEEP,
+    POSITION_IDS,
+    hidden_name,
+)
 from pleexport.oracle import Oracle
 from pleexport.quantize import group_scales
 from pleexport.runner import Runner, allocate
@@ -41,7 +46,7 @@ _ROWS_PER_BATCH_BYTES = 8 << 20
 _GREEDY_TOKENS = 32
 _REPEATED = 64
 _FIDELITY_TOKENS = 4096
-_LOGITS_BYTES = 256 << 20
+_LOGITS_BYTES = 128 << 20
 _LEAST_COMPARED = 128
 _SEED = 20_240_517
 
@@ -178,40 +183,44 @@ def compare(
         text_ids: a text to measure logits and fidelity on; random ids where there is none.
         progress: called with the number of rows checked since its last call.
     """
-    runner = Runner(bundle)
-    dtypes = {s.table: s.dtype for s in runner.blob.segments}
+    blob = Blob(bundle.blob_path)
+    dtypes = {s.table: s.dtype for s in blob.segments}
     lossless = {
         t.name: dtypes[t.name] in LOSSLESS[t.source_dtype(binding.dtype)]
         for t in binding.model.tables
     }
     exact = all(lossless.values()) and _computing_dtypes(bundle) == {"fp32"}
     tables = [
-        check_table(runner.blob, binding, table, lossless=lossless[table.name], progress=progress)
+        check_table(blob, binding, table, lossless=lossless[table.name], progress=progress)
         for table in binding.model.tables
     ]
+    runner = Runner(bundle)
     ids = parity_ids(runner, text_ids)
     compared = _compared_positions(runner, ids)
     reference = oracle.logits(ids, keep=compared)
-    logits = [
-        check_logits(mode, reference, got) for mode, got in _feed_modes(runner, ids, compared)
-    ]
-    errors = layer_errors(bundle, runner, oracle, ids)
-    limit = EXACT_LAYER if exact else QUANTIZED_LAYER
     report = ParityReport(
         oracle=oracle.name,
         exact=exact,
         tables=tables,
-        logits=logits,
+        logits=[
+            check_logits(mode, reference, got) for mode, got in _feed_modes(runner, ids, compared)
+        ],
         text=check_text(runner, oracle, ids[: min(16, len(ids))], reference),
-        layer_errors=errors,
-        first_diverging_layer=next((i for i, e in enumerate(errors) if not e <= limit), None),
+        layer_errors=[],
+        first_diverging_layer=None,
         original_perplexity=None,
         fidelity=[],
         fidelity_tokens=0,
         failures=[],
     )
+    del reference
     if not exact:
         _measure_fidelity(report, runner, binding, oracle, _windows(text_ids or ids, compared))
+    del runner  # else the dense weights are in memory twice
+    report.layer_errors = layer_errors(bundle, blob, oracle, ids)
+    limit = EXACT_LAYER if exact else QUANTIZED_LAYER
+    diverging = (i for i, error in enumerate(report.layer_errors) if not error <= limit)
+    report.first_diverging_layer = next(diverging, None)
     report.failures = _failures(report, bundle)
     return report
 
@@ -289,7 +298,8 @@ def check_logits(
     mode: str, reference: NDArray[np.float32], got: NDArray[np.float32]
 ) -> LogitsCheck:
     """Compare logits `[T, vocab]`."""
-    difference = np.abs(reference - got)
+    pairs = zip(reference, got, strict=True)  # one position at a time bounds memory
+    largest, means = np.array([(e.max(), e.mean()) for e in (np.abs(a - b) for a, b in pairs)]).T
     spread = float(reference.max() - reference.min())
     best = got.argmax(-1)
     agree = best == reference.argmax(-1)
@@ -298,8 +308,8 @@ def check_logits(
     return LogitsCheck(
         mode=mode,
         tokens=len(reference),
-        max_error=float(difference.max()),
-        mean_error=float(difference.mean()),
+        max_error=float(largest.max()),
+        mean_error=float(means.mean()),
         logit_range=spread,
         kl=mean_kl(reference, got),
         correlation=correlation(reference, got),
@@ -311,55 +321,44 @@ def check_logits(
 def check_text(
     runner: Runner, oracle: Oracle, prompt: list[int], reference: NDArray[np.float32]
 ) -> TextCheck | None:
-    """Compare greedy continuations of a prompt."""
+    """Compare the greedy continuation of a prompt with what the original would write."""
     count = min(_GREEDY_TOKENS, runner.context - len(prompt))
     if count < 1:
         return None
-    expected = oracle.generate(prompt, count)
     runner.reset()
     got = []
     with contextlib.suppress(RunnerError):  # logits that are no numbers choose no token
         for token in runner.generate(prompt, max_new_tokens=count, ignore_eos=True):
             got.append(token.id)
-    pairs = zip(expected, got, strict=False)
-    equal = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(got)))
+    # Up to the first difference, both have read the same tokens: one call tells what the original
+    # would have chosen.
+    logits = oracle.logits([*prompt, *got[:-1]], keep=len(got))
+    expected = logits.argmax(-1)
+    equal = next((i for i, id_ in enumerate(got) if id_ != expected[i]), len(got))
     near_tie = False
-    if equal < count and equal < len(got):
-        last = oracle.logits([*prompt, *expected[:equal]], keep=1)[-1]
+    if equal < len(got):
         spread = float(reference.max() - reference.min())
-        near_tie = bool(abs(last[expected[equal]] - last[got[equal]]) <= NEAR_TIE * spread)
+        gap = logits[equal, expected[equal]] - logits[equal, got[equal]]
+        near_tie = bool(gap <= NEAR_TIE * spread)
     return TextCheck(tokens=count, equal_tokens=equal, near_tie=near_tie)
 
 
-def layer_errors(bundle: Bundle, runner: Runner, oracle: Oracle, ids: Sequence[int]) -> list[float]:
+def layer_errors(bundle: Bundle, blob: Blob, oracle: Oracle, ids: Sequence[int]) -> list[float]:
     """By layer, the relative error of what it hands on to the next."""
+    got = hidden_states(bundle, blob, ids)
     expected = oracle.hidden(ids)
-    got = hidden_states(bundle, runner, ids)
     return [
         float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(a**2)), 1e-30))
         for a, b in zip(expected, got, strict=True)
     ]
 
 
-def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[NDArray[np.float32]]:
+def hidden_states(bundle: Bundle, blob: Blob, ids: Sequence[int]) -> list[NDArray[np.float32]]:
     """What each layer of the bundle's graph hands on, `[T, ...]`, for a text from its start."""
-    import onnx
-    import onnxruntime as ort
-
-    model = onnx.load(bundle.graph_path, load_external_data=False)
-    names = [hidden_name(i) for i in range(bundle.manifest.contract.num_layers)]
-    for name in names:
-        model.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(bundle.path)
-    )
-    session = ort.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    vectors = runner.blob.lookup(runner.blob.row_ids(ids))
     contract = bundle.manifest.contract
+    names = [hidden_name(i) for i in range(contract.num_layers)]
+    session = _layer_session(bundle, names)
+    vectors = blob.lookup(blob.row_ids(ids))
     held: dict[str, NDArray[Any]] = {c.input: allocate(c, len(ids)) for c in contract.caches}
     held |= {s.input: np.zeros(s.shape, dtype=np.float32) for s in contract.states}
     given = {h.output: h.input for h in contract.held}
@@ -378,7 +377,30 @@ def hidden_states(bundle: Bundle, runner: Runner, ids: Sequence[int]) -> list[ND
         found = session.run([*names, *given], inputs | held)
         pieces.append([array[0] for array in found[: len(names)]])
         held = dict(zip(given.values(), found[len(names) :], strict=True))
+    if len(pieces) == 1:
+        return pieces[0]
     return [np.concatenate(layer) for layer in zip(*pieces, strict=True)]
+
+
+def _layer_session(bundle: Bundle, names: list[str]) -> Any:
+    """A session on what the layers of a bundle's graph hand on; logits are not computed."""
+    import onnx_ir as ir
+    import onnxruntime as ort
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    model = ir.load(bundle.graph_path)
+    values = {value.name: value for node in model.graph for value in node.outputs}
+    kept = [value for value in model.graph.outputs if value.name != LOGITS_OUTPUT]
+    model.graph.outputs[:] = [*(values[name] for name in names), *kept]
+    RemoveUnusedNodesPass()(model)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(bundle.path)
+    )
+    return ort.InferenceSession(
+        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -399,9 +421,13 @@ def mean_kl(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
 
 def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> float:
     """Correlation of logits `[T, vocab]`, each position's mean taken off."""
-    a = reference - reference.mean(-1, keepdims=True)
-    b = got - got.mean(-1, keepdims=True)
-    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-30))
+    both = first = second = 0.0
+    for x, y in zip(reference, got, strict=True):
+        a, b = x - x.mean(), y - y.mean()
+        both += float(a @ b)
+        first += float(a @ a)
+        second += float(b @ b)
+    return float(both / max(np.sqrt(first * second), 1e-30))
 
 
 def _computing_dtypes(bundle: Bundle) -> set[str]:

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
+import torch
 from checkpoints import gemma4
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
+from pleexport import families
+from pleexport.binding import Binding
 from pleexport.blob import Blob
+from pleexport.checkpoint import Checkpoint
 from pleexport.errors import CheckFailed
 from pleexport.families import gemma
+from pleexport.oracle import open_oracle
+from pleexport.parity import check_text
 from pleexport.report import describe_parity, write_html
 
 
@@ -171,16 +180,63 @@ def test_a_window_that_is_ignored_fails_also_where_it_is_wide(
         pleexport.build(folder, tmp_path / "out", table_dtype="source", weight_dtype="fp32")
 
 
-def test_the_original_decodes_greedily_whatever_its_generation_config_says(
-    gemma4_checkpoint: Path, gemma4_bundle: Path, tmp_path: Path
+def test_greedy_text_is_what_the_original_generates(
+    gemma4_checkpoint: Path, gemma4_bundle: Path
 ) -> None:
-    folder = Path(shutil.copytree(gemma4_checkpoint, tmp_path / "checkpoint"))
-    settings = {"num_beams": 4, "repetition_penalty": 1.3, "do_sample": False}
-    (folder / "generation_config.json").write_text(json.dumps(settings))
-    report = pleexport.verify(gemma4_bundle, checkpoint=folder)
-    assert report is not None
-    assert report.text is not None
-    assert report.text.equal_tokens == report.text.tokens
+    model = AutoModelForCausalLM.from_pretrained(gemma4_checkpoint, dtype="auto").float().eval()
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=32, pad_token_id=0)
+    model.generation_config = greedy
+    with torch.no_grad():
+        generated = model.generate(torch.tensor([[3, 4, 5]]), generation_config=greedy)
+    runner = pleexport.Runner(gemma4_bundle)
+    got = [t.id for t in runner.generate([3, 4, 5], max_new_tokens=32, ignore_eos=True)]
+    assert got == generated[0, 3:].tolist()
+
+
+@pytest.mark.parametrize(
+    ("lowered", "equal", "near_tie"), [(0.0, 32, False), (0.5, 7, False), (5e-6, 7, True)]
+)
+def test_the_first_token_that_the_original_would_not_write_is_found(
+    lowered: float, equal: int, near_tie: bool, gemma4_checkpoint: Path, gemma4_bundle: Path
+) -> None:
+    checkpoint = Checkpoint(gemma4_checkpoint)
+    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+
+    class Changed:
+        """The original, which likes another token better in place of the one at place 7."""
+
+        name = "changed"
+        hidden = oracle.hidden
+
+        def logits(self, token_ids: Any, vectors: Any = None, *, keep: int = 0) -> Any:
+            logits = oracle.logits(token_ids, vectors, keep=keep)
+            if lowered:
+                best, second = np.argsort(logits[7])[[-1, -2]]
+                logits[7, best] = logits[7, second] - lowered * np.ptp(logits)
+            return logits
+
+    prompt = [3, 4, 5]
+    check = check_text(pleexport.Runner(gemma4_bundle), Changed(), prompt, oracle.logits(prompt))
+    assert check is not None
+    assert (check.tokens, check.equal_tokens, check.near_tie) == (32, equal, near_tie)
+
+
+def test_dense_weights_are_in_memory_once(
+    gemma4_checkpoint: Path, gemma4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    opened = []
+
+    class Session(ort.InferenceSession):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            alive.add(self)
+            opened.append((len(alive), [output.name for output in self.get_outputs()]))
+
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+    pleexport.verify(gemma4_bundle, checkpoint=gemma4_checkpoint)
+    # One session for logits, and then one for the layers, which needs no head.
+    assert [(count, "logits" in outputs) for count, outputs in opened] == [(1, True), (1, False)]
 
 
 def test_damaged_rows_are_found_without_the_checkpoint(broken: Path) -> None:

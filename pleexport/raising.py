@@ -1,0 +1,84 @@
+"""Raise a model's weights to float32 where they are used, not as a whole.
+
+`transformers` hands out a checkpoint's tensors as views of the mapped files. Raised as a whole they
+would all be in memory, in twice the size of 16 bits. Here a lookup raises the rows that it takes, a
+matrix is multiplied a block of its rows at a time, and what is small is raised once and kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# Weights that are kept in float32, the smallest first.
+KEPT_BYTES = 64 << 20
+# What is in float32 of a matrix at a time. Larger blocks are no faster, and the C library would ask
+# the system for the memory of each anew.
+BLOCK_BYTES = 16 << 20
+
+
+def raise_where_used(model: nn.Module) -> None:
+    """Make a model compute what it computes after `float()`, in little memory.
+
+    Weights of other modules than lookups and linear layers are kept in float32 whatever their size.
+    """
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.float()
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(parameter, []).append(module)
+    kept_bytes = 0
+    for parameter, modules in sorted(users.items(), key=lambda item: item[0].numel()):
+        if parameter.dtype == torch.float32:
+            continue
+        kept_bytes += 4 * parameter.numel()
+        if kept_bytes <= KEPT_BYTES or not all(_use_is_known(m, parameter) for m in modules):
+            parameter.data = parameter.data.float()
+            continue
+        for module in modules:
+            if isinstance(module, nn.Embedding):
+                module.padding_idx = None  # for gradients only, and it may lie beyond the rows
+                module.forward = _lookup(module)  # type: ignore[assignment, method-assign]
+            elif isinstance(module, nn.Linear):
+                module.forward = _product(module)  # type: ignore[assignment, method-assign]
+
+
+def _use_is_known(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is looked up by id or multiplied with, and nothing else."""
+    known = isinstance(module, nn.Embedding) or type(module) is nn.Linear
+    return known and parameter is module.weight
+
+
+def _lookup(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
+    """A lookup's own forward, which may scale, on a table of the rows that the ids name."""
+    forward, stored = module.forward, module.weight.data
+
+    def looked_up(ids: Tensor) -> Tensor:
+        module.weight.data = stored[ids.flatten()].float()
+        try:
+            return forward(torch.arange(ids.numel()).view_as(ids))
+        finally:
+            module.weight.data = stored
+
+    return looked_up
+
+
+def _product(module: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A linear layer's forward, a block of outputs at a time."""
+    stored, bias = module.weight.data, module.bias
+    step = max(1, BLOCK_BYTES // (4 * stored.shape[1]))
+
+    def product(x: Tensor) -> Tensor:
+        outputs = x.new_empty(*x.shape[:-1], len(stored))
+        for begin in range(0, len(stored), step):
+            block = slice(begin, begin + step)
+            part = None if bias is None else bias[block]
+            outputs[..., block] = functional.linear(x, stored[block].float(), part)
+        return outputs
+
+    return product
