@@ -19,6 +19,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +34,73 @@ import pleexport
 
 HERE = Path(__file__).parent
 # Larger checkpoints do not fit into this machine's memory in float32.
-TRANSFORMERS_SHAPES = ("gemma4-small", "gemma4-narrow")
+FLOAT32_SHAPES = ("gemma4-small", "gemma4-narrow")
+# Engines whose requirements contradict ours have environments of their own.
+ENVIRONMENTS = Path("build/benchmarks")
+LITERT_RECIPES = {"LiteRT-LM int4": "gemma4_mixed48", "LiteRT-LM int8": "dynamic_wi8_afp32"}
 
 
-def make_inputs(shape: str, folder: Path) -> dict[str, Path]:
-    """The checkpoint, the bundles and the GGUF file; those that are there are kept."""
-    paths = {
-        "checkpoint": folder / "checkpoint",
+@dataclass(frozen=True)
+class Peer:
+    """Another engine: what it loads, and the script that times it, with its interpreter."""
+
+    script: str
+    model: Path
+    python: Path
+
+
+def make_bundles(shape: str, folder: Path) -> dict[str, Path]:
+    """The checkpoint, and bundles by name; those that are there are kept."""
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").exists():
+        write_checkpoint(shape, checkpoint)
+    bundles = {
         "pleexport": folder / "android",
         "pleexport, int4 head": folder / "android-int4-head",
-        "llama.cpp Q4_0": folder / "q4_0.gguf",
-        "llama.cpp Q4_0, Q8_0 head": folder / "q4_0-q8_0-head.gguf",
     }
-    if not (paths["checkpoint"] / "config.json").exists():
-        write_checkpoint(shape, paths["checkpoint"])
-    for name, head_dtype in (("pleexport", None), ("pleexport, int4 head", "int4")):
-        if not paths[name].exists():
+    for bundle, head_dtype in zip(bundles.values(), (None, "int4"), strict=True):
+        if not bundle.exists():
             pleexport.build(
-                paths["checkpoint"],
-                paths[name],
-                target="android",
-                head_dtype=head_dtype,
-                verify=False,
+                checkpoint, bundle, target="android", head_dtype=head_dtype, verify=False
             )
+    return bundles
+
+
+def make_peers(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Peer]:
+    """The other engines by name, their files converted; those that are there are kept."""
+    peers = {}
+
+    def convert(name: str, engine: str, python: Path, file: str, *options: object) -> None:
+        peers[name] = Peer(f"peer_{engine}.py", folder / file, python)
+        if not peers[name].model.exists():
+            writer = "write_gguf.py" if engine == "llamacpp" else f"write_{engine}.py"
+            _run(python, HERE / writer, folder / "checkpoint", folder / file, *options)
+
     # llama.cpp's own quantizer gives a tied head 6 bits, which the package `gguf` cannot write.
-    for name, embedding_dtype in (
-        ("llama.cpp Q4_0", "q4_0"),
-        ("llama.cpp Q4_0, Q8_0 head", "q8_0"),
+    for name, file, head_dtype in (
+        ("llama.cpp Q4_0", "q4_0.gguf", "q4_0"),
+        ("llama.cpp Q4_0, Q8_0 head", "q4_0-q8_0-head.gguf", "q8_0"),
     ):
-        if not paths[name].exists():
-            _run(
-                "write_gguf.py", paths["checkpoint"], paths[name],
-                "--dtype", "q4_0", "--embedding-dtype", embedding_dtype,
-            )  # fmt: skip
-    return paths
+        options = ("--dtype", "q4_0", "--embedding-dtype", head_dtype)
+        convert(name, "llamacpp", Path(sys.executable), file, *options)
+    if shape in FLOAT32_SHAPES:  # their converters go by float32
+        if python := _environment("litertlm"):
+            for name, recipe in LITERT_RECIPES.items():
+                lengths = arguments.prompt_tokens
+                options = ("--recipe", recipe, "--prefill-lengths", lengths)
+                convert(name, "litertlm", python, f"{recipe}-{lengths}.litertlm", *options)
+        if python := _environment("mobius"):
+            convert("mobius int4", "mobius", python, "mobius", "--last-logits")
+    return peers
+
+
+def _environment(name: str) -> Path | None:
+    """The interpreter of an engine that has an environment of its own, if it was made."""
+    python = (ENVIRONMENTS / f"venv-{name}" / "bin" / "python").absolute()
+    if python.exists():
+        return python
+    tqdm.write(f"left out: {name}, for which there is no {python}; see benchmarks/README.md")
+    return None
 
 
 def run_pleexport(bundle: Path, arguments: argparse.Namespace, *options: object) -> dict[str, Any]:
@@ -96,14 +131,14 @@ def run_pleexport(bundle: Path, arguments: argparse.Namespace, *options: object)
     } | {f"prefill {t['prompt_tokens']}": t["prefill_tokens_per_second"] for t in result["timings"]}
 
 
-def run_llamacpp(gguf: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One round of llama.cpp."""
+def run_peer(peer: Peer, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One round of another engine."""
     result = json.loads(
         _output(
-            HERE / "peer_llamacpp.py", gguf, "--json",
+            HERE / peer.script, peer.model, "--json",
             "--prompt-tokens", arguments.prompt_tokens, "--decode-tokens", arguments.decode_tokens,
             "--context", arguments.prompt_tokens.split(",")[0],
-            "--threads", arguments.threads, "--repeat", 1,
+            "--threads", arguments.threads, "--repeat", 1, python=peer.python,
         )
     )  # fmt: skip
     return {
@@ -141,22 +176,19 @@ def run_steps(bundle: Path, arguments: argparse.Namespace) -> dict[str, float]:
 def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the inputs, run all engines in rounds, and collect what they say."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = make_inputs(shape, folder)
+    bundles, peers = make_bundles(shape, folder), make_peers(shape, folder, arguments)
     engines: dict[str, Callable[[], dict[str, Any]]] = {
-        "pleexport": lambda: run_pleexport(paths["pleexport"], arguments),
-        "pleexport, packed weights": lambda: run_pleexport(
-            paths["pleexport"], arguments, "--packed-weights", folder / "packed"
-        ),
-        "pleexport, int4 head": lambda: run_pleexport(paths["pleexport, int4 head"], arguments),
-        "llama.cpp Q4_0": lambda: run_llamacpp(paths["llama.cpp Q4_0"], arguments),
-        "llama.cpp Q4_0, Q8_0 head": lambda: run_llamacpp(
-            paths["llama.cpp Q4_0, Q8_0 head"], arguments
-        ),
+        name: partial(run_pleexport, bundle, arguments) for name, bundle in bundles.items()
     }
-    if shape in TRANSFORMERS_SHAPES:
-        engines["transformers fp32"] = lambda: run_transformers(paths["checkpoint"], arguments)
-    blob = paths["pleexport"] / "embeddings.safetensors"
-    weights = {name: _weight_bytes(paths[name]) for name in paths if name.startswith("pleexport")}
+    bundle = bundles["pleexport"]
+    engines["pleexport, packed weights"] = partial(
+        run_pleexport, bundle, arguments, "--packed-weights", folder / "packed"
+    )
+    engines |= {name: partial(run_peer, peer, arguments) for name, peer in peers.items()}
+    if shape in FLOAT32_SHAPES:
+        engines["transformers fp32"] = partial(run_transformers, folder / "checkpoint", arguments)
+    blob = bundle / "embeddings.safetensors"
+    weights = {name: _weight_bytes(path) for name, path in bundles.items()}
     result: dict[str, Any] = {
         "shape": shape,
         "machine": describe(folder, arguments.threads),
@@ -171,7 +203,7 @@ def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str
         for turn in range(arguments.rounds):
             # The machine is not alone: its bandwidth is measured beside what it bounds.
             result["memory_read_bytes_per_second"].append(memory_read(arguments.threads))
-            result["steps"].append(run_steps(paths["pleexport"], arguments))
+            result["steps"].append(run_steps(bundle, arguments))
             first = turn % len(engines)  # nobody always comes after the same one
             for name in [*engines, *engines][first : first + len(engines)]:
                 result["rounds"][name].append(engines[name]())
@@ -273,13 +305,13 @@ def _weight_bytes(bundle: Path) -> int:
     return (bundle / "model.onnx.data").stat().st_size
 
 
-def _run(script: str, *arguments: object) -> None:
-    subprocess.run([sys.executable, HERE / script, *map(str, arguments)], check=True)
+def _run(python: Path, *arguments: object) -> None:
+    subprocess.run([python, *map(str, arguments)], check=True)
 
 
-def _output(*arguments: object) -> str:
+def _output(*arguments: object, python: Path | str = sys.executable) -> str:
     time.sleep(1)  # the threads of the last engine are gone
-    command = [sys.executable, *map(str, arguments)]
+    command = [str(python), *map(str, arguments)]
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {' '.join(command)} failed\n{done.stderr}")
