@@ -237,14 +237,18 @@ def sections(result: dict[str, Any]) -> list[Section]:
         f"Random weights. {arguments['rounds']} rounds, all engines one after the other in each, "
         f"{arguments['threads']} threads. Medians; below them the least and the largest round, and "
         "the ratio to llama.cpp's Q4_0. Decode is measured behind a prompt of the first length.",
-        [Table(["", *engines], [[row["quantity"], *_cells(row, engines)] for row in rows])],
+        [Table(["", *engines], [[_label(row), *_cells(row, engines)] for row in rows])],
         [
-            bars(row["engines"], f"{row['quantity']}, tokens/s")
+            bars(row["engines"], _label(row))
             for row in rows
             if row["quantity"].startswith(("decode", "prefill"))
         ],
     )
     return [speed, _bound_section(result, rows), _steps_section(result)]
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['quantity']}, {_unit(row['quantity'])[0]}"
 
 
 def _cells(row: dict[str, Any], engines: list[str]) -> list[str]:
@@ -253,8 +257,8 @@ def _cells(row: dict[str, Any], engines: list[str]) -> list[str]:
         if engine not in row["engines"]:
             cells.append("")
             continue
-        median, least, largest = (_unit(row["quantity"], v) for v in row["engines"][engine])
-        ratio = f"; {row['ratios'][engine]:.2f}" if row["ratios"] else ""
+        median, least, largest = (_number(row["quantity"], v) for v in row["engines"][engine])
+        ratio = f"\nx {row['ratios'][engine]:.2f}" if row["ratios"] else ""
         cells.append(f"{median}\n{least} to {largest}{ratio}")
     return cells
 
@@ -293,12 +297,18 @@ def _steps_section(result: dict[str, Any]) -> Section:
     )
 
 
-def _unit(quantity: str, value: float) -> str:
+def _unit(quantity: str) -> tuple[str, float, int]:
+    """Unit of a quantity, what to divide by, and digits behind the point."""
     if quantity in ("anonymous", "file-backed"):
-        return f"{value / 1e6:,.0f} MB"
+        return "MB", 1e6, 0
     if quantity.startswith(("load", "first token")):
-        return f"{value:.2f} s"
-    return f"{value:,.1f} tokens/s"
+        return "s", 1, 2
+    return "tokens/s", 1, 1
+
+
+def _number(quantity: str, value: float) -> str:
+    _, divisor, digits = _unit(quantity)
+    return f"{value / divisor:,.{digits}f}"
 
 
 def _weight_bytes(bundle: Path) -> int:
@@ -338,8 +348,8 @@ def main() -> None:
     page = folder / "compare.html"
     write_page(page, arguments.shape, [*sections(result), machine_section(result["machine"])])
     for row in summary(result):
-        cells = (f"{n} {_unit(row['quantity'], v[0])}" for n, v in row["engines"].items())
-        print(f"{row['quantity']}: {'; '.join(cells)}")
+        cells = (f"{n} {_number(row['quantity'], v[0])}" for n, v in row["engines"].items())
+        print(f"{_label(row)}: {'; '.join(cells)}")
     print(f"written: {page}")
 
 
