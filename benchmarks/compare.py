@@ -338,10 +338,10 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", default="128,512")
     parser.add_argument("--decode-tokens", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one round, short prompts")
+    parser.add_argument("--quick", action="store_true", help="one round, few decode steps")
     arguments = parser.parse_args()
     if arguments.quick:
-        arguments.rounds, arguments.prompt_tokens, arguments.decode_tokens = 1, "32,64", 8
+        arguments.rounds, arguments.decode_tokens = 1, 8
     folder = arguments.out or Path("build/benchmarks") / arguments.shape
     result = measure(arguments.shape, folder, arguments)
     (folder / "compare.json").write_text(json.dumps(result, indent=2))
