@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/requirements.txt
     python benchmarks/all.py --quick     # small shapes, few repetitions
-    python benchmarks/all.py             # an hour, 30 GB of disk
+    python benchmarks/all.py             # two hours, 30 GB of disk
 
 Each benchmark makes its inputs once, runs in a process of its own and leaves its result as JSON in
 `build/benchmarks`; `report.html` and `report.json` beside them have all of them. Run nothing else

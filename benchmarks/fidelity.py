@@ -1,6 +1,6 @@
 """Measure what rounding costs: KL divergence and perplexity of the samples on held-out text.
 
-    python benchmarks/fidelity.py              # all samples, all formats; an hour
+    python benchmarks/fidelity.py              # all samples, all formats; half an hour
     python benchmarks/fidelity.py CHECKPOINT   # a model of yours, of the samples' tokenizer
 
 Each format is built, and compared with the PyTorch original on the same 4,096 tokens: with the
@@ -146,9 +146,10 @@ def main() -> None:
     )
     parser.add_argument("checkpoints", nargs="*", type=Path, help="the samples by default")
     parser.add_argument("--out", type=Path, default=Path("build/benchmarks/fidelity"))
-    parser.add_argument("--quick", action="store_true", help="the first checkpoint, two formats")
+    parser.add_argument("--quick", action="store_true", help="one checkpoint, two formats")
     arguments = parser.parse_args()
-    checkpoints = arguments.checkpoints or sorted(SAMPLES.glob("*-kjv"))
+    samples = [SAMPLES / "gemma4-kjv"] if arguments.quick else sorted(SAMPLES.glob("*-kjv"))
+    checkpoints = arguments.checkpoints or samples
     work = [(checkpoint, name) for checkpoint in checkpoints for name in formats(checkpoint)]
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
