@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from machine import describe
-from make_checkpoint import write_checkpoint
+from make_checkpoint import made_checkpoint
 from page import Section, Table
+from peer import resident_bytes
 from shapes import SHAPES
 
 SAMPLING_SECONDS = 0.02
@@ -32,7 +33,7 @@ def build(checkpoint: Path, out: Path, target: str) -> dict[str, Any]:
     process = subprocess.Popen([*command, "--out", out, "--overwrite", "--no-verify"])
     peak = {"RssAnon": 0, "RssFile": 0}
     while process.poll() is None:
-        for name, nbytes in _resident(process.pid).items():
+        for name, nbytes in resident_bytes(process.pid).items():
             peak[name] = max(peak[name], nbytes)
         time.sleep(SAMPLING_SECONDS)
     if process.returncode:
@@ -50,22 +51,9 @@ def copy_seconds(source: Path, copy: Path) -> float:
     return seconds
 
 
-def _resident(pid: int) -> dict[str, int]:
-    """Anonymous and file-backed memory of a process. Source: proc(5)."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return {}
-    fields = {line.split(":")[0]: line.split() for line in lines}
-    return {n: int(fields[n][1]) * 1024 for n in ("RssAnon", "RssFile") if n in fields}
-
-
 def measure(shape: str, folder: Path, target: str) -> dict[str, Any]:
     """Build, copy, and remove both."""
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, out = folder / "checkpoint", folder / "build-test"
-    if not (checkpoint / "config.json").exists():
-        write_checkpoint(shape, checkpoint)
+    checkpoint, out = made_checkpoint(shape, folder), folder / "build-test"
     result = {"shape": shape, "target": target, "machine": describe(folder, threads=2)}
     result |= build(checkpoint, out, target)
     for name, source in (("copy_checkpoint_seconds", checkpoint), ("copy_bundle_seconds", out)):

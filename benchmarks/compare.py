@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import cached_share, describe, memory_read
-from make_checkpoint import write_checkpoint
+from make_checkpoint import made_checkpoint
 from page import Section, Table, bars, machine_section, write_page
 from shapes import SHAPES
 from tqdm import tqdm
@@ -51,9 +51,7 @@ class Peer:
 
 def make_bundles(shape: str, folder: Path) -> dict[str, Path]:
     """The checkpoint, and bundles by name; those that are there are kept."""
-    checkpoint = folder / "checkpoint"
-    if not (checkpoint / "config.json").exists():
-        write_checkpoint(shape, checkpoint)
+    checkpoint = made_checkpoint(shape, folder)
     bundles = {
         "pleexport": folder / "android",
         "pleexport, int4 head": folder / "android-int4-head",
@@ -175,7 +173,6 @@ def run_steps(bundle: Path, arguments: argparse.Namespace) -> dict[str, float]:
 
 def measure(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the inputs, run all engines in rounds, and collect what they say."""
-    folder.mkdir(parents=True, exist_ok=True)
     bundles, peers = make_bundles(shape, folder), make_peers(shape, folder, arguments)
     engines: dict[str, Callable[[], dict[str, Any]]] = {
         name: partial(run_pleexport, bundle, arguments) for name, bundle in bundles.items()

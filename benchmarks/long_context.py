@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from machine import describe
-from make_checkpoint import write_checkpoint
+from make_checkpoint import made_checkpoint
 from matplotlib.figure import Figure
 from page import Section, Table, machine_section, svg, write_page
 from tqdm import tqdm
@@ -137,10 +137,7 @@ def main() -> None:
     if arguments.quick:
         arguments.context = 4096
     folder: Path = arguments.out or Path(f"build/benchmarks/long-context-{arguments.shape}")
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / "checkpoint"
-    if not (checkpoint / "config.json").exists():
-        write_checkpoint(arguments.shape, checkpoint)
+    checkpoint = made_checkpoint(arguments.shape, folder)
     source = Checkpoint(checkpoint)
     model = families.resolve(source)
     result: dict[str, Any] = {

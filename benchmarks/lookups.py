@@ -25,7 +25,7 @@ import onnx
 import onnxruntime as ort
 import torch
 from machine import describe
-from make_checkpoint import write_checkpoint
+from make_checkpoint import made_checkpoint
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from page import Section, Table, machine_section, svg, write_page
@@ -184,9 +184,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="few repetitions")
     arguments = parser.parse_args()
     folder: Path = arguments.out or Path("build/benchmarks") / arguments.shape
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "checkpoint" / "config.json").exists():
-        write_checkpoint(arguments.shape, folder / "checkpoint")
+    made_checkpoint(arguments.shape, folder)
     result = {
         "shape": arguments.shape,
         "machine": describe(folder, threads=1),

@@ -87,6 +87,14 @@ def write_checkpoint(shape: str, out: Path) -> None:
         (out / "config.json").write_text(json.dumps(SHAPES[shape], indent=2))
 
 
+def made_checkpoint(shape: str, folder: Path) -> Path:
+    """`folder/checkpoint`, written if it is not there."""
+    checkpoint = folder / "checkpoint"
+    if not (checkpoint / "config.json").exists():  # it is written last
+        write_checkpoint(shape, checkpoint)
+    return checkpoint
+
+
 def _write_shard(path: Path, shapes: dict[str, tuple[int, ...]], bar: tqdm) -> None:
     header, position = {}, 0
     for name, shape in shapes.items():

@@ -21,15 +21,14 @@ from __future__ import annotations
 
 import argparse
 import bisect
-import json
 import random
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import litert_lm
+import peer
 
 SEED = 7
 GREEDY = litert_lm.SamplerConfig(top_k=1, top_p=1.0, temperature=1.0)
@@ -74,13 +73,6 @@ class Peer:
         }
 
 
-def resident_bytes() -> dict[str, int]:
-    """Anonymous and file-backed memory of this process. Source: proc(5)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: line.split() for line in lines}
-    return {name: int(fields[name][1]) * 1024 for name in ("RssAnon", "RssFile")}
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the model and time it."""
     repeat, decode_tokens, model = arguments.repeat, arguments.decode_tokens, arguments.model
@@ -88,15 +80,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     cache = not arguments.no_weight_cache
     litert_lm.set_min_log_severity(litert_lm.LogSeverity.ERROR)
     started = time.perf_counter()
-    peer = Peer(model, threads=arguments.threads, context=arguments.max_context, cache=cache)
+    engine = Peer(model, threads=arguments.threads, context=arguments.max_context, cache=cache)
     load_seconds = time.perf_counter() - started
-    peer.generate(arguments.prompt_tokens[0])
+    engine.generate(arguments.prompt_tokens[0])
     first_token_seconds = time.perf_counter() - started
     prefill = {
-        n: [peer.generate(n) for _ in range(repeat + 1)][1:] for n in arguments.prompt_tokens
+        n: [engine.generate(n) for _ in range(repeat + 1)][1:] for n in arguments.prompt_tokens
     }
     decode = [
-        peer.generate(arguments.context, decode_tokens=decode_tokens) for _ in range(repeat + 1)
+        engine.generate(arguments.context, decode_tokens=decode_tokens) for _ in range(repeat + 1)
     ][1:]
     return {
         "file": model.name,
@@ -121,31 +113,15 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "decode_tokens": decode_tokens,
             "tokens_per_second": [run["decode_per_second"] for run in decode],
         },
-        "resident_bytes": resident_bytes(),
+        "resident_bytes": peer.resident_bytes(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--prompt-tokens",
-        type=lambda text: [int(n) for n in text.split(",")],
-        default=[128, 512],
-    )
-    parser.add_argument("--decode-tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=128, help="tokens before the decoded ones")
+    parser = peer.parser(__doc__)
     parser.add_argument("--max-context", type=int, default=1024, help="that of write_litertlm.py")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-weight-cache", action="store_true", help="pack weights into memory")
-    parser.add_argument("--json", action="store_true", help="on one line")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    json.dump(result, sys.stdout, indent=None if arguments.json else 2)
-    print()
+    peer.run(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

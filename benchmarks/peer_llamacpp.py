@@ -18,12 +18,11 @@ import argparse
 import http.client
 import json
 import random
-import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
+import peer
 import xllamacpp
 
 SEED = 7
@@ -71,7 +70,7 @@ class Peer:
 def parameters(arguments: argparse.Namespace) -> xllamacpp.CommonParams:
     """llama.cpp's parameters: one slot, no caches across requests, as few surprises as possible."""
     params = xllamacpp.CommonParams()
-    params.model.path = str(arguments.gguf)
+    params.model.path = str(arguments.model)
     longest = max(*arguments.prompt_tokens, arguments.context + arguments.decode_tokens) + 1
     params.n_ctx = -(-longest // BLOCK) * BLOCK
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = arguments.threads
@@ -88,34 +87,27 @@ def parameters(arguments: argparse.Namespace) -> xllamacpp.CommonParams:
     return params
 
 
-def resident_bytes() -> dict[str, int]:
-    """Anonymous and file-backed memory of this process. Source: proc(5)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: line.split() for line in lines}
-    return {name: int(fields[name][1]) * 1024 for name in ("RssAnon", "RssFile")}
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the model and time it."""
     repeat, decode_tokens = arguments.repeat, arguments.decode_tokens
     params = parameters(arguments)
     started = time.perf_counter()
-    peer = Peer(params)
+    engine = Peer(params)
     load_seconds = time.perf_counter() - started
-    peer.generate(arguments.prompt_tokens[0])
+    engine.generate(arguments.prompt_tokens[0])
     first_token_seconds = time.perf_counter() - started
     prefill = {
-        n: [peer.generate(n)["prompt_per_second"] for _ in range(repeat + 1)][1:]
+        n: [engine.generate(n)["prompt_per_second"] for _ in range(repeat + 1)][1:]
         for n in arguments.prompt_tokens
     }
     decode = [
-        peer.generate(arguments.context, decode_tokens=decode_tokens) for _ in range(repeat + 1)
+        engine.generate(arguments.context, decode_tokens=decode_tokens) for _ in range(repeat + 1)
     ][1:]
     info = xllamacpp.get_system_info()
     return {
-        "file": arguments.gguf.name,
-        "file_bytes": arguments.gguf.stat().st_size,
-        "model": peer.meta,
+        "file": arguments.model.name,
+        "file_bytes": arguments.model.stat().st_size,
+        "model": engine.meta,
         "package": f"xllamacpp {version('xllamacpp')}",
         "build": xllamacpp.BUILD_INFO,
         "system_info": info.strip(" |"),
@@ -134,33 +126,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "decode_tokens": decode_tokens,
             "tokens_per_second": [t["predicted_per_second"] for t in decode],
         },
-        "resident_bytes": resident_bytes(),
+        "resident_bytes": peer.resident_bytes(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("gguf", type=Path)
-    parser.add_argument(
-        "--prompt-tokens",
-        type=lambda text: [int(n) for n in text.split(",")],
-        default=[128, 512],
-    )
-    parser.add_argument("--decode-tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=128, help="tokens before the decoded ones")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser = peer.parser(__doc__)
     parser.add_argument("--no-repack", action="store_true", help="keep weights as in the file")
     parser.add_argument(
         "--lazy", choices=LAZY, default="auto", help="map tables and read rows when used"
     )
-    parser.add_argument("--json", action="store_true", help="on one line")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    json.dump(result, sys.stdout, indent=None if arguments.json else 2)
-    print()
+    peer.run(parser.parse_args(), measure)
 
 
 if __name__ == "__main__":

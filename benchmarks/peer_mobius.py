@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai as genai
+import peer
 
 SEED = 7
 
@@ -60,30 +60,24 @@ class Peer:
         return first - started, last - first
 
 
-def resident_bytes() -> dict[str, int]:
-    """Anonymous and file-backed memory of this process. Source: proc(5)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = {line.split(":")[0]: line.split() for line in lines}
-    return {name: int(fields[name][1]) * 1024 for name in ("RssAnon", "RssFile")}
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Load the model and time it."""
     repeat, decode_tokens = arguments.repeat, arguments.decode_tokens
     started = time.perf_counter()
-    peer = Peer(arguments.folder, threads=arguments.threads)
+    engine = Peer(arguments.model, threads=arguments.threads)
     load_seconds = time.perf_counter() - started
-    peer.generate(arguments.prompt_tokens[0])
+    engine.generate(arguments.prompt_tokens[0])
     first_token_seconds = time.perf_counter() - started
     prefill = {
-        n: [peer.generate(n)[0] for _ in range(repeat + 1)][1:] for n in arguments.prompt_tokens
+        n: [engine.generate(n)[0] for _ in range(repeat + 1)][1:] for n in arguments.prompt_tokens
     }
     decode = [
-        peer.generate(arguments.context, decode_tokens=decode_tokens)[1] for _ in range(repeat + 1)
+        engine.generate(arguments.context, decode_tokens=decode_tokens)[1]
+        for _ in range(repeat + 1)
     ][1:]
     return {
-        "file": arguments.folder.name,
-        "file_bytes": sum(p.stat().st_size for p in arguments.folder.glob("model.onnx*")),
+        "file": arguments.model.name,
+        "file_bytes": sum(p.stat().st_size for p in arguments.model.glob("model.onnx*")),
         "package": ", ".join(
             f"{name} {version(name)}"
             for name in ("mobius-onnx", "onnxruntime-genai", "onnxruntime")
@@ -104,29 +98,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             "decode_tokens": decode_tokens,
             "tokens_per_second": [decode_tokens / seconds for seconds in decode],
         },
-        "resident_bytes": resident_bytes(),
+        "resident_bytes": peer.resident_bytes(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    parser.add_argument(
-        "--prompt-tokens",
-        type=lambda text: [int(n) for n in text.split(",")],
-        default=[128, 512],
-    )
-    parser.add_argument("--decode-tokens", type=int, default=64)
-    parser.add_argument("--context", type=int, default=128, help="tokens before the decoded ones")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="on one line")
-    arguments = parser.parse_args()
-    result = measure(arguments)
-    json.dump(result, sys.stdout, indent=None if arguments.json else 2)
-    print()
+    peer.run(peer.parser(__doc__).parse_args(), measure)
 
 
 if __name__ == "__main__":

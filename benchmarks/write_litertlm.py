@@ -8,8 +8,8 @@ before it is quantized, so E2B's true size is out of reach here.
 
 Recipes are those of the package `ai-edge-quantizer`. `gemma4_mixed48` is its own for Gemma 4:
 4 bits a weight with one scale a channel, in the head and both tables too, and 8 bits in the
-per-layer projections; `gemma4_mixed48_b32` has one scale a block of 32, as Q4_0 and our bundles
-do. `dynamic_wi8_afp32`, what `export_hf` takes when it is not asked, has 8 bits throughout.
+per-layer projections; `gemma4_mixed48_b32` has one scale a block of 32, as Q4_0 does.
+`dynamic_wi8_afp32`, what `export_hf` takes when it is not asked, has 8 bits throughout.
 
 Embeddings are external, as `export_hf` demands for this family. Every prompt length that is to be
 measured gets a prefill of that length, lest shorter ones be padded, and the cache has the context
