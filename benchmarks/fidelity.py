@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import pleexport
+from pleexport.errors import PleexportError
 
 SAMPLES = Path(__file__).parents[1] / "samples"
 _INT4 = {"weight_dtype": "int4", "table_dtype": "int8"}
@@ -47,7 +48,8 @@ LLAMACPP = "llama.cpp's Q4_0, head Q8_0"
 def formats(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The formats that a checkpoint is measured in, and their options."""
     config = checkpoint / "config.json"
-    known = config.exists() and json.loads(config.read_text())["model_type"].startswith("gemma4")
+    in_one_file = (checkpoint / "model.safetensors").is_file() and config.is_file()
+    known = in_one_file and json.loads(config.read_text())["model_type"].startswith("gemma4")
     return FORMATS | ({LLAMACPP: {}} if known else {})
 
 
@@ -154,7 +156,10 @@ def main() -> None:
     found: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for checkpoint, name in tqdm(work[:2] if arguments.quick else work, unit=" formats"):
-            measured = measure(checkpoint, name, Path(folder))
+            try:
+                measured = measure(checkpoint, name, Path(folder))
+            except PleexportError as err:
+                raise SystemExit(f"error: {err.message}") from None
             found.setdefault(checkpoint.name, {})[name] = measured
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / "fidelity.json").write_text(json.dumps({"checkpoints": found}, indent=2))

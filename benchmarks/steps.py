@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import pleexport
+from pleexport.errors import PleexportError
 
 CONTEXT = 128
 
@@ -47,7 +48,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    result = measure(arguments.bundle, arguments.threads, arguments.steps)
+    try:
+        result = measure(arguments.bundle, arguments.threads, arguments.steps)
+    except PleexportError as err:
+        raise SystemExit(f"error: {err.message}") from None
     if arguments.json:
         print(json.dumps(result))
     else:

@@ -75,30 +75,21 @@ EMBFORMER_CONFIG: dict[str, Any] = {
 }
 
 
-def create_gemma4() -> Gemma4ForCausalLM:
+def create_gemma4(**changes: int) -> Gemma4ForCausalLM:
     """Return a randomly initialised toy Gemma 4: eight layers, the last four share K and V."""
-    config = Gemma4TextConfig(
-        **_SHARED,
-        vocab_size=SHARED_VOCABULARY.size,
-        hidden_size=192,
-        intermediate_size=256,
-        use_double_wide_mlp=True,
-        global_head_dim=64,
-    )
-    return Gemma4ForCausalLM(config)
+    sizes = {
+        "vocab_size": SHARED_VOCABULARY.size,
+        "hidden_size": 192,
+        "intermediate_size": 256,
+        "use_double_wide_mlp": True,
+        "global_head_dim": 64,
+    }
+    return Gemma4ForCausalLM(Gemma4TextConfig(**(_SHARED | sizes | changes)))
 
 
 def create_gemma4_wide() -> Gemma4ForCausalLM:
-    """Return a toy Gemma 4 with rows as long as blocks of 256 want them; it is not shipped."""
-    config = Gemma4TextConfig(
-        **(_SHARED | {"head_dim": 64}),
-        vocab_size=SHARED_VOCABULARY.size,
-        hidden_size=512,
-        intermediate_size=512,
-        use_double_wide_mlp=True,
-        global_head_dim=128,
-    )
-    return Gemma4ForCausalLM(config)
+    """Return one with rows as long as blocks of 256 want them; it is not shipped."""
+    return create_gemma4(hidden_size=512, intermediate_size=512, head_dim=64, global_head_dim=128)
 
 
 def create_gemma3n() -> Gemma3nForCausalLM:
