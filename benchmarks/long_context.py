@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 import pleexport
 from pleexport import families
-from pleexport.checkpoint import Checkpoint
-from pleexport.families.base import CACHE_DTYPES
-from pleexport.inspection import cache_bytes
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.inspection.inspect import cache_bytes
+from pleexport.model import CACHE_DTYPES
 from pleexport.process import memory
 
 SHAPE_NAMES = ("gemma4-narrow", "embformer")

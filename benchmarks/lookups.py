@@ -32,10 +32,11 @@ from page import Section, Table, machine_section, svg, write_page
 from shapes import SHAPES
 
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.blob import Blob, write_blob
-from pleexport.blob.layout import TABLE_DTYPES
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
+from pleexport.export.blob_writer import write_blob
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.blob_layout import TABLE_DTYPES
 
 BATCHES = (1, 16, 512)
 Lookup = Callable[[NDArray[np.int64]], object]

@@ -2,7 +2,7 @@
 
     python benchmarks/write_gguf.py build/checkpoints/gemma4-e2b build/e2b-q4_0.gguf
 
-Needs `pip install gguf`. It reads the Hugging Face folder through `pleexport.checkpoint`. The
+Needs `pip install gguf`. It reads the Hugging Face folder through pleexport. The
 vocabulary is made up ("t0", "t1", ...): prompts are token ids. (A file that has none loads, but
 llama.cpp's server stops at the first token that it wants to print.)
 
@@ -29,7 +29,7 @@ from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
 
 ARCH = gguf.MODEL_ARCH.GEMMA4
 PREFIXES = ("model.language_model.", "model.")

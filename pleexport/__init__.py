@@ -5,13 +5,13 @@ import os
 # ONNX Runtime would write an id of this device, and send usage to its makers.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
-from pleexport.builder import build
-from pleexport.bundle import Bundle
 from pleexport.errors import PleexportError
-from pleexport.inspection import ModelInfo, inspect
-from pleexport.parity import ParityReport
-from pleexport.runner import Runner, Stats, Token
-from pleexport.verification import verify
+from pleexport.export.builder import build
+from pleexport.inspection.inspect import ModelInfo, inspect
+from pleexport.parity.compare import ParityReport
+from pleexport.parity.verify import verify
+from pleexport.runtime.bundle import Bundle
+from pleexport.runtime.runner import Runner, Stats, Token
 
 __all__ = [
     "Bundle",

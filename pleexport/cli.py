@@ -73,8 +73,8 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 
     Example: pleexport inspect my-gemma-4-E2B
     """
-    from pleexport.inspection import inspect as inspect_checkpoint
-    from pleexport.inspection import render
+    from pleexport.inspection.inspect import inspect as inspect_checkpoint
+    from pleexport.inspection.inspect import render
 
     info = inspect_checkpoint(checkpoint)
     _print_json(info) if as_json else typer.echo(render(info))
@@ -149,7 +149,7 @@ def build(
 
     Example: pleexport build my-gemma-4-E2B --target android --out phone-bundle
     """
-    from pleexport.builder import build as build_bundle
+    from pleexport.export.builder import build as build_bundle
 
     bundle = build_bundle(
         checkpoint,
@@ -172,7 +172,7 @@ def build(
     if as_json:
         _print_json({"bundle": str(bundle.path), **msgspec.to_builtins(bundle.manifest)})
         return
-    from pleexport.report import describe_bundle
+    from pleexport.show.report import describe_bundle
 
     typer.echo(describe_bundle(bundle))
 
@@ -196,8 +196,8 @@ def verify(
 
     Example: pleexport verify phone-bundle --checkpoint my-gemma-4-E2B --report parity.html
     """
-    from pleexport.report import describe_parity, write_html
-    from pleexport.verification import verify as verify_bundle
+    from pleexport.parity.verify import verify as verify_bundle
+    from pleexport.show.report import describe_parity, write_html
 
     if (report or text) and not checkpoint:
         what = "a report" if report else "a text"
@@ -257,8 +257,8 @@ def run(
 
     Example: pleexport run phone-bundle --prompt "In the beginning" --stats
     """
-    from pleexport.report import describe_stats
-    from pleexport.runner import Prompt, Runner
+    from pleexport.runtime.runner import Prompt, Runner
+    from pleexport.show.report import describe_stats
 
     if prompt is not None and ids is not None:
         raise errors.PleexportError("`--prompt` and `--ids` exclude each other")
@@ -315,8 +315,8 @@ def bench(
 
     Example: pleexport bench phone-bundle --prompt-tokens 128,512 --decode-tokens 64
     """
-    from pleexport.bench import bench as bench_bundle
-    from pleexport.bench import render
+    from pleexport.runtime.bench import bench as bench_bundle
+    from pleexport.runtime.bench import render
 
     lengths = _parse_ids(prompt_tokens)
     result = bench_bundle(

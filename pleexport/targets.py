@@ -12,10 +12,10 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import msgspec
 
-from pleexport.blob.layout import MINIMUM_PAGE_SIZE
+from pleexport.backends.onnx.storage import DEFAULT_BLOCK_SIZE, WeightFormat
 from pleexport.errors import TargetError
-from pleexport.families.base import CacheDtype
-from pleexport.graph.storage import DEFAULT_BLOCK_SIZE, WeightFormat
+from pleexport.model import CacheDtype
+from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.checkpoint import Checkpoint
-from pleexport.oracle import open_oracle
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
+from pleexport.parity.oracle import open_oracle
 
 CONTEXT = 256
 STRIDE = 128

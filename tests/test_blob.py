@@ -12,11 +12,12 @@ import xxhash
 from safetensors.numpy import load_file
 
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.blob import Blob, write_blob
-from pleexport.blob.layout import CHECKSUM_CHUNK_BYTES
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
 from pleexport.errors import BlobError, CheckFailed, CheckpointError, RunnerError
+from pleexport.export.blob_writer import write_blob
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.blob_layout import CHECKSUM_CHUNK_BYTES
 
 
 @pytest.fixture(scope="session")

@@ -18,9 +18,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pleexport.blob import Blob, write_blob
-from pleexport.blob.layout import Segment
-from pleexport.families.base import Table
+from pleexport.export.blob_writer import write_blob
+from pleexport.model import Table
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.blob_layout import Segment
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "blob-format.md"
 VECTORS = Path(__file__).with_name("vectors")

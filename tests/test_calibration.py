@@ -15,10 +15,10 @@ from transformers import AutoModelForCausalLM
 
 import pleexport
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.calibration import importance
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
 from pleexport.errors import CheckpointError, RunnerError, TargetError
+from pleexport.export.calibration import importance
 from pleexport.quantize import quantize_blocks
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(1, 100, 700)]  # two windows

@@ -15,8 +15,8 @@ from checkpoints import gemma4_multimodal
 
 import pleexport
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
 from pleexport.errors import CheckpointError, PleexportError, UnsupportedError
 
 Tensors = dict[str, Any]

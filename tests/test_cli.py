@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pleexport.bundle import staging_folder
 from pleexport.errors import BundleError
+from pleexport.runtime.bundle import staging_folder
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 

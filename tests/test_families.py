@@ -14,11 +14,11 @@ from family_checkpoints import embformer, lckv, llama_value_embeddings
 
 import pleexport
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.calibration import importance
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.oracle import open_oracle
+from pleexport.export.calibration import importance
+from pleexport.parity.oracle import open_oracle
 
 VARIATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "embformer": (embformer, {}),

@@ -14,10 +14,10 @@ import msgspec
 import pytest
 
 from pleexport import families, targets
-from pleexport.blob.layout import TABLE_DTYPES
+from pleexport.backends.onnx.storage import WeightFormat
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.graph.storage import WeightFormat
-from pleexport.inspection import ModelInfo, cache_bytes, estimate, inspect, render
+from pleexport.inspection.inspect import ModelInfo, cache_bytes, estimate, inspect, render
+from pleexport.runtime.blob_layout import TABLE_DTYPES
 
 PREFIX = "model.language_model."
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -448,7 +448,7 @@ def test_info_is_json(tiny: Path) -> None:
 
 def test_inspect_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys; from pleexport.inspection import inspect, render; "
+        "import sys; from pleexport.inspection.inspect import inspect, render; "
         "render(inspect(sys.argv[1])); "
         "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     )

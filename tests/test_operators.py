@@ -10,9 +10,9 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from pleexport.graph.attention import ATTEND_IN_BLOCKS
-from pleexport.graph.expansion import DOMAIN, Operator, expand
-from pleexport.graph.recurrence import WKV7
+from pleexport.backends.onnx.attention import ATTEND_IN_BLOCKS
+from pleexport.backends.onnx.expansion import DOMAIN, Operator, expand
+from pleexport.backends.onnx.recurrence import WKV7
 
 BLOCK, HEAD_DIM, VALUE_DIM = 8, 4, 6
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}

@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 import pleexport
-from pleexport import families, raising
-from pleexport.binding import Binding
-from pleexport.checkpoint import Checkpoint
-from pleexport.oracle import TransformersOracle
+from pleexport import families
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
+from pleexport.parity import widening as raising
+from pleexport.parity.oracle import TransformersOracle
 
 UNTIED = {"tie_word_embeddings": False, "attention_bias": True}
 CHECKPOINTS: dict[str, tuple[Callable[..., Path], dict[str, Any]]] = {

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 import pleexport
-from pleexport import session
+from pleexport.backends.onnx import session
 from pleexport.errors import RunnerError
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"

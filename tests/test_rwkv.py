@@ -16,9 +16,9 @@ from rwkv_checkpoints import VARIANTS, rwkv, rwkv_tensors
 from safetensors.torch import save_file
 
 import pleexport
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, RunnerError, UnsupportedError
-from pleexport.oracle import StepOracle
+from pleexport.parity.oracle import StepOracle
 from pleexport.references.rwkv import RwkvReference
 
 UNEVEN: dict[str, Any] = {

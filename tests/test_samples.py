@@ -9,8 +9,8 @@ from family_checkpoints import EMBFORMER
 from rwkv_checkpoints import rwkv_tensors
 
 from pleexport import families
-from pleexport.checkpoint import Checkpoint
-from pleexport.families.base import Reference
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.model import Reference
 from pleexport.references.embformer import EmbformerReference
 from pleexport.references.rwkv import RwkvReference
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pleexport.errors import BundleError, RunnerError
-from pleexport.sampling import Sampling
-from pleexport.text import StopStrings, Text, tokenizer_files
+from pleexport.runtime.sampling import Sampling
+from pleexport.runtime.tokenizer import StopStrings, Text, tokenizer_files
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pleexport.families.base import Weight
-from pleexport.graph.storage import BITS, BLOCK_SIZES, WeightFormat
+from pleexport.backends.onnx.storage import BITS, BLOCK_SIZES, WeightFormat
+from pleexport.model import Weight
 from pleexport.quantize import quantize_blocks
 
 

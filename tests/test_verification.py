@@ -18,14 +18,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
 from pleexport import families
-from pleexport.binding import Binding
-from pleexport.blob import Blob
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
 from pleexport.errors import CheckFailed
 from pleexport.families import gemma
-from pleexport.oracle import open_oracle
-from pleexport.parity import check_text
-from pleexport.report import describe_parity, write_html
+from pleexport.parity.compare import check_text
+from pleexport.parity.oracle import open_oracle
+from pleexport.runtime.blob import Blob
+from pleexport.show.report import describe_parity, write_html
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma3n"])
@@ -169,7 +169,7 @@ def test_rows_that_are_no_numbers_fail(gemma4_checkpoint: Path, tmp_path: Path) 
 def test_a_window_that_is_ignored_fails_also_where_it_is_wide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pleexport import layers
+    from pleexport.families import layers
 
     folder = gemma4(tmp_path / "checkpoint", sliding_window=400)
     real = layers.attention_bias

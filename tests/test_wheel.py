@@ -37,5 +37,5 @@ def test_the_wheel_finds_its_targets_and_runs_bundles(gemma4_bundle: Path, tmp_p
     assert Path(place).is_relative_to(installed)
     assert names == "['android', 'ios', 'laptop', 'raspberry-pi', 'web']"
     assert shape == "(2, 120)"
-    for file in ("report.html", "parity_text.txt"):
+    for file in ("show/report.html", "parity/parity_text.txt"):
         assert (installed / "pleexport" / file).is_file()

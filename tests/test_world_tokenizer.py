@@ -13,8 +13,8 @@ from rwkv_checkpoints import rwkv
 
 import pleexport
 from pleexport.errors import BundleError, CheckpointError
-from pleexport.text import open_text, tokenizer_files
-from pleexport.world_tokenizer import VOCABULARY, WorldTokenizer
+from pleexport.runtime.tokenizer import open_text, tokenizer_files
+from pleexport.runtime.world_tokenizer import VOCABULARY, WorldTokenizer
 
 SENTENCES = [
     "The quick brown fox jumps over the lazy dog.  12345\n\n\tdef f(x):",

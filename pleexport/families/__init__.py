@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pleexport.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import (
     embformer,
@@ -14,7 +14,7 @@ from pleexport.families import (
     llama_value_embeddings,
     rwkv,
 )
-from pleexport.families.base import Family, Model, UnconfiguredFamily
+from pleexport.model import Family, Model, UnconfiguredFamily
 
 FAMILIES: tuple[Family, ...] = (gemma4, gemma3n, embformer, lckv, llama_value_embeddings)
 UNCONFIGURED: tuple[UnconfiguredFamily, ...] = (rwkv,)

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from pleexport.families.base import CONTEXT_BLOCK, Cache, GraphInputs, Precision, Unused, Weight
 from pleexport.families.config_reader import ConfigReader
+from pleexport.model import CONTEXT_BLOCK, Cache, GraphInputs, Precision, Unused, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 
 def read_eos(config: dict[str, Any], text: ConfigReader) -> tuple[int, ...]:
@@ -69,7 +69,7 @@ def head_weight(
 
 def gated_mlp(w: Parameters, x_BTH: Tensor, activation: str) -> Tensor:
     """A gated feed-forward part, `[B, T, H]`."""
-    from pleexport import layers
+    from pleexport.families import layers
 
     gate = layers.activation(activation, w.linear("gate_proj", x_BTH))
     return w.linear("down_proj", gate * w.linear("up_proj", x_BTH))
@@ -98,7 +98,7 @@ class AttentionContext:
 
     def angles(self, name: str) -> tuple[Tensor, Tensor]:
         """Rotary angles of the query positions."""
-        from pleexport import layers
+        from pleexport.families import layers
 
         if name not in self._angles:
             self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
@@ -106,7 +106,7 @@ class AttentionContext:
 
     def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
         """Put a layer's new keys and values into its cache."""
-        from pleexport import layers
+        from pleexport.families import layers
 
         self.caches[layer] = layers.update_cache(
             self.caches[layer], keys_BTND, values_BTND, self._inputs.position_ids
@@ -124,7 +124,7 @@ class AttentionContext:
         """
         import torch
 
-        from pleexport import layers
+        from pleexport.families import layers
 
         cache, query_ids = self.caches[source], self._query_ids
         if strict:

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families import decoder, llama
-from pleexport.families.base import (
+from pleexport.families.config_reader import ConfigReader
+from pleexport.model import (
     ACTIVATIONS,
     Cache,
     GraphInputs,
@@ -19,14 +20,13 @@ from pleexport.families.base import (
     Reference,
     Table,
 )
-from pleexport.families.config_reader import ConfigReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 MODEL_TYPES = ("embformer",)
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -61,7 +61,7 @@ class EmbformerConfig:
 
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
-    """Read a config.json; see `families.base.Family.configure`."""
+    """Read a config.json; see `model.Family.configure`."""
     reader = ConfigReader(config, where="config.json")
     c = _read(reader)
     head, unused = decoder.head_weight(config, reader, vocab=c.vocab, hidden=c.hidden, tied=False)
@@ -162,7 +162,7 @@ class _Forward:
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
         import torch
 
-        from pleexport import layers
+        from pleexport.families import layers
 
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
         context = decoder.AttentionContext(w, inputs, c.caches if self.keeps else ())

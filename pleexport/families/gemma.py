@@ -12,21 +12,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families.base import (
+from pleexport.families.config_reader import ConfigReader
+from pleexport.families.decoder import AttentionContext, linear
+from pleexport.families.rope import inverse_frequencies
+from pleexport.model import (
     Cache,
     Table,
     Unused,
     Weight,
     rounded,
 )
-from pleexport.families.config_reader import ConfigReader
-from pleexport.families.decoder import AttentionContext, linear
-from pleexport.families.rope import inverse_frequencies
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
 LAYER_TYPES = ("sliding_attention", "full_attention")
@@ -280,7 +280,7 @@ def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext
     Norms come before the rotation; values are normalised without a weight; the scale is 1.
     Source: transformers `Gemma4TextAttention`, `Gemma3nTextAttention`.
     """
-    from pleexport import layers
+    from pleexport.families import layers
 
     query = layers.split_last(w.linear("q_proj", x_BTH), a.heads, a.head_dim)
     query = w.rms_norm("q_norm", query, a.eps)
@@ -307,7 +307,7 @@ def per_layer_inputs(
 
     Source: transformers `Gemma4TextModel.project_per_layer_inputs`.
     """
-    from pleexport import layers
+    from pleexport.families import layers
 
     identity_BTLP, embeds_BTH = rows["per_layer_inputs"], rows["inputs_embeds"]
     context = w.linear("per_layer_model_projection", embeds_BTH) * projection_scale
@@ -321,7 +321,7 @@ def gate_per_layer_input(
     w: Parameters, x_BTH: Tensor, per_layer_BTP: Tensor, *, activation: str, eps: float
 ) -> Tensor:
     """What one layer's per-layer vector adds to the hidden state, `[B, T, H]`."""
-    from pleexport import layers
+    from pleexport.families import layers
 
     gate = layers.activation(activation, w.linear("per_layer_input_gate", x_BTH))
     return w.rms_norm(

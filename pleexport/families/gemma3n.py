@@ -11,7 +11,8 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families import decoder, gemma
-from pleexport.families.base import (
+from pleexport.families.config_reader import ConfigReader
+from pleexport.model import (
     ACTIVATIONS,
     GraphInputs,
     GraphOutputs,
@@ -21,12 +22,11 @@ from pleexport.families.base import (
     Weight,
     rounded,
 )
-from pleexport.families.config_reader import ConfigReader
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 MODEL_TYPES = ("gemma3n", "gemma3n_text")
 DEFAULT_THETA = {"full_attention": 1_000_000.0, "sliding_attention": 10_000.0}
@@ -59,7 +59,7 @@ class Gemma3nConfig:
 
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
-    """Read a config.json; see `families.base.Family.configure`."""
+    """Read a config.json; see `model.Family.configure`."""
     multimodal = "text_config" in config
     text = gemma.open_config(config)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
@@ -124,7 +124,7 @@ class _Forward:
     config: Gemma3nConfig
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
-        from pleexport import layers
+        from pleexport.families import layers
 
         config = self.config
         context = decoder.AttentionContext(w, inputs, gemma.caches(config.attentions))
@@ -188,7 +188,7 @@ class _Forward:
 
     def _feed_forward(self, w: Parameters, index: int, x_BTH: Tensor) -> Tensor:
         """Gated MLP whose gate keeps only what is far above its mean. Source: `_gaussian_topk`."""
-        from pleexport import layers
+        from pleexport.families import layers
 
         gate, sparsity = w.linear("gate_proj", x_BTH), self.config.sparsity[index]
         if sparsity > 0:
@@ -206,7 +206,7 @@ class _Forward:
 
     def _predict(self, w: Parameters, streams_BTSH: Tensor) -> Tensor:
         """AltUp's prediction of every stream. Source: arXiv 2301.13310, algorithm 1."""
-        from pleexport import layers
+        from pleexport.families import layers
 
         modalities = self._modalities(w, streams_BTSH[:, :, self.config.active])
         mix_BTSS = layers.split_last(

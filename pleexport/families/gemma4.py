@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import decoder, gemma
-from pleexport.families.base import (
+from pleexport.families.config_reader import ConfigReader
+from pleexport.model import (
     ACTIVATIONS,
     GraphInputs,
     GraphOutputs,
@@ -19,10 +20,9 @@ from pleexport.families.base import (
     Unused,
     Weight,
 )
-from pleexport.families.config_reader import ConfigReader
 
 if TYPE_CHECKING:
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 MODEL_TYPES = ("gemma4", "gemma4_text")
 # Ids that stand for image, video and audio features, with the ids that transformers defaults to.
@@ -42,7 +42,7 @@ class Gemma4Config:
 
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
-    """Read a config.json; see `families.base.Family.configure`."""
+    """Read a config.json; see `model.Family.configure`."""
     text = gemma.open_config(config)
     _refuse_variants(text)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
@@ -98,7 +98,7 @@ class _Forward:
     config: Gemma4Config
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
-        from pleexport import layers
+        from pleexport.families import layers
 
         config = self.config
         context = decoder.AttentionContext(w, inputs, gemma.caches(config.attentions))

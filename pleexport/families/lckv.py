@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families import decoder, llama
-from pleexport.families.base import Cache, GraphInputs, GraphOutputs, Model, Reference
 from pleexport.families.config_reader import ConfigReader
+from pleexport.model import Cache, GraphInputs, GraphOutputs, Model, Reference
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 MODEL_TYPES = ("lckv-llama",)
 DEFAULT_WINDOW = 4096
@@ -43,7 +43,7 @@ class Target:
 
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
-    """Read a config.json; see `families.base.Family.configure`."""
+    """Read a config.json; see `model.Family.configure`."""
     reader = ConfigReader(config, where="config.json")
     c = llama.read_config(reader)
     for name in APPROXIMATIONS:

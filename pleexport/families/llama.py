@@ -7,16 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import UnsupportedError
-from pleexport.families.base import (
-    ACTIVATIONS,
-    Cache,
-    Forward,
-    GraphInputs,
-    MakeReference,
-    Model,
-    Table,
-    Weight,
-)
 from pleexport.families.config_reader import ConfigReader
 from pleexport.families.decoder import (
     AttentionContext,
@@ -27,11 +17,21 @@ from pleexport.families.decoder import (
     read_eos,
 )
 from pleexport.families.rope import inverse_frequencies
+from pleexport.model import (
+    ACTIVATIONS,
+    Cache,
+    Forward,
+    GraphInputs,
+    MakeReference,
+    Model,
+    Table,
+    Weight,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 INV_FREQ = "rotary_emb.inv_freq"
 PREFIXES = ("model.", "")
@@ -197,7 +197,7 @@ def build_model(
 
 def query(w: Parameters, x_BTH: Tensor, c: LlamaConfig, context: AttentionContext) -> Tensor:
     """Rotated queries `[B, T, N, D]`, scaled."""
-    from pleexport import layers
+    from pleexport.families import layers
 
     heads = layers.split_last(w.linear("q_proj", x_BTH), c.heads, c.head_dim)
     rotated: Tensor = layers.rotate(heads, context.angles(INV_FREQ)) * c.head_dim**-0.5
@@ -208,7 +208,7 @@ def key_value(
     w: Parameters, x_BTH: Tensor, c: LlamaConfig, context: AttentionContext
 ) -> tuple[Tensor, Tensor]:
     """Rotated keys and plain values, both `[B, T, K, D]`."""
-    from pleexport import layers
+    from pleexport.families import layers
 
     key, value = (
         layers.split_last(w.linear(name, x_BTH), c.kv_heads, c.head_dim)

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families import decoder, llama
-from pleexport.families.base import Cache, GraphInputs, GraphOutputs, Model, Reference, Table
 from pleexport.families.config_reader import ConfigReader
+from pleexport.model import Cache, GraphInputs, GraphOutputs, Model, Reference, Table
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 MODEL_TYPES = ("llama_value_embeddings",)
 
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
-    """Read a config.json; see `families.base.Family.configure`."""
+    """Read a config.json; see `model.Family.configure`."""
     reader = ConfigReader(config, where="config.json")
     c = llama.read_config(reader)
     with_table = _layers_with_table(reader, c.layers)

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families.base import (
+from pleexport.families.decoder import linear
+from pleexport.model import (
     CONTEXT_BLOCK,
     Cache,
     Fold,
@@ -32,12 +33,11 @@ from pleexport.families.base import (
     Unused,
     Weight,
 )
-from pleexport.families.decoder import linear
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pleexport.layers import Parameters
+    from pleexport.families.layers import Parameters
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -108,7 +108,7 @@ VARIANTS = (
 
 
 def recognize(shapes: Shapes) -> Model | None:
-    """See `families.base.UnconfiguredFamily.recognize`."""
+    """See `model.UnconfiguredFamily.recognize`."""
     if not {"emb.weight", "blocks.0.att.receptance.weight"} <= shapes.keys():
         return None
     for variant in VARIANTS:
@@ -399,7 +399,7 @@ class _Layer:
         import torch
         import torch.nn.functional as F  # noqa: N812
 
-        from pleexport import layers
+        from pleexport.families import layers
 
         w = self._block.below("att")
         shift = self._shifted("att_x", x_BTC) - x_BTC
@@ -431,7 +431,7 @@ class _Layer:
         """What the feed-forward part adds, `[B, T, C]`."""
         import torch
 
-        from pleexport import layers
+        from pleexport.families import layers
 
         w, row = self._block.below("ffn"), self._rows["deep_embeds"]
         shifted = x_BTC + (self._shifted("ffn_x", x_BTC) - x_BTC) * w["x_k"]
@@ -456,7 +456,7 @@ class _Layer:
         """
         import torch
 
-        from pleexport import layers
+        from pleexport.families import layers
 
         w = self._block.below("qkv")
 
@@ -486,12 +486,12 @@ class _Layer:
 
     def _shifted(self, state: str, x_BTC: Tensor) -> Tensor:
         """For each token what the one before had; keeps the last for the next call."""
-        from pleexport import layers
+        from pleexport.families import layers
 
         self.after[state] = x_BTC[:, -1]
         return layers.token_shift(x_BTC, self._before[state])
 
     def _heads(self, x_BTC: Tensor) -> Tensor:
-        from pleexport import layers
+        from pleexport.families import layers
 
         return layers.split_last(x_BTC, self._sizes.heads, self._sizes.head_size)

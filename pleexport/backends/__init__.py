@@ -1,0 +1,1 @@
+"""The runtime formats that are written and run."""

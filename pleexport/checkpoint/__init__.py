@@ -1,0 +1,1 @@
+"""Open trained checkpoints, and match their tensors with a model's."""

@@ -1,0 +1,220 @@
+"""Match a model's tensors to a checkpoint's, and say everything that does not fit."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.errors import CheckpointError
+from pleexport.model import Model, Rows, Table, Weight
+from pleexport.safetensors_file import DTYPES, TensorEntry
+
+FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
+_MAX_PROBLEMS_SHOWN = 20
+_ROWS_COMPARED = 4096
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A part of the checkpoint that is not converted: a tower of a multimodal model."""
+
+    name: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+class Binding:
+    """A model whose tensors were all found in a checkpoint.
+
+    Raises:
+        CheckpointError: tensors are missing, have the wrong shape or dtype, or are used by nothing;
+            all of them are named at once, with the nearest known name.
+    """
+
+    def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.prefix = _text_prefix(model, checkpoint)
+        self._whole: dict[str, NDArray[np.float32]] = {}
+        self.left_out, self.ignored = self._check()
+
+    def entries(self, item: Table | Weight) -> list[TensorEntry]:
+        """The checkpoint's tensors behind a table or a weight that is not a constant."""
+        keys = item.keys if isinstance(item, Table) else (item.source_key,)
+        return [self.checkpoint.entries[self._full_name(key)] for key in keys]
+
+    @property
+    def dtype(self) -> str:
+        """The checkpoint's dtype, e.g. "BF16"."""
+        return self.checkpoint.dtype
+
+    def rows(self, table: Table, rows: Rows) -> NDArray[np.generic]:
+        """Rows `[n, row width]` of a table in its source dtype; a slice is not copied if it need
+        not be.
+
+        A tensor that is stored in another dtype than the config names is rounded to the config's,
+        as the original does when it loads it.
+        """
+        if table.fold:
+            return table.fold.compute(self._read, rows)
+        dtype = DTYPES[self.dtype]
+        parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def matrix(self, weight: Weight) -> NDArray[np.generic]:
+        """A view of a weight in its stored dtype; `raised` makes numbers of it."""
+        array = self._array(weight.source_key)
+        return array.T if weight.transposed else array.reshape(weight.shape)
+
+    def values(self, weight: Weight) -> NDArray[np.float32]:
+        """A whole weight in float32."""
+        if weight.constant is not None:
+            return weight.constant
+        return self.raised(self.matrix(weight))
+
+    def raised(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
+        """A copy of stored values in float32, rounded to the checkpoint's dtype first."""
+        return values.astype(DTYPES[self.dtype], copy=False).astype(np.float32)
+
+    def vectors(self, table: Table, ids: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What token ids look up: `[T, width]`, or `[T, layers, width]`, multiplier applied."""
+        aliases = self.model.row_aliases
+        rows = table.source_rows(np.array([aliases.get(int(i), int(i)) for i in ids], np.int64))
+        vectors = self.rows(table, rows).astype(np.float32) * np.float32(table.multiplier)
+        return vectors if table.layers is None else vectors.reshape(len(ids), table.layers, -1)
+
+    def check_tied_head(self) -> None:
+        """Refuse a head that the config ties and the files contradict; reads both.
+
+        Raises:
+            CheckpointError: the file's own head differs from what it is tied to.
+        """
+        for weight in self.model.weights:
+            own = self._full_name(weight.name)
+            if weight.key is None or own not in self.checkpoint.entries:
+                continue
+            (tied_to,) = self.entries(weight)
+            mine, tied = self.checkpoint.array(own), self.checkpoint.array(tied_to.name)
+            for begin in range(0, len(mine), _ROWS_COMPARED):
+                rows = slice(begin, begin + _ROWS_COMPARED)
+                if not np.array_equal(mine[rows], tied[rows]):
+                    raise CheckpointError(
+                        f"`{self.checkpoint.path}` ties its head to `{weight.key}`, but holds a "
+                        f"different `{own}`",
+                        hint="set `tie_word_embeddings` to false in config.json, or remove the "
+                        "tensor",
+                    )
+
+    def _array(self, key: str) -> NDArray[np.generic]:
+        array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))
+        return array
+
+    def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
+        if isinstance(rows, slice) and rows == slice(None):  # every batch of rows needs it
+            if key not in self._whole:
+                self._whole[key] = self._array(key).astype(np.float32, order="C")
+            return self._whole[key]
+        return self._array(key)[rows].astype(np.float32, order="C")
+
+    def _full_name(self, key: str) -> str:
+        for name in _candidates(self.prefix, key):
+            if name in self.checkpoint.entries:
+                return name
+        return self.prefix + key
+
+    def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for table in self.model.tables:
+            for key, shape in table.sources.items():
+                yield self._full_name(key), shape
+        for weight in self.model.weights:
+            if weight.constant is None:
+                yield self._full_name(weight.source_key), weight.source_shape
+
+    def _check(self) -> tuple[list[LeftOut], list[str]]:
+        entries, expected = self.checkpoint.entries, dict(self._expected())
+        problems = []
+        unused = {self._full_name(key) for key in self.model.unused}
+        towers: dict[str, list[TensorEntry]] = {}
+        unknown = []
+        for name, entry in entries.items():
+            if name in expected or name in unused:
+                continue
+            tower = _tower(self.model, name)
+            if tower is None:
+                unknown.append(name)
+            else:
+                towers.setdefault(tower, []).append(entry)
+        missing = [name for name in expected if name not in entries]
+        for name in missing:
+            problems.append(f"tensor `{name}` is missing{_nearest(name, unknown)}")
+        for name in unknown:
+            problems.append(f"tensor `{name}` is used by nothing{_nearest(name, missing)}")
+        for name, shape in expected.items():
+            if name in entries and entries[name].shape != shape:
+                problems.append(
+                    f"tensor `{name}` has shape {list(entries[name].shape)}; "
+                    f"the model has {list(shape)}"
+                )
+            elif name in entries and entries[name].dtype not in FLOAT_DTYPES:
+                problems.append(
+                    f"tensor `{name}` has dtype {entries[name].dtype}; "
+                    f"expected one of {', '.join(FLOAT_DTYPES)}"
+                )
+        if problems:
+            raise _everything(self.checkpoint, problems)
+        left_out = [
+            LeftOut(name, len(es), sum(e.size for e in es), sum(e.nbytes for e in es))
+            for name, es in towers.items()
+        ]
+        return left_out, sorted(name for name in unused if name in entries)
+
+
+def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
+    key = model.tables[0].keys[0]
+    for prefix in model.text_prefixes:
+        if prefix + key in checkpoint.entries:
+            return prefix
+    if not checkpoint.entries:
+        raise CheckpointError(
+            f"`{checkpoint.path}` holds no safetensors files",
+            hint="`pleexport inspect` works without weights; a build needs them",
+        )
+    near = _nearest(model.text_prefixes[0] + key, list(checkpoint.entries))
+    raise CheckpointError(
+        f"`{checkpoint.path}` has no tensor `{key}` under any of the known prefixes "
+        f"{', '.join(repr(p) for p in model.text_prefixes)}{near}"
+    )
+
+
+def _candidates(prefix: str, key: str) -> tuple[str, ...]:
+    """Names that a key may have; a head lies beside the text model, not inside it."""
+    return prefix + key, prefix.removesuffix("model.") + key, key
+
+
+def _tower(model: Model, name: str) -> str | None:
+    parts = name.removeprefix("model.").split(".")
+    return model.ignored_prefixes.get(parts[0])
+
+
+def _nearest(name: str, candidates: list[str]) -> str:
+    """A hint at the candidate that looks most alike, the layer number counting in full."""
+    matches = difflib.get_close_matches(name, candidates, n=1, cutoff=0.85)
+    return f" (the nearest name is `{matches[0]}`)" if matches else ""
+
+
+def _everything(checkpoint: Checkpoint, problems: list[str]) -> CheckpointError:
+    shown = problems[:_MAX_PROBLEMS_SHOWN]
+    if len(problems) > len(shown):
+        shown.append(f"and {len(problems) - len(shown)} more")
+    if len(shown) == 1:
+        return CheckpointError(f"`{checkpoint.path}`: {shown[0]}")
+    listed = "".join(f"\n  - {problem}" for problem in shown)
+    return CheckpointError(
+        f"`{checkpoint.path}` does not fit the model, {len(problems)} problems:{listed}"
+    )

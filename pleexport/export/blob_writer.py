@@ -1,0 +1,199 @@
+"""Stream a model's tables into a blob, a few thousand rows at a time."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from pleexport.checkpoint.matching import Binding
+from pleexport.errors import CheckpointError
+from pleexport.model import Model, Table
+from pleexport.parallel import map_in_order
+from pleexport.quantize import pack_nibbles, quantize_rows
+from pleexport.runtime.blob_layout import (
+    CHECKSUM_CHUNK_BYTES,
+    CHECKSUMS,
+    FLOAT_DTYPES,
+    FORMAT,
+    ROWS,
+    VERSION,
+    Segment,
+    align,
+    plan_segments,
+    row_stride,
+)
+
+_BATCH_BYTES = 2 << 20
+
+
+def blob_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
+    """Size of the file that `write_blob` writes."""
+    rows = model.num_rows * row_stride(segments)
+    header = _header_bytes(model, segments, page_size)
+    return header + rows + 8 * -(-rows // CHECKSUM_CHUNK_BYTES)
+
+
+def write_blob(
+    binding: Binding,
+    path: Path,
+    *,
+    table_dtype: str,
+    page_size: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Write all tables to `path`.
+
+    Args:
+        table_dtype: "source", or a segment dtype.
+        page_size: bytes; the rows begin at a multiple of it.
+        progress: called with the number of bytes written since its last call.
+    Returns:
+        a digest of the source tables.
+    Raises:
+        CheckpointError: a table holds values that cannot be stored in the dtype.
+    Source: docs/blob-format.md.
+    """
+    model = binding.model
+    segments = plan_segments(model.tables, table_dtype, binding.dtype)
+    stride = row_stride(segments)
+    batch_rows = max(1, _BATCH_BYTES // stride)
+    header_bytes = _header_bytes(model, segments, page_size)
+    checksums = _Checksums()
+    digests = {table.name: xxhash.xxh3_128() for table in model.tables}
+    own = {t.name: [s for s in segments if s.table == t.name] for t in model.tables}
+
+    def encode(begin: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.generic]]]:
+        ids = np.arange(begin, min(begin + batch_rows, model.num_rows))
+        batch = np.zeros((len(ids), stride), dtype=np.uint8)
+        sources = {}
+        for table in model.tables:
+            sources[table.name] = source = _source_rows(binding, table, ids)
+            _encode(batch, source, table, own[table.name])
+        return batch, sources
+
+    with path.open("wb") as file:
+        file.seek(header_bytes)
+        for batch, sources in map_in_order(encode, range(0, model.num_rows, batch_rows)):
+            for name, source in sources.items():
+                digests[name].update(np.ascontiguousarray(source).view(np.uint8).data)
+            file.write(batch.data)
+            checksums.update(batch)
+            progress(batch.nbytes)
+        file.write(checksums.finish().tobytes())
+        digest = "xxh3-128:" + "".join(digests[t.name].hexdigest() for t in model.tables)
+        file.seek(0)
+        file.write(_header(model, segments, page_size, digest))
+    return digest
+
+
+def _source_rows(binding: Binding, table: Table, ids: NDArray[np.int64]) -> NDArray[np.generic]:
+    rows = table.source_rows(ids)
+    contiguous = rows[-1] - rows[0] == len(rows) - 1
+    return binding.rows(table, slice(rows[0], rows[-1] + 1) if contiguous else rows)
+
+
+def _encode(
+    batch: NDArray[np.uint8], source: NDArray[np.generic], table: Table, own: list[Segment]
+) -> None:
+    """Write one table's segments of a batch of rows; all segments of a table are alike."""
+    first, count = own[0], len(own)
+    pitch = own[1].offset - first.offset if count > 1 else align(first.end - first.offset, 16)
+    area = batch[:, first.offset : first.offset + pitch * count]
+    # The last segment of a row may end before a full pitch; a strided view stays inside the batch.
+    slots = np.lib.stride_tricks.as_strided(
+        area, (len(batch), count, first.end - first.offset), (batch.strides[0], pitch, 1)
+    )
+    values = source.reshape(len(batch), count, table.width)
+    if first.group_size is None:
+        with np.errstate(over="ignore"):
+            raw = values.astype(FLOAT_DTYPES[first.dtype], order="C")
+        if raw.dtype != values.dtype and not np.isfinite(raw).all():
+            raise CheckpointError(
+                f"table `{table.name}` holds values that are not finite in {first.dtype}",
+                hint="`--table-dtype source` keeps the values as they are",
+            )
+        slots[:] = raw.view(np.uint8).reshape(slots.shape)
+        return
+    bits = 8 if first.dtype == "int8" else 4
+    try:
+        codes, scales = quantize_rows(
+            values.astype(np.float32), bits=bits, group_size=first.group_size
+        )
+    except ValueError as err:
+        raise CheckpointError(
+            f"table `{table.name}` cannot be stored as {first.dtype}: {err}",
+            hint="`--table-dtype source` keeps the values as they are",
+        ) from err
+    assert first.scale_offset is not None
+    slots[..., : first.code_bytes] = codes.view(np.uint8) if bits == 8 else pack_nibbles(codes)
+    begin = first.scale_offset - first.offset
+    slots[..., begin:] = scales.view(np.uint8).reshape(*scales.shape[:-1], -1)
+
+
+class _Checksums:
+    """xxh3-64 of each chunk of the rows, fed in batches of any size."""
+
+    def __init__(self) -> None:
+        self._digests: list[int] = []
+        self._hash = xxhash.xxh3_64()
+        self._filled = 0
+
+    def update(self, batch: NDArray[np.uint8]) -> None:
+        data = batch.reshape(-1)
+        while len(data):
+            part = data[: CHECKSUM_CHUNK_BYTES - self._filled]
+            self._hash.update(part.data)
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == CHECKSUM_CHUNK_BYTES:
+                self._close()
+
+    def finish(self) -> NDArray[np.uint64]:
+        if self._filled:
+            self._close()
+        return np.array(self._digests, dtype="<u8")
+
+    def _close(self) -> None:
+        self._digests.append(self._hash.intdigest())
+        self._hash.reset()
+        self._filled = 0
+
+
+def _header_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
+    digest = "xxh3-128:" + "0" * 32 * len(model.tables)
+    return len(_header(model, segments, page_size, digest))
+
+
+def _header(model: Model, segments: list[Segment], page_size: int, source_digest: str) -> bytes:
+    """The safetensors header, padded so that the rows begin at a multiple of the page size."""
+    row_bytes = model.num_rows * row_stride(segments)
+    chunks = -(-row_bytes // CHECKSUM_CHUNK_BYTES)
+    header = {
+        "__metadata__": {
+            "format": FORMAT,
+            "version": VERSION,
+            "page_size": str(page_size),
+            "row_aliases": json.dumps(sorted([i, row] for i, row in model.row_aliases.items())),
+            "segments": msgspec.json.encode(segments).decode(),
+            "source_digest": source_digest,
+        },
+        ROWS: {
+            "dtype": "U8",
+            "shape": [model.num_rows, row_stride(segments)],
+            "data_offsets": [0, row_bytes],
+        },
+        CHECKSUMS: {
+            "dtype": "U64",
+            "shape": [chunks],
+            "data_offsets": [row_bytes, row_bytes + 8 * chunks],
+        },
+    }
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw = raw.ljust(align(8 + len(raw), page_size) - 8)
+    return len(raw).to_bytes(8, "little") + raw

@@ -1,1 +1,0 @@
-"""From a model's dense part to a file that a runtime executes."""

@@ -1,0 +1,413 @@
+"""What every family tells the rest of the program about a model.
+
+A family turns a config into a `Model`: its tables, its dense weights, its caches, and the function
+that computes logits from them. Nothing here imports torch, so that `inspect` runs without it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.errors import UnsupportedError
+from pleexport.safetensors_file import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pleexport.families.layers import Parameters
+
+Precision = Literal["quantizable", "sensitive", "head", "full"]
+CacheDtype = Literal["fp32", "fp16", "int8", "none"]
+CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
+CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1, "none": 0}
+# Slots of a context that attention takes at once. Larger blocks take less time a slot in long
+# texts, smaller ones waste less in short ones.
+CONTEXT_BLOCK = 512
+ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
+
+
+Rows = NDArray[np.int64] | slice
+ReadRows = Callable[[str, Rows], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Rows of a table that follow from several tensors of the checkpoint, in float32.
+
+    Attributes:
+        sources: shapes of the tensors that it reads beside the table's own, by key.
+        compute: given a function that reads rows of a tensor by its key, and the rows that are
+            wanted, their values `[n, row width]`.
+    """
+
+    sources: Mapping[str, tuple[int, ...]]
+    compute: Callable[[ReadRows, Rows], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A lookup table: for each token id a row `[layers * width]`, layer-major.
+
+    Attributes:
+        name: segments are called `name` or `name.{layer}`.
+        keys: its tensors in the checkpoint, below the text prefix: one that holds whole rows, or
+            one for each layer.
+        rows: token ids that the tensors hold.
+        layers: number of segments a row is cut into; None for one that belongs to no layer.
+        width: elements of a segment.
+        multiplier: applied once to a looked-up vector, in float32.
+        graph_input: the graph's input that takes the vectors.
+        outside: what ids >= rows select; "row 0", or "error" where the original fails on them.
+        fold: how rows are computed, where they are not the tensors' own.
+        whole_text: each call gets the vectors of all tokens so far, not of the new ones only.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    rows: int
+    layers: int | None
+    width: int
+    graph_input: str
+    multiplier: float = 1.0
+    outside: Literal["row 0", "error"] = "error"
+    fold: Fold | None = None
+    whole_text: bool = False
+
+    @property
+    def row_width(self) -> int:
+        """Elements of a row."""
+        return self.width * (self.layers or 1)
+
+    @property
+    def sources(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors that its rows are made from, by key."""
+        shape: tuple[int, ...] = (self.rows, self.row_width // len(self.keys))
+        own = dict.fromkeys(self.keys, shape)
+        return own | dict(self.fold.sources) if self.fold else own
+
+    def source_dtype(self, checkpoint_dtype: str) -> str:
+        """The dtype that holds its rows without loss: what is computed is float32."""
+        return "F32" if self.fold else checkpoint_dtype
+
+    def source_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The table rows that token ids select."""
+        return np.where(ids < self.rows, ids, 0) if self.outside == "row 0" else ids
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the dense graph; its name is its key in the checkpoint, below the text prefix.
+
+    Attributes:
+        key: another key, where the checkpoint holds it under one (a tied head).
+        constant: the values, where they follow from the config instead of the checkpoint.
+        precision: "quantizable" may be stored in the build's weight dtype, "sensitive" in at least
+            8 bits, "full" is always float32; "head" is the output head, for which a build may
+            choose a dtype of its own.
+        is_buffer: in the checkpoint, but not counted as a parameter by the original.
+        transposed: the checkpoint holds `[inputs, outputs]` of a matrix.
+        leading_ones: axes of one that the checkpoint puts before the shape.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    precision: Precision = "full"
+    key: str | None = None
+    constant: NDArray[np.float32] | None = None
+    is_buffer: bool = False
+    transposed: bool = False
+    leading_ones: int = 0
+
+    @property
+    def source_key(self) -> str:
+        """The key to read."""
+        return self.key or self.name
+
+    @property
+    def source_shape(self) -> tuple[int, ...]:
+        """The shape in the checkpoint."""
+        return (1,) * self.leading_ones + (self.shape[::-1] if self.transposed else self.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class CacheBuffer:
+    """One tensor `[1, heads, capacity, width]` of a cache.
+
+    Attributes:
+        input, output: names in the graph.
+        dtype: one of `CACHE_DTYPES`.
+    """
+
+    input: str
+    output: str
+    width: int
+    dtype: CacheDtype
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Keys and values of one layer, written in place.
+
+    A token at position p lies in slot p modulo capacity. A layer with a `window` sees that many
+    positions, its own included; one without sees all of them. Values are as wide as keys unless
+    `value_dim` says otherwise.
+    """
+
+    layer: int
+    heads: int
+    head_dim: int
+    window: int | None
+    value_dim: int | None = None
+
+    @property
+    def block(self) -> int:
+        """What the capacity is a multiple of."""
+        return CONTEXT_BLOCK if self.window is None else 1
+
+    def buffers(self, dtype: CacheDtype) -> tuple[CacheBuffer, ...]:
+        """Keys and values; for int8 also the scale of each vector.
+
+        A window is small, and float32 always.
+        """
+        dtype = dtype if self.window is None else "fp32"
+        parts: list[tuple[str, int, CacheDtype]] = [
+            ("key", self.head_dim, dtype),
+            ("value", self.value_dim or self.head_dim, dtype),
+        ]
+        if dtype == "int8":
+            parts += [("key_scale", 1, "fp32"), ("value_scale", 1, "fp32")]
+        return tuple(
+            CacheBuffer(
+                f"past_key_values.{self.layer}.{name}", f"present.{self.layer}.{name}", width, kind
+            )
+            for name, width, kind in parts
+        )
+
+
+@dataclass(frozen=True)
+class State:
+    """A float32 tensor `[1, *shape]` that each call hands on to the next; zeros before a text.
+
+    Attributes:
+        name: the layer's number, a dot, and what it holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def input(self) -> str:
+        """Name of the graph's input."""
+        return f"past_state.{self.name}"
+
+    @property
+    def output(self) -> str:
+        """Name of the graph's output."""
+        return f"present_state.{self.name}"
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return 4 * math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Unused:
+    """A tensor that checkpoints carry and the original ignores."""
+
+    shape: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """Tensors that one call of the dense graph gets.
+
+    Attributes:
+        rows: by graph input, looked-up vectors `[1, T, width]` or `[1, T, layers, width]`; of a
+            table of the whole text, as many as there are positions so far.
+        position_ids: `[1, T]` int64, consecutive.
+        caches: by layer, the tensors of `Cache.buffers`.
+        states: by name, what the call before handed on.
+        logit_positions: `[N]` int64, which of the T positions want logits, ascending.
+    """
+
+    rows: Mapping[str, Tensor]
+    position_ids: Tensor
+    caches: Mapping[int, tuple[Tensor, ...]]
+    states: Mapping[str, Tensor]
+    logit_positions: Tensor
+
+
+@dataclass(frozen=True)
+class GraphOutputs:
+    """Tensors that one call of the dense graph gives.
+
+    Attributes:
+        logits: `[1, N, vocab]`.
+        caches: by layer, the same tensors with the T new positions written.
+        hidden: by layer, what the layer hands on; parity looks there for a first difference.
+        states: by name, what the next call takes up.
+    """
+
+    logits: Tensor
+    caches: Mapping[int, tuple[Tensor, ...]]
+    hidden: list[Tensor]
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Figures that a model's makers state, with the shape they belong to.
+
+    Attributes:
+        live_text: parameters of the text model, which identify the shape.
+        stored: parameters of the whole published checkpoint; None where not known for certain.
+        total, embedding, effective: the rounded figures; None likewise.
+    """
+
+    name: str
+    live_text: int
+    stored: int | None
+    total: str | None
+    embedding: str | None
+    effective: str
+
+
+class Forward(Protocol):
+    """Compute logits; traced once by torch.export."""
+
+    def __call__(self, weights: Parameters, inputs: GraphInputs, /) -> GraphOutputs: ...
+
+
+class Reference(Protocol):
+    """A plain implementation of a model that no library has, one token at a time."""
+
+    name: str
+
+    def start(self) -> Any:
+        """A fresh state of a text, which `step` changes."""
+        ...
+
+    def vectors(self, token_id: int) -> dict[str, Tensor]:
+        """What a token looks up, by graph input: `[width]`, or `[layers, width]`."""
+        ...
+
+    def step(self, vectors: Mapping[str, Tensor], state: Any) -> tuple[Tensor, list[Tensor]]:
+        """Logits `[vocab]` after one more token, and what each layer hands on."""
+        ...
+
+
+MakeReference = Callable[[Mapping[str, "Tensor"], dict[str, Any]], Reference]
+
+
+@dataclass(frozen=True)
+class Model:
+    """One configured model of a family.
+
+    Attributes:
+        family: name of the family.
+        num_rows: token ids that can be looked up: 0 to num_rows - 1.
+        row_aliases: ids that the original replaces before looking up.
+        states: what recurrent layers hand from call to call.
+        tokens_per_call: most tokens of one call of the graph, where a layer needs the one before to
+            be finished; None for any number.
+        text_prefixes: where the text model may lie in a checkpoint, most specific first.
+        unused: tensors that the original ignores, by key.
+        ignored_prefixes: other parts of a checkpoint that are left out (towers), with their name.
+        eos_token_ids: ids that end a text, as far as the config says.
+        without_cache: the same model, which reads rows again in place of keeping keys and values.
+        published: shapes of published models, with the figures that their makers state.
+        counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
+            the difference of two rounded figures.
+        reference: makes the original from the checkpoint's tensors and its config; None where
+            `transformers` has it.
+    """
+
+    family: str
+    num_layers: int
+    vocab_size: int
+    num_rows: int
+    max_context: int
+    tables: tuple[Table, ...]
+    weights: tuple[Weight, ...]
+    forward: Forward
+    caches: tuple[Cache, ...] = ()
+    states: tuple[State, ...] = ()
+    tokens_per_call: int | None = None
+    unused: Mapping[str, Unused] = field(default_factory=dict)
+    row_aliases: Mapping[int, int] = field(default_factory=dict)
+    text_prefixes: tuple[str, ...] = ("",)
+    ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    without_cache: Model | None = None
+    published: tuple[Published, ...] = ()
+    counts_only_tables_out: bool = False
+    reference: MakeReference | None = None
+
+    def with_cache(self, dtype: CacheDtype) -> Model:
+        """The model that keeps keys and values in a dtype, or in none.
+
+        Raises:
+            UnsupportedError: they do not follow from rows alone, so that they have to be kept.
+        """
+        if dtype != "none":
+            return self
+        if self.without_cache is None:
+            raise UnsupportedError(
+                f"keys and values of `{self.family}` do not follow from rows alone",
+                hint="choose a cache dtype: fp32, fp16 or int8",
+            )
+        return self.without_cache
+
+    def table(self, name: str) -> Table:
+        """The table called `name`."""
+        return next(table for table in self.tables if table.name == name)
+
+
+class Family(Protocol):
+    """One module of this package."""
+
+    @property
+    def MODEL_TYPES(self) -> tuple[str, ...]:  # noqa: N802
+        """The `model_type`s of config.json that it reads."""
+        ...
+
+    def configure(self, config: dict[str, Any], *, dtype: str) -> Model:
+        """Read a config.json.
+
+        Args:
+            dtype: the checkpoint's dtype ("BF16", ...); the original rounds its constants to it.
+        Raises:
+            CheckpointError: a field is missing or malformed.
+            UnsupportedError: a field asks for something that is not implemented.
+        """
+        ...
+
+
+class UnconfiguredFamily(Protocol):
+    """A module of this package whose checkpoints have no config.json."""
+
+    def recognize(self, shapes: Mapping[str, tuple[int, ...]]) -> Model | None:
+        """The model that tensors of these names and shapes are, or None.
+
+        Raises:
+            CheckpointError: a checkpoint of the family whose shapes do not fit each other.
+        """
+        ...
+
+
+def rounded(value: float, dtype: str) -> float:
+    """`value` as the original holds it after loading a checkpoint of dtype `dtype`."""
+    return float(np.asarray(value, dtype=DTYPES[dtype]))

@@ -1,0 +1,1 @@
+"""Does a bundle compute what the PyTorch original computes?"""

@@ -1,0 +1,262 @@
+"""The PyTorch original that a bundle is compared with.
+
+It is `transformers`' own model, or for families that no library has, a plain reference written
+from the published math, in `pleexport/references`.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
+from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.model import Reference
+from pleexport.safetensors_file import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FLOAT_FIELDS = {
+    "altup_coef_clip",
+    "attention_dropout",
+    "final_logit_softcapping",
+    "initializer_range",
+    "rms_norm_eps",
+}
+TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+class Oracle(Protocol):
+    """The original, whoever implements it."""
+
+    name: str
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
+    ) -> NDArray[np.float32]: ...
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
+
+
+def open_oracle(binding: Binding) -> Oracle:
+    """The original of a checkpoint.
+
+    Raises:
+        MissingDependencyError: what it needs is not installed.
+        CheckpointError: transformers does not find all weights in the checkpoint.
+    """
+    if binding.model.reference is None:
+        return TransformersOracle(binding)
+    tensors = CheckpointTensors(binding.checkpoint)
+    return StepOracle(binding.model.reference(tensors, binding.checkpoint.config))
+
+
+class CheckpointTensors(Mapping[str, "Tensor"]):
+    """A checkpoint's tensors by name, as views of the mapped files.
+
+    Those that are stored in another dtype than a config names are copies, rounded to it, as the
+    original does when it loads them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._rounded: dict[str, NDArray[Any]] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        import torch
+
+        array = self._array(name)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
+            if array.dtype == DTYPES["BF16"]:
+                return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+            return torch.from_numpy(array)
+
+    def _array(self, name: str) -> NDArray[Any]:
+        array = self._checkpoint.array(name)
+        dtype = DTYPES[self._checkpoint.dtype]
+        if not self._checkpoint.config or array.dtype == dtype:
+            return array
+        if name not in self._rounded:
+            self._rounded[name] = array.astype(dtype)
+        return self._rounded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._checkpoint.entries)
+
+    def __len__(self) -> int:
+        return len(self._checkpoint.entries)
+
+
+class StepOracle:
+    """A plain reference, run token by token."""
+
+    def __init__(self, reference: Reference) -> None:
+        self.name = reference.name
+        self._reference = reference
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
+    ) -> NDArray[np.float32]:
+        """Logits `[T, vocab]` of a text, or `[keep, vocab]`; see `TransformersOracle.logits`."""
+        first = len(token_ids) - keep if keep else 0
+        steps = enumerate(self._steps(token_ids, vectors))
+        return np.stack([logits.numpy() for i, (logits, _) in steps if i >= first])
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """What each layer hands on: `[T, H]` float32."""
+        tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
+        return [np.stack(layer) for layer in zip(*tokens, strict=True)]
+
+    def _steps(
+        self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
+    ) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        import torch
+
+        state = self._reference.start()
+        for i, token_id in enumerate(token_ids):
+            if vectors is None:
+                given = self._reference.vectors(token_id)
+            else:
+                given = {name: torch.from_numpy(array[i]) for name, array in vectors.items()}
+            yield self._step(given, state)
+
+    def _step(self, vectors: Mapping[str, Tensor], state: Any) -> tuple[Tensor, list[Tensor]]:
+        import torch
+
+        with torch.no_grad():
+            return self._reference.step(vectors, state)
+
+
+class TransformersOracle:
+    """`transformers`' implementation, loaded in the checkpoint's dtype and raised to float32.
+
+    The order matters: constants such as the embedding scale are rounded to the checkpoint's dtype
+    by the original, and stay so. Large weights stay in the mapped files, and are raised where they
+    are used.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        CheckpointError: transformers does not find all weights in the checkpoint.
+    """
+
+    def __init__(self, binding: Binding) -> None:
+        try:
+            import torch
+            import transformers
+
+            from pleexport.parity.widening import raise_where_used
+        except ImportError as err:
+            raise MissingDependencyError(
+                f"comparing with the PyTorch original needs {err.name}",
+                hint="pip install 'pleexport[export]'",
+            ) from err
+        self._torch = torch
+        self.name = f"transformers {transformers.__version__}"
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        self._model = self._load(binding).eval()
+        raise_where_used(self._model)
+        self._layers = self._model.get_decoder().layers
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None = None,
+        *,
+        keep: int = 0,
+    ) -> NDArray[np.float32]:
+        """Logits `[T, vocab]` of a text, or `[keep, vocab]`.
+
+        Args:
+            vectors: looked-up vectors by graph input, to use in place of the model's own tables.
+            keep: how many of the last positions want logits; 0 for all.
+        """
+        with self._torch.no_grad():
+            return self._call(token_ids, vectors, keep)
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """What each layer hands on: `[T, ...]` float32, AltUp streams on the second axis."""
+        found: list[NDArray[np.float32]] = []
+
+        def record(_module: Any, _inputs: Any, output: Any) -> None:
+            tensor: Tensor = output[0] if isinstance(output, tuple) else output
+            if tensor.ndim == 4:  # transformers stacks streams first
+                tensor = tensor.movedim(0, 2)
+            found.append(tensor[0].numpy(force=True).copy())
+
+        hooks = [layer.register_forward_hook(record) for layer in self._layers]
+        try:
+            with self._torch.no_grad():
+                ids = self._torch.tensor([list(token_ids)])
+                self._model.get_decoder()(input_ids=ids, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _call(
+        self,
+        token_ids: Sequence[int],
+        vectors: Mapping[str, NDArray[np.float32]] | None,
+        keep: int,
+    ) -> NDArray[np.float32]:
+        inputs: dict[str, Any] = {"input_ids": self._torch.tensor([list(token_ids)])}
+        if vectors is not None:
+            inputs = {name: self._torch.from_numpy(v)[None] for name, v in vectors.items()}
+        output = self._model(**inputs, use_cache=False, logits_to_keep=keep)
+        logits: NDArray[np.float32] = output.logits[0].numpy(force=True)
+        return logits
+
+    def _load(self, binding: Binding) -> Any:
+        """Load the text model alone, also of a multimodal checkpoint."""
+        import transformers
+
+        checkpoint = binding.checkpoint
+        values = dict(checkpoint.text_config)
+        values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
+        for name in FLOAT_FIELDS & values.keys():
+            if type(values[name]) is int:  # JSON knows one kind of number, transformers two
+                values[name] = float(values[name])
+        model_type = f"{binding.model.family}_text"
+        # The layouts of multimodal checkpoints and of repacks, as a text model names them.
+        key_mapping = {
+            r"^model\.language_model\.": "model.",
+            r"^language_model\.model\.": "model.",
+            r"^language_model\.lm_head\.": "lm_head.",
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            config = transformers.AutoConfig.for_model(**(values | {"model_type": model_type}))
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.path),
+                config=config,
+                key_mapping=key_mapping,
+                dtype=getattr(self._torch, TORCH_DTYPES[checkpoint.dtype]),
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"transformers does not find `{missing[0]}` and {len(missing) - 1} other tensors "
+                f"in `{checkpoint.path}`, so it cannot serve as the reference",
+                hint="build with `--no-verify`, or rename the tensors as transformers has them",
+            )
+        return model

@@ -1,0 +1,89 @@
+"""Verify a bundle: its files, and what it computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from pleexport import families
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import Binding
+from pleexport.contract import describe
+from pleexport.errors import CheckpointError, RunnerError
+from pleexport.parity.compare import ParityReport, compare
+from pleexport.parity.oracle import open_oracle
+from pleexport.progress import Progress
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.bundle import Bundle
+from pleexport.runtime.tokenizer import open_text, tokenizer_files
+
+PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
+
+
+def verify(
+    bundle: Bundle | str | Path,
+    *,
+    checkpoint: str | Path | None = None,
+    text: str | Path | None = None,
+    progress: Progress | None = None,
+) -> ParityReport | None:
+    """Check a bundle's files, and compare it with the PyTorch original.
+
+    Args:
+        bundle: a folder, or an open bundle.
+        checkpoint: the folder that the bundle was built from; without it, files only.
+        text: a text file to measure logits and fidelity on; a short English text by default.
+    Returns:
+        the report, or None without a checkpoint.
+    Raises:
+        CheckFailed: a file is damaged. Parity failures are in the report.
+        BundleError, CheckpointError: folders that cannot be used.
+    """
+    progress = progress or Progress(quiet=True)
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    with progress.bytes("Checking file digests", opened.nbytes) as update:
+        opened.verify_files(update)
+    blob = Blob(opened.blob_path)
+    with progress.bytes("Checking row checksums", blob.nbytes) as update:
+        blob.verify(update)
+    if checkpoint is None:
+        return None
+    source = Checkpoint(checkpoint)
+    model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
+    binding = Binding(model, source)
+    if describe(binding.model, opened.manifest.cache_dtype) != opened.manifest.contract:
+        raise CheckpointError(
+            f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
+            hint="pass the checkpoint that the bundle was built from",
+        )
+    return compare_with_original(opened, binding, text=text, progress=progress)
+
+
+def compare_with_original(
+    bundle: Bundle,
+    binding: Binding,
+    *,
+    text: str | Path | None = None,
+    progress: Progress,
+) -> ParityReport:
+    """Parity of a bundle with the checkpoint that it was built from."""
+    with progress.step("Loading the PyTorch original"):
+        oracle = open_oracle(binding)
+    ids = None
+    if tokenizer := open_text(tokenizer_files(bundle.path)):
+        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=binding.model.num_rows)
+    elif text:
+        raise RunnerError(
+            f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
+            hint="leave the text out; random token ids are used",
+        )
+    rows = binding.model.num_rows * len(binding.model.tables)
+    with progress.count("Comparing rows, logits and text", rows, "rows") as update:
+        return compare(bundle, binding, oracle, text_ids=ids, progress=update)
+
+
+def write_report(report: ParityReport, path: Path) -> None:
+    """Write a report as JSON."""
+    encoded = msgspec.json.encode(msgspec.to_builtins(report) | {"passed": report.passed})
+    path.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")

@@ -1,0 +1,1 @@
+"""What runs bundles: no torch, and nothing that builds."""
