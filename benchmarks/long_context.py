@@ -30,8 +30,8 @@ from tqdm import tqdm
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.inspection.inspect import cache_bytes
-from pleexport.model import CACHE_DTYPES
+from pleexport.dtypes import CACHE_DTYPES
+from pleexport.export.plan import cache_bytes
 from pleexport.process import memory
 
 SHAPE_NAMES = ("gemma4-narrow", "embformer")
@@ -163,8 +163,7 @@ def main() -> None:
             [*command, "--threads", str(arguments.threads)], check=True, stdout=subprocess.PIPE
         )
         result["measured"][dtype] = [
-            mark
-            | {"computed_bytes": cache_bytes(model.with_cache(dtype), dtype, mark["positions"])}
+            mark | {"computed_bytes": cache_bytes(model.with_cache(dtype), mark["positions"])}
             for mark in json.loads(done.stdout)
         ]
     (folder / "long_context.json").write_text(json.dumps(result, indent=2))

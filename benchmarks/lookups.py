@@ -33,10 +33,11 @@ from shapes import SHAPES
 
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import TABLE_DTYPES
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.segments import plan_segments
 from pleexport.runtime.blob import Blob
-from pleexport.runtime.blob_layout import TABLE_DTYPES
 
 BATCHES = (1, 16, 512)
 Lookup = Callable[[NDArray[np.int64]], object]
@@ -54,13 +55,14 @@ def rate(lookup: Lookup, ids: NDArray[np.int64], *, before: Callable[[], None] |
     return ids.shape[1] / statistics.median(seconds)
 
 
-def open_blobs(binding: Binding, folder: Path) -> dict[str, Blob]:
+def open_blobs(matched: MatchedModel, folder: Path) -> dict[str, Blob]:
     """A blob for each dtype, written if it is not there."""
     blobs = {}
     for dtype in TABLE_DTYPES:
         path = folder / f"lookups-{dtype}.safetensors"
         if not path.exists():
-            write_blob(binding, path, table_dtype=dtype, page_size=16_384)
+            segments = plan_segments(matched.model.tables, dtype, matched.dtype)
+            write_blob(matched, path, segments=segments, page_size=16_384)
         blobs[dtype] = Blob(path)
     return blobs
 
@@ -89,10 +91,10 @@ def gather_session(values: NDArray[np.float32], folder: Path) -> ort.InferenceSe
 def measure(folder: Path, repeat: int) -> list[dict[str, Any]]:
     """One record for each way, state and batch."""
     checkpoint = Checkpoint(folder / "checkpoint")
-    binding = Binding(families.resolve(checkpoint), checkpoint)
-    blobs = open_blobs(binding, folder)
-    per_layer = next(t for t in binding.model.tables if t.layers is not None)
-    in_memory = binding.rows(per_layer, slice(None)).astype(np.float32)
+    matched = MatchedModel(families.resolve(checkpoint), checkpoint)
+    blobs = open_blobs(matched, folder)
+    per_layer = next(t for t in matched.model.tables if t.layers is not None)
+    in_memory = matched.rows(per_layer, slice(None)).astype(np.float32)
     embedding = torch.nn.Embedding.from_pretrained(torch.from_numpy(in_memory))
     session = gather_session(in_memory, folder)
     descriptor = os.open(blobs["int8"].path, os.O_RDONLY)

@@ -31,7 +31,7 @@ BATCH_VALUES = 8 << 20
 
 def tensor_shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the text model by name, those of sharing layers included, as published."""
-    model = families.from_config(config, dtype="BF16")
+    model = families.from_config(config, dtype="bf16")
     shapes = {k: shape for table in model.tables for k, shape in table.sources.items()}
     shapes |= {w.source_key: w.source_shape for w in model.weights if w.constant is None}
     shapes |= {key: unused.shape for key, unused in model.unused.items() if key != "lm_head.weight"}

@@ -1,19 +1,41 @@
-"""Ship language models whose knowledge lies in lookup tables: split, export, prove, run."""
+"""Ship language models whose knowledge lies in lookup tables: split, export, prove, run.
 
-import os
+Names are loaded when they are asked for (PEP 562), so that what only runs a bundle loads nothing
+that builds one.
+"""
 
-# ONNX Runtime would write an id of this device, and send usage to its makers.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+from __future__ import annotations
 
-from pleexport.errors import PleexportError
-from pleexport.export.builder import build
-from pleexport.inspection.inspect import ModelInfo, inspect
-from pleexport.parity.compare import ParityReport
-from pleexport.parity.verify import verify
-from pleexport.runtime.bundle import Bundle
-from pleexport.runtime.runner import Runner, Stats, Token
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pleexport.errors import PleexportError
+    from pleexport.export.builder import build
+    from pleexport.export.options import BuildOptions
+    from pleexport.inspection.inspect import ModelInfo, inspect
+    from pleexport.parity.compare import ParityReport
+    from pleexport.parity.verify import verify
+    from pleexport.runtime.bundle import Bundle
+    from pleexport.runtime.runner import Runner
+    from pleexport.runtime.stats import Stats, Token
+
+_MODULES = {
+    "BuildOptions": "pleexport.export.options",
+    "Bundle": "pleexport.runtime.bundle",
+    "ModelInfo": "pleexport.inspection.inspect",
+    "ParityReport": "pleexport.parity.compare",
+    "PleexportError": "pleexport.errors",
+    "Runner": "pleexport.runtime.runner",
+    "Stats": "pleexport.runtime.stats",
+    "Token": "pleexport.runtime.stats",
+    "build": "pleexport.export.builder",
+    "inspect": "pleexport.inspection.inspect",
+    "verify": "pleexport.parity.verify",
+}
 
 __all__ = [
+    "BuildOptions",
     "Bundle",
     "ModelInfo",
     "ParityReport",
@@ -25,3 +47,13 @@ __all__ = [
     "inspect",
     "verify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module `pleexport` has no attribute `{name}`")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import msgspec
 import typer
@@ -82,6 +82,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
 
 @app.command()
 def build(
+    context_of: typer.Context,
     checkpoint: CheckpointArgument,
     target: Annotated[
         str, typer.Option(help="Device profile: a name from `pleexport targets`, or a .toml file.")
@@ -150,25 +151,12 @@ def build(
     Example: pleexport build my-gemma-4-E2B --target android --out phone-bundle
     """
     from pleexport.export.builder import build as build_bundle
+    from pleexport.export.options import BuildOptions
 
-    bundle = build_bundle(
-        checkpoint,
-        out,
-        target=target,
-        table_dtype=table_dtype,
-        weight_dtype=weight_dtype,
-        block_size=block_size,
-        symmetric=symmetric,
-        head_dtype=head_dtype,
-        cache_dtype=cache_dtype,
-        context=context,
-        backend=backend,
-        calibrate=calibrate,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        verify=verify,
-        progress=Progress(quiet=as_json),
+    options = cast(
+        BuildOptions, {name: context_of.params[name] for name in BuildOptions.__annotations__}
     )
+    bundle = build_bundle(checkpoint, out, progress=Progress(quiet=as_json), **options)
     if as_json:
         _print_json({"bundle": str(bundle.path), **msgspec.to_builtins(bundle.manifest)})
         return
@@ -277,7 +265,7 @@ def run(
     def answer(text: Prompt) -> str:
         shown = []
         for token in runner.generate(text, **options):
-            piece = token.text if runner.text else f"{token.id} "
+            piece = token.text if runner.tokenizer else f"{token.id} "
             shown.append(piece)
             sys.stdout.write(piece)
             sys.stdout.flush()
@@ -287,7 +275,7 @@ def run(
             typer.echo(describe_stats(runner.stats), err=True)
         return "".join(shown)
 
-    as_chat = chat and runner.text is not None and runner.text.chat_template is not None
+    as_chat = chat and runner.tokenizer is not None and runner.tokenizer.chat_template is not None
     if ids is not None:
         answer(_parse_ids(ids))
     elif prompt is not None:

@@ -1,23 +1,22 @@
-"""Names and shapes of the dense graph's inputs and outputs; see docs/graph-contract.md."""
+"""What a runner must know of a dense graph: its inputs and outputs; see docs/graph-contract.md."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from pleexport.model import CacheDtype, Model, Table
+from pleexport.dtypes import CacheDtype
 
-OPSET = 24
-CONTRACT = "pleexport.decoder/1"
 TOKENS = "sequence_length"
 ALL_TOKENS = "total_sequence_length"
-LOGITS = "num_logits"
 CONTEXT_CAPACITY = "context_capacity"
 WINDOW_CAPACITY = "window_capacity"
 POSITION_IDS = "position_ids"
-NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS_OUTPUT = "logits"
+
+Array = TypeVar("Array", bound=Any)
 
 
 class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -37,7 +36,7 @@ class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A tensor of a cache: graph input and output of one shape, meant to share a buffer.
 
     Attributes:
-        dtype: "fp32", "fp16" or "int8".
+        shape: the one that is a name counts slots.
         block: the capacity is a multiple of it.
         window: positions that a token sees, its own included; None for all.
     """
@@ -49,6 +48,11 @@ class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: CacheDtype
     block: Annotated[int, msgspec.Meta(ge=1)]
     window: int | None
+
+    @property
+    def slot_axis(self) -> int:
+        """The axis that counts slots."""
+        return next(axis for axis, size in enumerate(self.shape) if isinstance(size, str))
 
 
 class StateInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -80,43 +84,40 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """All that a call takes from the one before."""
         return [*self.caches, *self.states]
 
+    def cut(self, vectors: Mapping[str, Array], piece: slice) -> dict[str, Array]:
+        """Of the vectors of a text, those that a call for its tokens `piece` takes.
 
-def describe(model: Model, cache_dtype: CacheDtype) -> GraphContract:
-    """The contract of a model's dense graph."""
-    caches = [
-        CacheInput(
-            input=buffer.input,
-            output=buffer.output,
-            layer=cache.layer,
-            shape=[1, cache.heads, capacity_name(cache.window), buffer.width],
-            dtype=buffer.dtype,
-            block=cache.block,
-            window=cache.window,
-        )
-        for cache in model.caches
-        for buffer in cache.buffers(cache_dtype)
-    ]
-    lookups = [LookupInput(t.graph_input, t.name, lookup_shape(t)) for t in model.tables]
-    return GraphContract(
-        id=CONTRACT,
-        lookup_inputs=lookups,
-        caches=caches,
-        states=[StateInput(s.input, s.output, [1, *s.shape]) for s in model.states],
-        tokens_per_call=model.tokens_per_call,
-        vocab_size=model.vocab_size,
-        num_layers=model.num_layers,
-    )
+        Args:
+            vectors: by graph input, an entry for each token.
+        """
+        text = slice(piece.stop)
+        return {
+            lookup.name: vectors[lookup.name][text if lookup.whole_text else piece]
+            for lookup in self.lookup_inputs
+        }
 
 
-def lookup_shape(table: Table) -> list[int | str]:
-    """Shape of the graph input that a table's vectors go to."""
-    layers = [] if table.layers is None else [table.layers]
-    return [1, ALL_TOKENS if table.whole_text else TOKENS, *layers, table.width]
+class Artifact(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A graph of a bundle, as its backend wrote it.
+
+    Attributes:
+        backend: its name.
+        files: names in the bundle's folder, the one to open first.
+        weights_digest: of the weights as stored.
+        versions: of the packages that wrote it.
+    """
+
+    backend: str
+    contract: GraphContract
+    files: list[str]
+    weights_digest: str
+    versions: dict[str, str]
 
 
-def capacity_name(window: int | None) -> str:
-    """Name of the dimension that counts the slots of a cache."""
-    return CONTEXT_CAPACITY if window is None else WINDOW_CAPACITY
+def pieces(count: int, longest: int) -> Iterator[slice]:
+    """A text of `count` tokens, cut into pieces for one call each."""
+    for begin in range(0, count, longest):
+        yield slice(begin, min(begin + longest, count))
 
 
 def hidden_name(layer: int) -> str:

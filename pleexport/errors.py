@@ -6,7 +6,9 @@ PleexportError              exit code 2: wrong usage or input
 ├── TargetError             the target is unknown, malformed, or the build does not fit it
 ├── BundleError             the folder is not a bundle, or not one that this version reads
 ├── BlobError               the blob breaks a rule of docs/blob-format.md
-├── RunnerError             a prompt, id or option that the runner cannot accept
+├── TokenizerError          a tokenizer's files are malformed
+├── InputError              a prompt, id, text or option that cannot be used
+├── FamilyError             a family contradicts itself; for those who write one
 ├── MissingDependencyError  an optional dependency is not installed
 └── CheckFailed             exit code 1: parity or integrity check failed
 """
@@ -50,8 +52,16 @@ class BlobError(PleexportError):
     """The blob breaks a rule of docs/blob-format.md."""
 
 
-class RunnerError(PleexportError):
-    """A prompt, id or option that the runner cannot accept."""
+class TokenizerError(PleexportError):
+    """A tokenizer's files are malformed."""
+
+
+class InputError(PleexportError):
+    """A prompt, id, text or option that cannot be used."""
+
+
+class FamilyError(PleexportError):
+    """A family contradicts itself: what it declares is not what it computes with."""
 
 
 class MissingDependencyError(PleexportError):

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.dtypes import CacheDtype
 from pleexport.errors import UnsupportedError
-from pleexport.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from pleexport.families.layers import Parameters
 
 Precision = Literal["quantizable", "sensitive", "head", "full"]
-CacheDtype = Literal["fp32", "fp16", "int8", "none"]
-CACHE_DTYPES: tuple[CacheDtype, ...] = get_args(CacheDtype)
-CACHE_ITEM_BYTES: dict[CacheDtype, int] = {"fp32": 4, "fp16": 2, "int8": 1, "none": 0}
 # Slots of a context that attention takes at once. Larger blocks take less time a slot in long
 # texts, smaller ones waste less in short ones.
 CONTEXT_BLOCK = 512
@@ -93,7 +90,7 @@ class Table:
 
     def source_dtype(self, checkpoint_dtype: str) -> str:
         """The dtype that holds its rows without loss: what is computed is float32."""
-        return "F32" if self.fold else checkpoint_dtype
+        return "fp32" if self.fold else checkpoint_dtype
 
     def source_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The table rows that token ids select."""
@@ -146,7 +143,7 @@ class CacheBuffer:
 
     Attributes:
         input, output: names in the graph.
-        dtype: one of `CACHE_DTYPES`.
+        dtype: of its values, never "none".
     """
 
     input: str
@@ -162,6 +159,9 @@ class Cache:
     A token at position p lies in slot p modulo capacity. A layer with a `window` sees that many
     positions, its own included; one without sees all of them. Values are as wide as keys unless
     `value_dim` says otherwise.
+
+    Attributes:
+        dtype: of its tensors, "none" left out.
     """
 
     layer: int
@@ -169,23 +169,21 @@ class Cache:
     head_dim: int
     window: int | None
     value_dim: int | None = None
+    dtype: CacheDtype = "fp32"
 
     @property
     def block(self) -> int:
         """What the capacity is a multiple of."""
         return CONTEXT_BLOCK if self.window is None else 1
 
-    def buffers(self, dtype: CacheDtype) -> tuple[CacheBuffer, ...]:
-        """Keys and values; for int8 also the scale of each vector.
-
-        A window is small, and float32 always.
-        """
-        dtype = dtype if self.window is None else "fp32"
+    @property
+    def buffers(self) -> tuple[CacheBuffer, ...]:
+        """Keys and values; for int8 also the scale of each vector."""
         parts: list[tuple[str, int, CacheDtype]] = [
-            ("key", self.head_dim, dtype),
-            ("value", self.value_dim or self.head_dim, dtype),
+            ("key", self.head_dim, self.dtype),
+            ("value", self.value_dim or self.head_dim, self.dtype),
         ]
-        if dtype == "int8":
+        if self.dtype == "int8":
             parts += [("key_scale", 1, "fp32"), ("value_scale", 1, "fp32")]
         return tuple(
             CacheBuffer(
@@ -239,6 +237,7 @@ class GraphInputs:
             table of the whole text, as many as there are positions so far.
         position_ids: `[1, T]` int64, consecutive.
         caches: by layer, the tensors of `Cache.buffers`.
+        capacities: by layer, the slots of its cache.
         states: by name, what the call before handed on.
         logit_positions: `[N]` int64, which of the T positions want logits, ascending.
     """
@@ -246,6 +245,7 @@ class GraphInputs:
     rows: Mapping[str, Tensor]
     position_ids: Tensor
     caches: Mapping[int, tuple[Tensor, ...]]
+    capacities: Mapping[int, int]
     states: Mapping[str, Tensor]
     logit_positions: Tensor
 
@@ -359,11 +359,14 @@ class Model:
     def with_cache(self, dtype: CacheDtype) -> Model:
         """The model that keeps keys and values in a dtype, or in none.
 
+        A window is small, and float32 always.
+
         Raises:
             UnsupportedError: they do not follow from rows alone, so that they have to be kept.
         """
         if dtype != "none":
-            return self
+            caches = (replace(c, dtype=dtype) if c.window is None else c for c in self.caches)
+            return replace(self, caches=tuple(caches))
         if self.without_cache is None:
             raise UnsupportedError(
                 f"keys and values of `{self.family}` do not follow from rows alone",
@@ -388,7 +391,7 @@ class Family(Protocol):
         """Read a config.json.
 
         Args:
-            dtype: the checkpoint's dtype ("BF16", ...); the original rounds its constants to it.
+            dtype: the checkpoint's dtype, e.g. "bf16"; the original rounds its constants to it.
         Raises:
             CheckpointError: a field is missing or malformed.
             UnsupportedError: a field asks for something that is not implemented.
@@ -406,8 +409,3 @@ class UnconfiguredFamily(Protocol):
             CheckpointError: a checkpoint of the family whose shapes do not fit each other.
         """
         ...
-
-
-def rounded(value: float, dtype: str) -> float:
-    """`value` as the original holds it after loading a checkpoint of dtype `dtype`."""
-    return float(np.asarray(value, dtype=DTYPES[dtype]))

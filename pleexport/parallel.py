@@ -35,23 +35,47 @@ def map_in_order(function: Callable[[Item], Result], items: Iterable[Item]) -> I
                 future.cancel()
 
 
-@contextmanager
-def beside(work: Callable[[Callable[[], None]], Result]) -> Iterator[Future[Result]]:
-    """Run `work` on a thread beside the body, and wait for it at the end.
+class Work:
+    """One piece of work that several threads do: how far it is, and whether to go on.
 
     Args:
-        work: gets a function to call now and then, which raises once the body has failed.
+        update: called with the number of bytes done since its last call, from any thread.
     """
-    failed = threading.Event()
 
-    def check() -> None:
-        if failed.is_set():
+    def __init__(self, update: Callable[[int], object] = lambda _: None) -> None:
+        self._update = update
+        self._stopped = threading.Event()
+
+    def advance(self, nbytes: int) -> None:
+        """Report bytes as done.
+
+        Raises:
+            CancelledError: another thread failed.
+        """
+        if self._stopped.is_set():
             raise CancelledError
+        self._update(nbytes)
 
+    def stop(self) -> None:
+        """Let every thread fail at its next report."""
+        self._stopped.set()
+
+
+@contextmanager
+def beside(function: Callable[[], Result], work: Work) -> Iterator[Future[Result]]:
+    """Run a function on a thread beside the body; where one fails, the other is stopped.
+
+    Raises:
+        Exception: the function's own, also where the body was cancelled for it.
+    """
     with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work, check)
+        future = pool.submit(function)
+        future.add_done_callback(lambda done: work.stop() if done.exception() else None)
         try:
             yield future
+        except CancelledError:
+            future.result()
+            raise
         except BaseException:
-            failed.set()
+            work.stop()
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -63,3 +64,16 @@ class Progress:
 
             yield update
         self.note(f"{text}: {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def quiet(*loggers: str) -> Iterator[None]:
+    """Let other libraries' loggers say errors only, and give them their levels back."""
+    levels = {name: logging.getLogger(name).level for name in loggers}
+    for name in loggers:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

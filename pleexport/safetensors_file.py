@@ -14,29 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.dtypes import BY_SAFETENSORS, numpy_dtype
 from pleexport.errors import PleexportError
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-}
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32  # more than NumPy needs and less than it allows
 _GIT_LFS_POINTER = b"version https://git-lfs"
@@ -44,7 +27,11 @@ _GIT_LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one tensor lies: `nbytes` bytes at byte `offset` of the file."""
+    """Where one tensor lies: `nbytes` bytes at byte `offset` of the file.
+
+    Attributes:
+        dtype: see `pleexport.dtypes`.
+    """
 
     name: str
     dtype: str
@@ -91,7 +78,7 @@ class SafetensorsFile:
         """A read-only view of tensor `name` in its stored dtype; nothing is copied."""
         entry = self.entries[name]
         raw = np.frombuffer(self.mapping, np.uint8, count=entry.nbytes, offset=entry.offset)
-        return raw.view(DTYPES[entry.dtype]).reshape(entry.shape)
+        return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
 
     def _fail(self, what: str, hint: str | None = None) -> PleexportError:
         return self._error(f"`{self.path}` {what}", hint=hint)
@@ -140,9 +127,10 @@ class SafetensorsFile:
                 raise ValueError
         except (KeyError, TypeError, ValueError) as err:
             raise self._fail(f"has a malformed header entry for tensor `{name}`") from err
-        if dtype not in DTYPES:
+        if dtype not in BY_SAFETENSORS:
             raise self._fail(f"has tensor `{name}` of unknown dtype `{dtype}`")
-        expected = math.prod(shape) * DTYPES[dtype].itemsize
+        known = BY_SAFETENSORS[dtype]
+        expected = math.prod(shape) * known.bits // 8
         if end - begin != expected:
             raise self._fail(
                 f"gives tensor `{name}` {end - begin} bytes; {dtype} {shape} needs {expected}"
@@ -153,7 +141,7 @@ class SafetensorsFile:
                 f"(byte {self.data_offset + end})",
                 "the copy is truncated; fetch it again",
             )
-        return TensorEntry(name, dtype, tuple(shape), self.data_offset + begin, expected)
+        return TensorEntry(name, known.name, tuple(shape), self.data_offset + begin, expected)
 
     def _check_layout(self) -> None:
         position = self.data_offset

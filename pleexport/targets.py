@@ -12,10 +12,11 @@ from typing import Annotated, Literal, get_args, get_origin
 
 import msgspec
 
-from pleexport.backends.onnx.storage import DEFAULT_BLOCK_SIZE, WeightFormat
+from pleexport.dtypes import CacheDtype, TableDtype, WeightDtype
 from pleexport.errors import TargetError
-from pleexport.model import CacheDtype
 from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
+from pleexport.units import size_text
+from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
@@ -65,10 +66,10 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     description: Text
     backend: Literal["onnx"]
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
-    table_dtype: Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
-    weight_dtype: Literal["fp32", "fp16", "int8", "int4"]
-    block_size: Literal[16, 32, 64, 128, 256] = DEFAULT_BLOCK_SIZE
-    head_dtype: Literal["fp32", "fp16", "int8", "int4"] | None = None
+    table_dtype: TableDtype
+    weight_dtype: WeightDtype
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    head_dtype: WeightDtype | None = None
     cache_dtype: CacheDtype = "fp32"
     context: Positive
     opset: Literal[24]
@@ -79,11 +80,6 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"`page_size` is {self.page_size}; expected a power of two")
-
-    @property
-    def weights(self) -> WeightFormat:
-        """How dense weights are stored, unless the build says otherwise."""
-        return WeightFormat(self.weight_dtype, self.block_size, head_dtype=self.head_dtype)
 
 
 def load(name_or_path: str) -> Target:
@@ -121,14 +117,14 @@ def exceeded(target: Target, *, resident_bytes: int, sizes: Mapping[str, int]) -
     for name, size in sizes.items():
         if limits.largest_file_bytes is not None and size > limits.largest_file_bytes:
             problems.append(
-                f"`{name}` has {_gigabytes(size)}, and the largest file is "
-                f"{_gigabytes(limits.largest_file_bytes)}"
+                f"`{name}` has {size_text(size)}, and the largest file is "
+                f"{size_text(limits.largest_file_bytes)}"
             )
     budget = limits.memory_budget_bytes
     if budget is not None and resident_bytes > budget:
         problems.append(
-            f"{_gigabytes(resident_bytes)} have to stay in memory, and the budget is "
-            f"{_gigabytes(budget)}"
+            f"{size_text(resident_bytes)} have to stay in memory, and the budget is "
+            f"{size_text(budget)}"
         )
     return problems
 
@@ -144,14 +140,14 @@ def delivery_notes(target: Target, sizes: Mapping[str, int]) -> list[str]:
     for name, size in sizes.items():
         if pack is not None and size > pack:
             notes.append(
-                f"`{name}` has {_gigabytes(size)}: the store takes it in {-(-size // pack)} parts "
-                f"of at most {_gigabytes(pack)}"
+                f"`{name}` has {size_text(size)}: the store takes it in {-(-size // pack)} parts "
+                f"of at most {size_text(pack)}"
             )
     total = sum(sizes.values())
     if delivery is not None and total > delivery:
         notes.append(
-            f"the bundle has {_gigabytes(total)}, and the store delivers at most "
-            f"{_gigabytes(delivery)}: choose smaller dtypes, or a server of your own"
+            f"the bundle has {size_text(total)}, and the store delivers at most "
+            f"{size_text(delivery)}: choose smaller dtypes, or a server of your own"
         )
     return notes
 
@@ -167,7 +163,7 @@ def render(target: Target) -> str:
         "weight dtype": f"{target.weight_dtype}, blocks of up to {target.block_size}",
         "context": f"{target.context:,} positions",
     } | {
-        name.removesuffix("_bytes").replace("_", " "): _gigabytes(value)
+        name.removesuffix("_bytes").replace("_", " "): size_text(value)
         for name, value in limits.items()
         if value is not None
     }
@@ -219,8 +215,3 @@ def _located(message: str) -> str:
     if choices and get_origin(choices[0]) is Literal:
         what += f", expected one of {', '.join(map(str, get_args(choices[0])))}"
     return f"field `{field}`: {what[0].lower()}{what[1:]}" if field else what
-
-
-def _gigabytes(nbytes: int) -> str:
-    """Decimal gigabytes, or megabytes below a tenth of one."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 100_000_000 else f"{nbytes / 1e6:.2f} MB"

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity.oracle import open_oracle
 
 CONTEXT = 256
@@ -123,7 +123,7 @@ def measure_ablations(
 def measure_difference(folder: Path, score: Scorer, ids: Sequence[int]) -> float:
     """Return the largest difference to the logits of the original that bundles are checked with."""
     checkpoint = Checkpoint(folder)
-    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
     original = torch.from_numpy(oracle.logits(ids))
     return (score(torch.tensor([ids]))[0] - original).abs().max().item()
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from pleexport.safetensors_file import DTYPES
+from pleexport.dtypes import BY_SAFETENSORS
 
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {row.numpy: name for name, row in BY_SAFETENSORS.items()}
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"", *, pad_to: int = 8) -> Path:

@@ -13,57 +13,63 @@ from safetensors.numpy import load_file
 
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
-from pleexport.errors import BlobError, CheckFailed, CheckpointError, RunnerError
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.errors import BlobError, CheckFailed, CheckpointError, InputError
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.segments import plan_segments
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import CHECKSUM_CHUNK_BYTES
 
 
 @pytest.fixture(scope="session")
-def binding(gemma4_checkpoint: Path) -> Binding:
+def matched(gemma4_checkpoint: Path) -> MatchedModel:
     source = Checkpoint(gemma4_checkpoint)
-    return Binding(families.resolve(source), source)
+    return MatchedModel(families.resolve(source), source)
+
+
+def write(matched: MatchedModel, path: Path, table_dtype: Any, *, page_size: int) -> None:
+    segments = plan_segments(matched.model.tables, table_dtype, matched.dtype)
+    write_blob(matched, path, segments=segments, page_size=page_size)
 
 
 @pytest.fixture
-def blob_path(binding: Binding, tmp_path: Path) -> Path:
+def blob_path(matched: MatchedModel, tmp_path: Path) -> Path:
     path = tmp_path / "blob.safetensors"
-    write_blob(binding, path, table_dtype="int8", page_size=16384)
+    write(matched, path, "int8", page_size=16384)
     return path
 
 
 @pytest.mark.parametrize("dtype", ["source", "fp32", "fp16", "bf16", "int8", "int4"])
-def test_rows_come_back_in_every_dtype(dtype: str, binding: Binding, tmp_path: Path) -> None:
+def test_rows_come_back_in_every_dtype(dtype: str, matched: MatchedModel, tmp_path: Path) -> None:
     path = tmp_path / "blob.safetensors"
-    write_blob(binding, path, table_dtype=dtype, page_size=65536)
+    write(matched, path, dtype, page_size=65536)
     blob = Blob(path)
     assert blob.rows_offset % 65536 == 0
     blob.verify()
     ids = np.array([0, 119, 7, 7])
     got = blob.lookup(blob.row_ids(ids))
-    for table in binding.model.tables:
-        source = binding.rows(table, ids).astype(np.float32) * np.float32(table.multiplier)
+    for table in matched.model.tables:
+        source = matched.rows(table, ids).astype(np.float32) * np.float32(table.multiplier)
         expected = source.reshape(got[table.name].shape)
         largest = np.abs(expected).max()
         bound = {"fp16": 1e-3, "int8": 0.01, "int4": 0.12}.get(dtype, 0) * largest
         assert np.abs(got[table.name] - expected).max() <= bound
 
 
-def test_source_rows_are_the_bytes_of_the_checkpoint(binding: Binding, tmp_path: Path) -> None:
+def test_source_rows_are_the_bytes_of_the_checkpoint(matched: MatchedModel, tmp_path: Path) -> None:
     path = tmp_path / "blob.safetensors"
-    write_blob(binding, path, table_dtype="source", page_size=16384)
+    write(matched, path, "source", page_size=16384)
     rows = load_file(path)["rows"]
     for segment in Blob(path).segments:
-        table = binding.model.table(segment.table)
+        table = matched.model.table(segment.table)
         width, layer = segment.width, segment.layer or 0
-        source = binding.rows(table, slice(None))[:, layer * width : (layer + 1) * width]
+        source = matched.rows(table, slice(None))[:, layer * width : (layer + 1) * width]
         stored = rows[:, segment.offset : segment.end]
         assert stored.tobytes() == np.ascontiguousarray(source).tobytes()
 
 
 def test_ids_without_a_row_are_refused(blob_path: Path) -> None:
-    with pytest.raises(RunnerError, match="token id 120 has no row; ids go from 0 to 119"):
+    with pytest.raises(InputError, match="token id 120 has no row; ids go from 0 to 119"):
         Blob(blob_path).row_ids([5, 120])
 
 
@@ -121,12 +127,12 @@ BROKEN: dict[str, tuple[Any, str]] = {
 
 
 def test_values_too_large_for_a_narrower_float_are_refused(
-    binding: Binding, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    matched: MatchedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = binding.checkpoint.array
-    monkeypatch.setattr(binding.checkpoint, "array", lambda name: real(name).astype("f4") * 1e6)
+    real = matched.checkpoint.array
+    monkeypatch.setattr(matched.checkpoint, "array", lambda name: real(name).astype("f4") * 1e6)
     with pytest.raises(CheckpointError, match="holds values that are not finite in fp16"):
-        write_blob(binding, tmp_path / "blob.safetensors", table_dtype="fp16", page_size=16384)
+        write(matched, tmp_path / "blob.safetensors", "fp16", page_size=16384)
 
 
 @pytest.mark.parametrize("name", BROKEN)

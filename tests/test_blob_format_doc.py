@@ -19,6 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.segments import plan_segments
 from pleexport.model import Table
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import Segment
@@ -45,7 +46,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        names = {np.dtype(np.float32): "F32", np.dtype(ml_dtypes.bfloat16): "BF16"}
+        names = {np.dtype(np.float32): "fp32", np.dtype(ml_dtypes.bfloat16): "bf16"}
         (dtype,) = {names[tensor.dtype] for tensor in self.tensors.values()}
         return dtype
 
@@ -115,7 +116,8 @@ def example() -> Source:
 
 
 def write(made: Source, path: Path, table_dtype: str) -> None:
-    write_blob(made, path, table_dtype=table_dtype, page_size=PAGE_SIZE)  # type: ignore[arg-type]
+    segments = plan_segments(made.model.tables, table_dtype, made.dtype)  # type: ignore[arg-type]
+    write_blob(made, path, segments=segments, page_size=PAGE_SIZE)  # type: ignore[arg-type]
 
 
 def render_header(path: Path) -> str:
@@ -224,7 +226,7 @@ def test_document_shows_the_hexdump_of_the_example(tmp_path: Path) -> None:
 
 def test_document_states_every_rule_that_the_reader_cites() -> None:
     package = Path(sys.modules["pleexport"].__path__[0])
-    reader = (package / "blob" / "reader.py").read_text(encoding="utf-8")
+    reader = (package / "runtime" / "blob.py").read_text(encoding="utf-8")
     stated = re.findall(r"^- \*\*(B-\d\d)\*\*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"B-\d\d", reader)) <= set(stated)
     assert stated == [f"B-{i:02}" for i in range(1, len(stated) + 1)]

@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 
 import pleexport
 from pleexport import families
+from pleexport.backends.onnx.blocks import quantize_blocks
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
-from pleexport.errors import CheckpointError, RunnerError, TargetError
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.errors import CheckpointError, InputError, TargetError
 from pleexport.export.calibration import importance
-from pleexport.quantize import quantize_blocks
 
 IDS = [int(i) for i in np.random.default_rng(3).integers(1, 100, 700)]  # two windows
 
@@ -30,7 +30,7 @@ def test_importances_are_mean_squares_of_the_inputs_of_transformers(
 ) -> None:
     folder = make(tmp_path / "checkpoint", torch.float32)
     checkpoint = Checkpoint(folder)
-    got = importance(Binding(families.resolve(checkpoint), checkpoint), IDS)
+    got = importance(MatchedModel(families.resolve(checkpoint), checkpoint), IDS)
     expected = expected_importance(folder)
     assert got.keys() <= expected.keys()
     assert {"lm_head.weight", "layers.5.mlp.down_proj.weight"} <= got.keys()
@@ -65,12 +65,12 @@ def test_a_calibrated_bundle_says_so_and_passes(tmp_path: Path) -> None:
     assert bundle.manifest.calibration_tokens > 100
     assert bundle.manifest.parity.passed
     assert bundle.nbytes == pytest.approx(plain.nbytes, rel=1e-3)
-    assert bundle.manifest.source_digest["weights"] != plain.manifest.source_digest["weights"]
+    assert bundle.decoder.weights_digest != plain.decoder.weights_digest
 
 
 def test_calibration_that_cannot_be_done_is_refused(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    with pytest.raises(RunnerError, match=r"text\.txt` cannot be read"):
+    with pytest.raises(InputError, match=r"text\.txt` cannot be read"):
         pleexport.build(SAMPLES / "gemma4-kjv", tmp_path / "bundle", calibrate=text)
     text.write_text("In the beginning", encoding="utf-8")
     with pytest.raises(TargetError, match="calibration chooses scales of int8 and int4"):

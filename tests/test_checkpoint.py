@@ -16,15 +16,15 @@ from checkpoints import gemma4_multimodal
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, PleexportError, UnsupportedError
 
 Tensors = dict[str, Any]
 
 
-def bind(folder: Path) -> Binding:
+def bind(folder: Path) -> MatchedModel:
     source = Checkpoint(folder)
-    return Binding(families.resolve(source), source)
+    return MatchedModel(families.resolve(source), source)
 
 
 def tensors_of(folder: Path) -> Tensors:
@@ -53,8 +53,8 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 
 @pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model.", ""])
 def test_every_key_prefix_is_found(prefix: str, remake: Callable[..., Path]) -> None:
-    binding = bind(remake(renamed("model.", prefix)))
-    assert binding.prefix == prefix
+    matched = bind(remake(renamed("model.", prefix)))
+    assert matched.prefix == prefix
 
 
 def test_a_repack_with_a_foreign_prefix_is_verified_too(
@@ -75,10 +75,10 @@ def test_shards_are_read_through_their_index(gemma4_checkpoint: Path, tmp_path: 
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": weight_map}))
     shutil.copy(gemma4_checkpoint / "config.json", folder)
-    binding = bind(folder)
-    table = binding.model.tables[0]
+    matched = bind(folder)
+    table = matched.model.tables[0]
     expected = bind(gemma4_checkpoint).rows(table, slice(3, 5))
-    np.testing.assert_array_equal(binding.rows(table, slice(3, 5)), expected)
+    np.testing.assert_array_equal(matched.rows(table, slice(3, 5)), expected)
 
     index.write_text(json.dumps({"weight_map": weight_map | {"ghost": "a.safetensors"}}))
     with pytest.raises(CheckpointError, match="tensors that are in no file, `ghost` first"):
@@ -112,7 +112,7 @@ def test_all_problems_are_named_at_once_with_the_nearest_name(
     )
     assert "`model.layers.1.mlp.gate_porj.weight` is used by nothing" in message
     assert "`model.norm.weight` has shape [5]; the model has [32]" in message
-    assert "`model.layers.0.layer_scalar` has dtype I64" in message
+    assert "`model.layers.0.layer_scalar` has dtype int64" in message
 
 
 def test_dead_tensors_of_sharing_layers_are_ignored(remake: Callable[..., Path]) -> None:
@@ -120,15 +120,15 @@ def test_dead_tensors_of_sharing_layers_are_ignored(remake: Callable[..., Path])
         own = tensors["model.layers.0.self_attn.k_proj.weight"]
         return tensors | {"model.layers.3.self_attn.k_proj.weight": own}
 
-    binding = bind(remake(add))
-    assert binding.ignored == ["model.layers.3.self_attn.k_proj.weight"]
+    matched = bind(remake(add))
+    assert matched.ignored == ["model.layers.3.self_attn.k_proj.weight"]
 
 
 def test_towers_are_left_out_and_placeholders_look_up_the_padding_row(tmp_path: Path) -> None:
-    binding = bind(gemma4_multimodal(tmp_path / "checkpoint"))
-    assert {part.name for part in binding.left_out} >= {"vision tower", "vision projection"}
-    assert all(part.parameters > 0 for part in binding.left_out)
-    assert binding.model.row_aliases == {100: 0, 101: 0, 102: 0}
+    matched = bind(gemma4_multimodal(tmp_path / "checkpoint"))
+    assert {part.name for part in matched.left_out} >= {"vision tower", "vision projection"}
+    assert all(part.parameters > 0 for part in matched.left_out)
+    assert matched.model.row_aliases == {100: 0, 101: 0, 102: 0}
 
 
 REFUSED: dict[str, tuple[dict[str, object], str]] = {

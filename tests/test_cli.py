@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from pleexport.errors import BundleError
-from pleexport.runtime.bundle import staging_folder
+from pleexport.export.sealing import staging_folder
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 

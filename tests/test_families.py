@@ -15,7 +15,7 @@ from family_checkpoints import embformer, lckv, llama_value_embeddings
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.export.calibration import importance
 from pleexport.parity.oracle import open_oracle
@@ -88,7 +88,7 @@ def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
     checkpoint = Checkpoint(folder)
-    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
     check_every_way_to_feed(exact_bundle(folder, tmp_path / "bundle"), oracle.logits)
 
 
@@ -97,9 +97,9 @@ def test_embformer_without_a_cache_is_the_same(name: str, tmp_path: Path) -> Non
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
     checkpoint = Checkpoint(folder)
-    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
     bundle = exact_bundle(folder, tmp_path / "bundle", cache_dtype="none")
-    assert bundle.manifest.contract.caches == []
+    assert bundle.decoder.contract.caches == []
     check_every_way_to_feed(bundle, oracle.logits)
 
 
@@ -139,14 +139,14 @@ def test_files_in_another_dtype_than_the_config_are_rounded_to_it(
 
 def test_calibration_takes_a_token_at_a_time_where_the_model_does(tmp_path: Path) -> None:
     checkpoint = Checkpoint(lckv(tmp_path / "checkpoint"))
-    binding = Binding(families.resolve(checkpoint), checkpoint)
+    matched = MatchedModel(families.resolve(checkpoint), checkpoint)
     ids = list(range(1, 40))
     # What the last layer gets is right only if all layers saw what they should.
-    hidden = open_oracle(binding).hidden(ids)[-2]
+    hidden = open_oracle(matched).hidden(ids)[-2]
     normed = hidden / np.sqrt(np.square(hidden).mean(-1, keepdims=True) + 1e-5)
     normed *= checkpoint.array("model.layers.4.input_layernorm.weight")
     squares = np.square(normed).mean(0)
-    got = importance(binding, ids)["layers.4.self_attn.q_proj.weight"]
+    got = importance(matched, ids)["layers.4.self_attn.q_proj.weight"]
     np.testing.assert_allclose(got, squares, rtol=1e-3)
 
 
@@ -181,10 +181,10 @@ def test_impossible_configs_are_refused(
 ) -> None:
     config = Checkpoint(make(tmp_path / "checkpoint")).config | changes
     with pytest.raises(CheckpointError, match=message):
-        families.from_config(config, dtype="F32")
+        families.from_config(config, dtype="fp32")
 
 
 def test_the_older_lckv_is_not_misread(tmp_path: Path) -> None:
     config = Checkpoint(lckv(tmp_path / "checkpoint")).config | {"model_type": "opt-llama"}
     with pytest.raises(UnsupportedError, match="opt-llama"):
-        families.from_config(config, dtype="F32")
+        families.from_config(config, dtype="fp32")

@@ -14,10 +14,12 @@ import msgspec
 import pytest
 
 from pleexport import families, targets
-from pleexport.backends.onnx.storage import WeightFormat
+from pleexport.backends.onnx.storage import OnnxStorage
+from pleexport.dtypes import TABLE_DTYPES
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.inspection.inspect import ModelInfo, cache_bytes, estimate, inspect, render
-from pleexport.runtime.blob_layout import TABLE_DTYPES
+from pleexport.export.plan import cache_bytes
+from pleexport.inspection.inspect import ModelInfo, estimate, inspect, render
+from pleexport.weights import WeightRequest
 
 PREFIX = "model.language_model."
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8}
@@ -130,7 +132,7 @@ def write_config(folder: Path, text: dict[str, Any], **extra: Any) -> Path:
 def expected_shapes(folder: Path, *, dead: bool = True) -> dict[str, tuple[int, ...]]:
     """All tensors of the text part, as a published checkpoint has them."""
     config = json.loads((folder / "config.json").read_text())
-    model = families.from_config(config, dtype="BF16")
+    model = families.from_config(config, dtype="bf16")
     shapes = {PREFIX + k: shape for t in model.tables for k, shape in t.sources.items()}
     shapes |= {PREFIX + w.source_key: w.shape for w in model.weights if w.constant is None}
     if dead:
@@ -384,15 +386,16 @@ def test_tensors_in_another_dtype_than_the_configs_are_noted(tiny: Path) -> None
     write_weights(tiny, expected_shapes(tiny), dtype="F32")
     info = inspect(tiny)
     assert info.tables[0].stored[0].segment_dtype == "bf16"
-    assert "config.json says bfloat16, and the tables are stored as F32" in _flat(info)
+    assert "config.json says bfloat16, and the tables are stored as fp32" in _flat(info)
 
 
 def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
     info = inspect(folder)
-    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="bf16")
     android = next(e for e in info.targets if e.target == "android")
-    assert android.graph_bytes == sum(WeightFormat("int4").stored_bytes(w) for w in model.weights)
+    storage = OnnxStorage(WeightRequest("int4"))
+    assert android.graph_bytes == sum(storage.file_bytes(w) for w in model.weights)
     assert android.blob_bytes == info.blobs[TABLE_DTYPES.index("int8")].file_bytes
     assert android.bundle_bytes == android.graph_bytes + android.blob_bytes
     assert android.resident_bytes == android.graph_bytes + android.cache_bytes
@@ -402,21 +405,23 @@ def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
 
 def test_cache_bytes_stop_at_the_window(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
-    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="bf16")
     sliding, full = 12 * 2 * 256 * 4, 3 * 2 * 512 * 4
-    assert cache_bytes(model, "fp32", 100) == 100 * (sliding + full)
-    assert cache_bytes(model, "fp32", 4096) == 512 * sliding + 4096 * full
-    assert cache_bytes(model, "fp16", 4096) == 512 * sliding + 4096 * full // 2
+    assert cache_bytes(model.with_cache("fp32"), 100) == 100 * (sliding + full)
+    assert cache_bytes(model.with_cache("fp32"), 4096) == 512 * sliding + 4096 * full
+    assert cache_bytes(model.with_cache("fp16"), 4096) == 512 * sliding + 4096 * full // 2
     scales = 3 * 2 * 4
-    assert cache_bytes(model, "int8", 4096) == 512 * sliding + 4096 * (full // 4 + scales)
+    assert cache_bytes(model.with_cache("int8"), 4096) == 512 * sliding + 4096 * (
+        full // 4 + scales
+    )
 
 
 def test_estimate_that_does_not_fit_says_the_number(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
-    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="BF16")
+    model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="bf16")
     limits = targets.Limits(largest_file_bytes=2_000_000_000, memory_budget_bytes=1_000_000_000)
     small = msgspec.structs.replace(targets.load("web"), limits=limits)
-    result = estimate(model, small, "BF16")
+    result = estimate(model, small, "bf16")
     assert not result.fits
     assert result.problems == [
         "`embeddings.safetensors` has 2.92 GB, and the largest file is 2.00 GB",

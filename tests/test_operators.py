@@ -10,8 +10,8 @@ import onnxruntime as ort
 import pytest
 from numpy.typing import NDArray
 
-from pleexport.backends.onnx.attention import ATTEND_IN_BLOCKS
-from pleexport.backends.onnx.expansion import DOMAIN, Operator, expand
+from pleexport.backends.onnx.attention import ATTEND_CONTEXT
+from pleexport.backends.onnx.expansion import DOMAIN, Expand, Operator
 from pleexport.backends.onnx.recurrence import WKV7
 
 BLOCK, HEAD_DIM, VALUE_DIM = 8, 4, 6
@@ -29,7 +29,7 @@ def session(
         out.name, out.type = name, ir.TensorType(ir.DataType.FLOAT)
     graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 24, DOMAIN: 1})
     model = ir.Model(graph, ir_version=11)
-    expand(model, (operator,))
+    Expand([operator])(model)
     return ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"]
     )
@@ -47,7 +47,7 @@ def attention_session(
     inputs.append(ir.val("query_ids", ir.DataType.INT64, ir.Shape([1, "T"])))
     inputs.append(ir.val("held", ir.DataType.INT64, ir.Shape(["C"])))
     attributes = {"block": BLOCK, "softcap": softcap, "window": window}
-    return session(ATTEND_IN_BLOCKS, inputs, attributes)
+    return session(ATTEND_CONTEXT, inputs, attributes)
 
 
 def reference(

@@ -13,14 +13,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
-from pleexport.quantize import (
-    Blocks,
-    dequantize_rows,
-    pack_nibbles,
-    quantize_blocks,
-    quantize_rows,
-    unpack_nibbles,
-)
+from pleexport.backends.onnx.blocks import Blocks, quantize_blocks
+from pleexport.quantize import quantize_rows
+from pleexport.runtime.row_codes import dequantize_rows, pack_nibbles, unpack_nibbles
 
 VALUES = st.floats(-1e5, 1e5, width=32)
 

@@ -12,8 +12,8 @@ import pytest
 from numpy.typing import NDArray
 
 import pleexport
-from pleexport.backends.onnx import session
-from pleexport.errors import RunnerError
+from pleexport.backends.onnx import packing
+from pleexport.errors import InputError
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
 
@@ -27,11 +27,11 @@ def sample_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_sample_writes_text_that_streams_as_it_reads(sample_bundle: Path) -> None:
     runner = pleexport.Runner(sample_bundle)
-    assert runner.text is not None
+    assert runner.tokenizer is not None
     tokens = list(runner.generate("And the LORD said unto", max_new_tokens=40))
     streamed = "".join(token.text for token in tokens)
-    ids = runner.text.encode("And the LORD said unto")
-    whole = runner.text.decode([*ids, *(token.id for token in tokens)])
+    ids = runner.tokenizer.encode("And the LORD said unto")
+    whole = runner.tokenizer.decode([*ids, *(token.id for token in tokens)])
     assert whole == "And the LORD said unto" + streamed
     known = set((SAMPLE.parent / "heldout.txt").read_text(encoding="utf-8").split())
     words = streamed.split()[1:-1]  # the ends may be cut
@@ -77,11 +77,17 @@ def test_pages_are_asked_for_before_their_rows_are_read(
     assert asked == {5, 6, 7, *(token.id for token in tokens[:-1])}
 
 
+def vectors_of(runner: pleexport.Runner, ids: list[int]) -> dict[str, NDArray[np.float32]]:
+    """By graph input, what ids look up."""
+    found = runner.blob.lookup(runner.blob.row_ids(ids))
+    return {n.name: found[n.table] for n in runner.bundle.decoder.contract.lookup_inputs}
+
+
 def test_given_vectors_take_the_place_of_the_rows(sample_bundle: Path) -> None:
     runner = pleexport.Runner(sample_bundle)
     expected = runner.feed([9, 10])
     runner.reset()
-    given = runner.blob.lookup(runner.blob.row_ids([9, 10]))
+    given = vectors_of(runner, [9, 10])
     np.testing.assert_array_equal(runner.feed([1, 2], given), expected)
     runner.reset()
     assert not np.array_equal(runner.feed([1, 2]), expected)
@@ -135,14 +141,14 @@ def test_feeding_what_the_rings_cannot_hold_is_refused(
     count: int, keep: int, gemma4_bundle: Path
 ) -> None:
     runner = pleexport.Runner(gemma4_bundle)
-    with pytest.raises(RunnerError, match=r"tokens at once|keep is"):
+    with pytest.raises(InputError, match=r"tokens at once|keep is"):
         runner.feed([1] * count, keep=keep)
 
 
 def test_vectors_in_any_memory_order_are_read_right(gemma4_bundle: Path) -> None:
     runner = pleexport.Runner(gemma4_bundle)
     ids = [3, 4, 5]
-    vectors = runner.blob.lookup(runner.blob.row_ids(ids))
+    vectors = vectors_of(runner, ids)
     fortran = {name: np.asfortranarray(v) for name, v in vectors.items()}
     np.testing.assert_array_equal(runner.logits(ids), runner.logits(ids, vectors=fortran))
 
@@ -183,7 +189,7 @@ def test_the_context_ends_a_text(gemma4_checkpoint: Path, tmp_path: Path) -> Non
     tokens = list(runner.generate([1, 2, 3, 4], max_new_tokens=50, ignore_eos=True))
     assert len(tokens) == 8
     assert runner.stats.finish_reason == "context"
-    with pytest.raises(RunnerError, match="13 tokens exceed the bundle's context of 12"):
+    with pytest.raises(InputError, match="13 tokens exceed the bundle's context of 12"):
         runner.logits(list(range(13)))
 
 
@@ -203,7 +209,7 @@ def test_unusable_prompts_and_options_are_refused_at_once(
     gemma4_bundle: Path, prompt: object, options: dict[str, object], message: str
 ) -> None:
     runner = pleexport.Runner(gemma4_bundle)
-    with pytest.raises(RunnerError, match=message):
+    with pytest.raises(InputError, match=message):
         runner.generate(prompt, **options)  # type: ignore[arg-type]
 
 
@@ -251,11 +257,11 @@ def test_packed_weights_are_written_once_and_give_the_same_logits(
     (kept,) = folder.iterdir()
     written = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert set(written) == {"model.onnx", "model.onnx.data"}
-    monkeypatch.setattr(session, "_write_packed", None)  # not again
+    monkeypatch.setattr(packing, "_write_packed", None)  # not again
     second = pleexport.Runner(sample_bundle, packed_weights=folder).logits(ids)
     np.testing.assert_array_equal(first, second)
     np.testing.assert_allclose(first, expected, atol=1e-5)
-    monkeypatch.setattr(session, "_processor", lambda: "another")
+    monkeypatch.setattr(packing, "_processor", lambda: "another")
     with pytest.raises(TypeError):  # weights for another processor are not used
         pleexport.Runner(sample_bundle, packed_weights=folder)
 
@@ -267,10 +273,10 @@ def test_packing_that_fails_leaves_nothing(
         (folder / "model.onnx").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(session, "_write_packed", fail)
+    monkeypatch.setattr(packing, "_write_packed", fail)
     with pytest.raises(KeyboardInterrupt):
         pleexport.Runner(sample_bundle, packed_weights=tmp_path / "packed")
     assert list((tmp_path / "packed").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(RunnerError, match="no folder that can be written to"):
+    with pytest.raises(InputError, match="no folder that can be written to"):
         pleexport.Runner(sample_bundle, packed_weights=tmp_path / "file")

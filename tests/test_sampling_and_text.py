@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pleexport.errors import BundleError, RunnerError
+from pleexport.errors import InputError, TokenizerError
 from pleexport.runtime.sampling import Sampling
-from pleexport.runtime.tokenizer import StopStrings, Text, tokenizer_files
+from pleexport.runtime.stopping import StopStrings
+from pleexport.runtime.tokenizer import Tokenizer as Text
+from pleexport.runtime.tokenizer import tokenizer_files
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 
@@ -55,7 +57,7 @@ def test_repetition_penalty_pushes_seen_tokens_down() -> None:
     ],
 )
 def test_options_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(RunnerError, match=message):
+    with pytest.raises(InputError, match=message):
         Sampling(**options)  # type: ignore[arg-type]
 
 
@@ -115,7 +117,7 @@ def test_a_chat_template_is_rendered(folder: Path, tmp_path: Path) -> None:
     )
     text = with_config(folder, tmp_path, chat_template=template, bos_token="<bos>")
     ids = text.encode_chat([{"role": "user", "content": "hi"}])
-    assert ids[0] == text.tokenizer.token_to_id("<bos>")
+    assert ids[0] == text._tokenizer.token_to_id("<bos>")
     assert text.decode(ids) == "user:himodel:"
 
 
@@ -127,21 +129,21 @@ def test_a_template_that_refuses_or_attacks_is_one_sentence(
     template: str, folder: Path, tmp_path: Path
 ) -> None:
     text = with_config(folder, tmp_path, chat_template=template)
-    with pytest.raises(RunnerError, match="the chat template cannot render"):
+    with pytest.raises(InputError, match="the chat template cannot render"):
         text.encode_chat([{"role": "user", "content": "hi"}])
 
 
 def test_without_a_template_a_chat_is_refused(folder: Path) -> None:
-    with pytest.raises(RunnerError, match="has no chat template"):
+    with pytest.raises(InputError, match="has no chat template"):
         Text(tokenizer_files(folder)).encode_chat([{"role": "user", "content": "hi"}])
 
 
 def test_bos_is_put_in_front_where_the_config_asks_for_it(folder: Path, tmp_path: Path) -> None:
     text = with_config(folder, tmp_path, add_bos_token=True, bos_token={"content": "<bos>"})
-    assert text.encode("a")[0] == text.tokenizer.token_to_id("<bos>")
+    assert text.encode("a")[0] == text._tokenizer.token_to_id("<bos>")
 
 
 def test_a_malformed_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(TokenizerError, match="cannot be read"):
         Text(tokenizer_files(tmp_path))

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckFailed
 from pleexport.families import gemma
 from pleexport.parity.compare import check_text
@@ -138,13 +138,13 @@ def test_a_scale_applied_twice_fails(broken: Path, gemma4_checkpoint: Path) -> N
 def test_keys_shared_from_the_wrong_layer_fail_at_the_sharing_layer(
     weight_dtype: str, gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = gemma.kv_sources
+    real = gemma.kv_layers
 
     def wrong(layer_types: list[str], shared: int) -> list[int]:
         # Layer 3, the first that shares, reads layer 0 instead of layer 1.
         return [0 if i == 3 else source for i, source in enumerate(real(layer_types, shared))]
 
-    monkeypatch.setattr(gemma, "kv_sources", wrong)
+    monkeypatch.setattr(gemma, "kv_layers", wrong)
     with pytest.raises(CheckFailed, match="layer 3 is the first that diverges"):
         pleexport.build(
             gemma4_checkpoint, tmp_path / "out", table_dtype="source", weight_dtype=weight_dtype
@@ -169,12 +169,14 @@ def test_rows_that_are_no_numbers_fail(gemma4_checkpoint: Path, tmp_path: Path) 
 def test_a_window_that_is_ignored_fails_also_where_it_is_wide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pleexport.families import layers
+    from pleexport import operators
 
     folder = gemma4(tmp_path / "checkpoint", sliding_window=400)
-    real = layers.attention_bias
+    real = operators.attention_bias
     monkeypatch.setattr(
-        layers, "attention_bias", lambda *args, **options: real(*args, **options | {"window": None})
+        operators,
+        "attention_bias",
+        lambda *args, **options: real(*args, **options | {"window": None}),
     )
     with pytest.raises(CheckFailed, match="logits"):
         pleexport.build(folder, tmp_path / "out", table_dtype="source", weight_dtype="fp32")
@@ -200,7 +202,7 @@ def test_the_first_token_that_the_original_would_not_write_is_found(
     lowered: float, equal: int, near_tie: bool, gemma4_checkpoint: Path, gemma4_bundle: Path
 ) -> None:
     checkpoint = Checkpoint(gemma4_checkpoint)
-    oracle = open_oracle(Binding(families.resolve(checkpoint), checkpoint))
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
     class Changed:
         """The original, which likes another token better in place of the one at place 7."""

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from rwkv_checkpoints import rwkv
 
 import pleexport
-from pleexport.errors import BundleError, CheckpointError
-from pleexport.runtime.tokenizer import open_text, tokenizer_files
+from pleexport.errors import CheckpointError, TokenizerError
+from pleexport.runtime.tokenizer import open_tokenizer, tokenizer_files
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldTokenizer
 
 SENTENCES = [
@@ -71,7 +71,7 @@ def test_a_bundle_takes_the_vocabulary_along(tmp_path: Path) -> None:
     bundle = pleexport.build(
         checkpoint, tmp_path / "bundle", tokenizer=published_vocabulary(), verify=False
     )
-    tokenizer = open_text(tokenizer_files(bundle.path))
+    tokenizer = open_tokenizer(tokenizer_files(bundle.path))
     assert tokenizer is not None
     assert tokenizer.encode("Hello") == [33155]
     assert list(pleexport.Runner(bundle).generate("Hello", max_new_tokens=3))
@@ -85,5 +85,5 @@ def test_a_bundle_takes_the_vocabulary_along(tmp_path: Path) -> None:
 )
 def test_a_malformed_vocabulary_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / VOCABULARY).write_text(content, encoding="utf-8")
-    with pytest.raises(BundleError, match=VOCABULARY):
+    with pytest.raises(TokenizerError, match=VOCABULARY):
         WorldTokenizer(tmp_path / VOCABULARY)

@@ -1,1 +1,1 @@
-"""The runtime formats that are written and run."""
+"""The runtime formats that are written and run, a folder each."""

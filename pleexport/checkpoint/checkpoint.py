@@ -11,12 +11,13 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.pickled_file import PickledFile
+from pleexport.dtypes import COMPUTED, torch_name
 from pleexport.errors import CheckpointError
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 GENERATION_CONFIG = "generation_config.json"
-# `dtype` strings of config.json -> safetensors dtype.
-CONFIG_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+# What a config may name as its dtype, by the name it has there.
+_CONFIG_DTYPES = {torch_name(name): name for name in COMPUTED}
 
 
 class WeightFile(Protocol):
@@ -82,27 +83,27 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> str:
-        """The dtype that the original computes its constants in: "F32", "F16" or "BF16".
+        """The dtype that the original computes its constants in: "fp32", "fp16" or "bf16".
 
         The config's word comes first, as in `from_pretrained(dtype="auto")`; a config without one
         takes the dtype of the first floating-point tensor. Without a config, it is that of all
-        tensors, or "F32" where they differ.
+        tensors, or "fp32" where they differ.
         """
         for config in (self.config, self.text_config):
             name = config.get("dtype") or config.get("torch_dtype")
             if name is None:
                 continue
-            if not isinstance(name, str) or name not in CONFIG_DTYPES:
+            if not isinstance(name, str) or name not in _CONFIG_DTYPES:
                 raise CheckpointError(
                     f"`{self.path / 'config.json'}` has dtype `{name}`; "
-                    f"expected one of {', '.join(CONFIG_DTYPES)}"
+                    f"expected one of {', '.join(_CONFIG_DTYPES)}"
                 )
-            return CONFIG_DTYPES[name]
+            return _CONFIG_DTYPES[name]
         if not self.config:
             dtypes = {entry.dtype for entry in self.entries.values()}
-            return dtypes.pop() if dtypes in ({"F16"}, {"BF16"}) else "F32"
-        floats = [e.dtype for e in self.entries.values() if e.dtype in CONFIG_DTYPES.values()]
-        return floats[0] if floats else "F32"
+            return dtypes.pop() if dtypes in ({"fp16"}, {"bf16"}) else "fp32"
+        floats = [e.dtype for e in self.entries.values() if e.dtype in COMPUTED]
+        return floats[0] if floats else "fp32"
 
     @cached_property
     def generation_config(self) -> dict[str, Any]:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.dtypes import FLOATS, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.model import Model, Rows, Table, Weight
-from pleexport.safetensors_file import DTYPES, TensorEntry
+from pleexport.safetensors_file import TensorEntry
 
-FLOAT_DTYPES = ("F32", "F16", "BF16", "F64")
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
 
@@ -29,7 +29,7 @@ class LeftOut:
     nbytes: int
 
 
-class Binding:
+class MatchedModel:
     """A model whose tensors were all found in a checkpoint.
 
     Raises:
@@ -51,7 +51,7 @@ class Binding:
 
     @property
     def dtype(self) -> str:
-        """The checkpoint's dtype, e.g. "BF16"."""
+        """The checkpoint's dtype, e.g. "bf16"."""
         return self.checkpoint.dtype
 
     def rows(self, table: Table, rows: Rows) -> NDArray[np.generic]:
@@ -63,12 +63,12 @@ class Binding:
         """
         if table.fold:
             return table.fold.compute(self._read, rows)
-        dtype = DTYPES[self.dtype]
+        dtype = numpy_dtype(self.dtype)
         parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
     def matrix(self, weight: Weight) -> NDArray[np.generic]:
-        """A view of a weight in its stored dtype; `raised` makes numbers of it."""
+        """A view of a weight in its stored dtype; `widened` makes numbers of it."""
         array = self._array(weight.source_key)
         return array.T if weight.transposed else array.reshape(weight.shape)
 
@@ -76,11 +76,11 @@ class Binding:
         """A whole weight in float32."""
         if weight.constant is not None:
             return weight.constant
-        return self.raised(self.matrix(weight))
+        return self.widened(self.matrix(weight))
 
-    def raised(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
+    def widened(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
         """A copy of stored values in float32, rounded to the checkpoint's dtype first."""
-        return values.astype(DTYPES[self.dtype], copy=False).astype(np.float32)
+        return values.astype(numpy_dtype(self.dtype), copy=False).astype(np.float32)
 
     def vectors(self, table: Table, ids: NDArray[np.int64]) -> NDArray[np.float32]:
         """What token ids look up: `[T, width]`, or `[T, layers, width]`, multiplier applied."""
@@ -161,10 +161,10 @@ class Binding:
                     f"tensor `{name}` has shape {list(entries[name].shape)}; "
                     f"the model has {list(shape)}"
                 )
-            elif name in entries and entries[name].dtype not in FLOAT_DTYPES:
+            elif name in entries and entries[name].dtype not in FLOATS:
                 problems.append(
                     f"tensor `{name}` has dtype {entries[name].dtype}; "
-                    f"expected one of {', '.join(FLOAT_DTYPES)}"
+                    f"expected one of {', '.join(FLOATS)}"
                 )
         if problems:
             raise _everything(self.checkpoint, problems)

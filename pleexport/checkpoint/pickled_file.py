@@ -10,14 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import ml_dtypes
-import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.dtypes import BY_TORCH, FLOATS
 from pleexport.errors import CheckpointError, MissingDependencyError
-from pleexport.safetensors_file import DTYPES, TensorEntry
-
-# By name of a torch dtype.
-_DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+from pleexport.safetensors_file import TensorEntry
 
 
 class PickledFile:
@@ -80,11 +77,17 @@ class PickledFile:
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
         import torch
 
-        dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+        dtype = BY_TORCH.get(str(tensor.dtype).removeprefix("torch."))
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu"
-        if dtype is None or not plain or tensor.is_nested or tensor.is_neg():
+        if (
+            dtype is None
+            or dtype.name not in FLOATS
+            or not plain
+            or tensor.is_nested
+            or tensor.is_neg()
+        ):
             raise CheckpointError(
                 f"`{self.path}`: tensor `{name}` is not a plain floating-point one"
             )
-        size = tensor.numel() * np.dtype(DTYPES[dtype]).itemsize
-        return TensorEntry(name, dtype, tuple(tensor.shape), tensor.storage_offset(), size)
+        size = tensor.numel() * dtype.bits // 8
+        return TensorEntry(name, dtype.name, tuple(tensor.shape), tensor.storage_offset(), size)

@@ -11,23 +11,23 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import bits, numpy_dtype
 from pleexport.errors import CheckpointError
+from pleexport.export.segments import row_stride
 from pleexport.model import Model, Table
 from pleexport.parallel import map_in_order
-from pleexport.quantize import pack_nibbles, quantize_rows
+from pleexport.quantize import quantize_rows
 from pleexport.runtime.blob_layout import (
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
-    FLOAT_DTYPES,
     FORMAT,
     ROWS,
     VERSION,
     Segment,
     align,
-    plan_segments,
-    row_stride,
 )
+from pleexport.runtime.row_codes import pack_nibbles
 
 _BATCH_BYTES = 2 << 20
 
@@ -40,17 +40,17 @@ def blob_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
 
 
 def write_blob(
-    binding: Binding,
+    matched: MatchedModel,
     path: Path,
     *,
-    table_dtype: str,
+    segments: list[Segment],
     page_size: int,
     progress: Callable[[int], object] = lambda _: None,
 ) -> str:
     """Write all tables to `path`.
 
     Args:
-        table_dtype: "source", or a segment dtype.
+        segments: of a row; see `plan_segments`.
         page_size: bytes; the rows begin at a multiple of it.
         progress: called with the number of bytes written since its last call.
     Returns:
@@ -59,8 +59,7 @@ def write_blob(
         CheckpointError: a table holds values that cannot be stored in the dtype.
     Source: docs/blob-format.md.
     """
-    model = binding.model
-    segments = plan_segments(model.tables, table_dtype, binding.dtype)
+    model = matched.model
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
     header_bytes = _header_bytes(model, segments, page_size)
@@ -73,7 +72,7 @@ def write_blob(
         batch = np.zeros((len(ids), stride), dtype=np.uint8)
         sources = {}
         for table in model.tables:
-            sources[table.name] = source = _source_rows(binding, table, ids)
+            sources[table.name] = source = _source_rows(matched, table, ids)
             _encode(batch, source, table, own[table.name])
         return batch, sources
 
@@ -92,10 +91,12 @@ def write_blob(
     return digest
 
 
-def _source_rows(binding: Binding, table: Table, ids: NDArray[np.int64]) -> NDArray[np.generic]:
+def _source_rows(
+    matched: MatchedModel, table: Table, ids: NDArray[np.int64]
+) -> NDArray[np.generic]:
     rows = table.source_rows(ids)
     contiguous = rows[-1] - rows[0] == len(rows) - 1
-    return binding.rows(table, slice(rows[0], rows[-1] + 1) if contiguous else rows)
+    return matched.rows(table, slice(rows[0], rows[-1] + 1) if contiguous else rows)
 
 
 def _encode(
@@ -112,7 +113,7 @@ def _encode(
     values = source.reshape(len(batch), count, table.width)
     if first.group_size is None:
         with np.errstate(over="ignore"):
-            raw = values.astype(FLOAT_DTYPES[first.dtype], order="C")
+            raw = values.astype(numpy_dtype(first.dtype), order="C")
         if raw.dtype != values.dtype and not np.isfinite(raw).all():
             raise CheckpointError(
                 f"table `{table.name}` holds values that are not finite in {first.dtype}",
@@ -120,10 +121,10 @@ def _encode(
             )
         slots[:] = raw.view(np.uint8).reshape(slots.shape)
         return
-    bits = 8 if first.dtype == "int8" else 4
+    code_bits = bits(first.dtype)
     try:
         codes, scales = quantize_rows(
-            values.astype(np.float32), bits=bits, group_size=first.group_size
+            values.astype(np.float32), bits=code_bits, group_size=first.group_size
         )
     except ValueError as err:
         raise CheckpointError(
@@ -131,7 +132,7 @@ def _encode(
             hint="`--table-dtype source` keeps the values as they are",
         ) from err
     assert first.scale_offset is not None
-    slots[..., : first.code_bytes] = codes.view(np.uint8) if bits == 8 else pack_nibbles(codes)
+    slots[..., : first.code_bytes] = codes.view(np.uint8) if code_bits == 8 else pack_nibbles(codes)
     begin = first.scale_offset - first.offset
     slots[..., begin:] = scales.view(np.uint8).reshape(*scales.shape[:-1], -1)
 

@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.contract import pieces
 from pleexport.families.layers import Parameters
 from pleexport.model import Cache, GraphInputs, Weight
 from pleexport.runtime.blob_layout import align
@@ -23,7 +24,7 @@ _WINDOW = 512
 
 
 def importance(
-    binding: Binding,
+    matched: MatchedModel,
     token_ids: Sequence[int],
     *,
     progress: Callable[[int], object] = lambda _: None,
@@ -34,12 +35,12 @@ def importance(
         token_ids: a text, read 512 tokens at a time.
         progress: called with the number of tokens read since its last call.
     """
-    weights = _ObservedParameters(_Weights(binding), binding)
+    weights = _ObservedParameters(_Weights(matched), matched)
     ids = np.asarray(token_ids, dtype=np.int64)
     with torch.no_grad():
         for begin in range(0, len(ids), _WINDOW):
             window = ids[begin : begin + _WINDOW]
-            _read(binding, weights, window)
+            _read(matched, weights, window)
             progress(len(window))
     return {name: (total / len(ids)).numpy() for name, total in weights.squares.items()}
 
@@ -47,9 +48,9 @@ def importance(
 class _Weights(Mapping[str, Tensor]):
     """The weights of a checkpoint in float32, read when they are used."""
 
-    def __init__(self, binding: Binding) -> None:
-        self._binding = binding
-        self._weights: dict[str, Weight] = {w.name: w for w in binding.model.weights}
+    def __init__(self, matched: MatchedModel) -> None:
+        self._binding = matched
+        self._weights: dict[str, Weight] = {w.name: w for w in matched.model.weights}
 
     def __getitem__(self, name: str) -> Tensor:
         return torch.from_numpy(self._binding.values(self._weights[name]))
@@ -64,10 +65,10 @@ class _Weights(Mapping[str, Tensor]):
 class _ObservedParameters(Parameters):
     """Sums the squares of what goes into linear layers; logits are not computed."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], binding: Binding) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], matched: MatchedModel) -> None:
         super().__init__(tensors)
         self.squares: dict[str, Tensor] = {}
-        self._heads = {w.name: w.shape[0] for w in binding.model.weights if w.precision == "head"}
+        self._heads = {w.name: w.shape[0] for w in matched.model.weights if w.precision == "head"}
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         key = f"{self.prefix}{name}.weight"
@@ -78,23 +79,23 @@ class _ObservedParameters(Parameters):
         return super().linear(name, x)
 
 
-def _read(binding: Binding, weights: Parameters, ids: NDArray[np.int64]) -> None:
+def _read(matched: MatchedModel, weights: Parameters, ids: NDArray[np.int64]) -> None:
     """Run the model on a text from its start, in as many calls as it needs."""
-    model = binding.model
+    model = matched.model.with_cache("fp32")
     caches = {cache.layer: _empty(cache, len(ids)) for cache in model.caches}
     states = {s.name: torch.zeros(1, *s.shape) for s in model.states}
-    step = model.tokens_per_call or len(ids)
-    for begin in range(0, len(ids), step):
-        end = min(begin + step, len(ids))
+    for piece in pieces(len(ids), model.tokens_per_call or len(ids)):
+        begin, end = piece.start, piece.stop
         inputs = GraphInputs(
             rows={
                 table.graph_input: torch.from_numpy(
-                    binding.vectors(table, ids[0 if table.whole_text else begin : end])
+                    matched.vectors(table, ids[0 if table.whole_text else begin : end])
                 )[None]
                 for table in model.tables
             },
             position_ids=torch.arange(begin, end)[None],
             caches=caches,
+            capacities={layer: tensors[0].shape[2] for layer, tensors in caches.items()},
             states=states,
             logit_positions=torch.arange(end - begin),
         )
@@ -104,4 +105,4 @@ def _read(binding: Binding, weights: Parameters, ids: NDArray[np.int64]) -> None
 
 def _empty(cache: Cache, positions: int) -> tuple[Tensor, ...]:
     slots = align(positions, cache.block)
-    return tuple(torch.zeros(1, cache.heads, slots, b.width) for b in cache.buffers("fp32"))
+    return tuple(torch.zeros(1, cache.heads, slots, b.width) for b in cache.buffers)

@@ -52,7 +52,7 @@ def from_config(config: dict[str, Any], *, dtype: str) -> Model:
     """The model that a config.json describes.
 
     Args:
-        dtype: the checkpoint's dtype, "F32", "F16" or "BF16".
+        dtype: the checkpoint's dtype, "fp32", "fp16" or "bf16".
     Raises:
         UnsupportedError: no family is responsible, or the model has no tables.
         CheckpointError: the config is incomplete or malformed.

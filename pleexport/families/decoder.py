@@ -87,7 +87,10 @@ class AttentionContext:
         self._inputs = inputs
         self._query_ids = inputs.position_ids
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
-        self._biases: dict[tuple[int | None, int, bool], Tensor] = {}
+        self._biases: dict[tuple[int | None, bool], Tensor] = {}
+        # By whether a cache has a window, since all rings have one capacity.
+        self._slots: dict[bool, Tensor] = {}
+        self._held: dict[bool, Tensor] = {}
         self.caches = dict(inputs.caches)
 
     def narrow(self) -> None:
@@ -104,43 +107,70 @@ class AttentionContext:
             self._angles[name] = layers.rotary_angles(self._query_ids, self._weights[name])
         return self._angles[name]
 
-    def write(self, layer: int, keys_BTND: Tensor, values_BTND: Tensor) -> None:
+    def write(self, layer: int, keys_BTKD: Tensor, values_BTKD: Tensor) -> None:
         """Put a layer's new keys and values into its cache."""
         from pleexport.families import layers
 
+        slides = self._windows[layer] is not None
+        if slides not in self._slots:
+            self._slots[slides] = layers.slots(
+                self._inputs.position_ids, capacity=self._inputs.capacities[layer]
+            )
         self.caches[layer] = layers.update_cache(
-            self.caches[layer], keys_BTND, values_BTND, self._inputs.position_ids
+            self.caches[layer], keys_BTKD, values_BTKD, self._slots[slides]
         )
 
     def attend(
-        self, query_BTND: Tensor, *, source: int, window: int | None, strict: bool = False
+        self,
+        query_BQND: Tensor,
+        *,
+        kv_layer: int,
+        window: int | None,
+        strict: bool = False,
+        softcap: float = 0.0,
     ) -> Tensor:
-        """What the query positions find in a cache, `[B, T, N * D]`; scores are not scaled.
+        """What the query positions find in a cache, `[B, Q, N * D]`; scores are not scaled.
 
         Args:
-            source: the layer whose cache it is.
+            kv_layer: the layer whose cache it is.
             window: positions that a token sees, its own included; None for all.
             strict: it does not see its own; the first token of a text finds zeros.
+            softcap: of scores; 0 for none. For layers without a window only.
         """
         import torch
 
-        from pleexport.families import layers
+        from pleexport import operators
 
-        cache, query_ids = self.caches[source], self._query_ids
+        cache, query_ids = self.caches[kv_layer], self._query_ids
         if strict:
             query_ids = query_ids - 1
             window = None if window is None else window - 1
-        held = layers.held_positions(self._inputs.position_ids, capacity=cache[0].shape[2])
-        if self._windows[source] is None:
-            attended: Tensor = layers.attend_in_blocks(
-                query_BTND, list(cache), query_ids, held, CONTEXT_BLOCK, window=window or 0
+        if self._windows[kv_layer] is None:
+            attended: Tensor = operators.attend_context(
+                query_BQND,
+                list(cache),
+                query_ids,
+                self._held_by(kv_layer),
+                CONTEXT_BLOCK,
+                softcap,
+                window or 0,
             )
         else:
-            repeats = query_BTND.shape[2] // cache[0].shape[1]
-            key = (window, repeats, strict)
-            if key not in self._biases:
-                self._biases[key] = layers.attention_bias(
-                    query_ids, held, window=window, repeats=repeats
+            assert not softcap
+            if (window, strict) not in self._biases:
+                self._biases[window, strict] = operators.attention_bias(
+                    query_ids, self._held_by(kv_layer), window=window
                 )
-            attended = layers.attend(query_BTND, cache, self._biases[key])
+            attended = operators.attend_window(query_BQND, *cache, self._biases[window, strict])
         return torch.where(query_ids.unsqueeze(2) >= 0, attended, 0.0) if strict else attended
+
+    def _held_by(self, layer: int) -> Tensor:
+        """The position in each slot of a layer's cache."""
+        from pleexport.families import layers
+
+        slides = self._windows[layer] is not None
+        if slides not in self._held:
+            self._held[slides] = layers.held_positions(
+                self._inputs.position_ids, capacity=self._inputs.capacities[layer]
+            )
+        return self._held[slides]

@@ -162,6 +162,7 @@ class _Forward:
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
         import torch
 
+        from pleexport import operators
         from pleexport.families import layers
 
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
@@ -174,7 +175,8 @@ class _Forward:
 
         def rotated(x_BTW: Tensor, heads: int, angles: tuple[Tensor, Tensor]) -> Tensor:
             normed = layers.rms_normalize(layers.split_last(x_BTW, heads, c.head_dim), c.eps)
-            return layers.rotate(normed, angles)
+            turned: Tensor = operators.rotate(normed, *angles)
+            return turned
 
         for i, window in enumerate(c.windows):
             key, value, gate = (
@@ -186,13 +188,11 @@ class _Forward:
             query = query * c.head_dim**-0.5
             if self.keeps:
                 context.write(i, keys, values)
-                attended = context.attend(query, source=i, window=window)
+                attended = context.attend(query, kv_layer=i, window=window)
             else:
-                bias = layers.attention_bias(
-                    inputs.position_ids, positions[0], window=window, repeats=c.heads // c.kv_heads
-                )
-                attended = layers.attend(
-                    query, (keys.transpose(1, 2), values.transpose(1, 2)), bias
+                bias = operators.attention_bias(inputs.position_ids, positions[0], window=window)
+                attended = operators.attend(
+                    query, keys.transpose(1, 2), values.transpose(1, 2), bias
                 )
             x_BTH = x_BTH + attended
             opened = layers.activation(c.activation, layers.rms_normalize(x_BTH, c.eps))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from pleexport.dtypes import rounded
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.config_reader import ConfigReader
 from pleexport.families.decoder import AttentionContext, linear
@@ -20,7 +21,6 @@ from pleexport.model import (
     Table,
     Unused,
     Weight,
-    rounded,
 )
 
 if TYPE_CHECKING:
@@ -68,14 +68,14 @@ class Attention:
     """The attention of one layer.
 
     Attributes:
-        source: the layer whose keys and values it attends to; itself, or an earlier one.
+        kv_layer: the layer whose keys and values it attends to; itself, or an earlier one.
         value_is_key: values are made by the key projection (`attention_k_eq_v`).
         window: positions that a token sees, its own included; None for all.
     """
 
     layer: int
     layer_type: str
-    source: int
+    kv_layer: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -86,7 +86,7 @@ class Attention:
     @property
     def owns_cache(self) -> bool:
         """Whether the layer makes keys and values of its own."""
-        return self.source == self.layer
+        return self.kv_layer == self.layer
 
     @property
     def inv_freq_name(self) -> str:
@@ -104,7 +104,7 @@ def caches(attentions: Sequence[Attention]) -> tuple[Cache, ...]:
     return tuple(a.cache for a in attentions if a.owns_cache)
 
 
-def kv_sources(layer_types: list[str], shared: int) -> list[int]:
+def kv_layers(layer_types: list[str], shared: int) -> list[int]:
     """For each layer, the layer whose keys and values it uses.
 
     The last `shared` layers use those of the last unshared layer of their own type.
@@ -136,12 +136,12 @@ def check_heads(attention: Attention, earlier: list[Attention]) -> None:
             f"config.json: layer {a.layer} has head_dim {a.head_dim}; rotary embeddings need an "
             "even one"
         )
-    if a.source < len(earlier):
-        source = earlier[a.source]
-        if (source.kv_heads, source.head_dim) != (a.kv_heads, a.head_dim):
+    if a.kv_layer < len(earlier):
+        shared = earlier[a.kv_layer]
+        if (shared.kv_heads, shared.head_dim) != (a.kv_heads, a.head_dim):
             raise CheckpointError(
                 f"config.json: layer {a.layer} shares keys of {a.kv_heads} x {a.head_dim} with "
-                f"layer {a.source}, which has {source.kv_heads} x {source.head_dim}"
+                f"layer {a.kv_layer}, which has {shared.kv_heads} x {shared.head_dim}"
             )
 
 
@@ -227,7 +227,7 @@ def attention_weights(
     ]
     if a.owns_cache:
         return used + keys, {}
-    reason = f"layer {a.layer} uses the keys and values of layer {a.source}"
+    reason = f"layer {a.layer} uses the keys and values of layer {a.kv_layer}"
     return used, {weight.name: Unused(weight.shape, reason) for weight in keys}
 
 
@@ -280,19 +280,20 @@ def attend(w: Parameters, x_BTH: Tensor, a: Attention, context: AttentionContext
     Norms come before the rotation; values are normalised without a weight; the scale is 1.
     Source: transformers `Gemma4TextAttention`, `Gemma3nTextAttention`.
     """
+    from pleexport import operators
     from pleexport.families import layers
 
     query = layers.split_last(w.linear("q_proj", x_BTH), a.heads, a.head_dim)
     query = w.rms_norm("q_norm", query, a.eps)
-    query = layers.rotate(query, context.angles(a.inv_freq_name))
+    query = operators.rotate(query, *context.angles(a.inv_freq_name))
     if a.owns_cache:
         key = layers.split_last(w.linear("k_proj", x_BTH), a.kv_heads, a.head_dim)
         value = key
         if not a.value_is_key:
             value = layers.split_last(w.linear("v_proj", x_BTH), a.kv_heads, a.head_dim)
-        key = layers.rotate(w.rms_norm("k_norm", key, a.eps), context.angles(a.inv_freq_name))
+        key = operators.rotate(w.rms_norm("k_norm", key, a.eps), *context.angles(a.inv_freq_name))
         context.write(a.layer, key, layers.rms_normalize(value, a.eps))
-    return w.linear("o_proj", context.attend(query, source=a.source, window=a.window))
+    return w.linear("o_proj", context.attend(query, kv_layer=a.kv_layer, window=a.window))
 
 
 def per_layer_inputs(

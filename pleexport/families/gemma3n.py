@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
+from pleexport.dtypes import rounded
 from pleexport.families import decoder, gemma
 from pleexport.families.config_reader import ConfigReader
 from pleexport.model import (
@@ -20,7 +21,6 @@ from pleexport.model import (
     Published,
     Unused,
     Weight,
-    rounded,
 )
 
 if TYPE_CHECKING:
@@ -263,14 +263,14 @@ def _text_rows(config: dict[str, Any], rows: int, per_layer_rows: int) -> int:
 
 def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Attention]:
     layer_types = gemma.read_layer_types(text, layers)
-    sources = gemma.kv_sources(layer_types, shared)
+    kv_layers = gemma.kv_layers(layer_types, shared)
     window = text.integer("sliding_window")
     attentions: list[gemma.Attention] = []
     for i, layer_type in enumerate(layer_types):
         attention = gemma.Attention(
             layer=i,
             layer_type=layer_type,
-            source=sources[i],
+            kv_layer=kv_layers[i],
             heads=text.integer("num_attention_heads"),
             kv_heads=text.integer("num_key_value_heads"),
             head_dim=text.integer("head_dim", minimum=2),

@@ -152,7 +152,7 @@ def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Atte
     layer_types = gemma.read_layer_types(text, layers)
     # transformers makes the last layer a full one, whatever the config says.
     layer_types[-1] = "full_attention"
-    sources = gemma.kv_sources(layer_types, shared)
+    kv_layers = gemma.kv_layers(layer_types, shared)
     overrides = _per_layer_overrides(text, layer_types)
     key_is_value = text.flag("attention_k_eq_v", default=False)
     heads, window = text.integer("num_attention_heads"), text.integer("sliding_window")
@@ -164,7 +164,7 @@ def _attentions(text: ConfigReader, layers: int, shared: int) -> list[gemma.Atte
         attention = gemma.Attention(
             layer=i,
             layer_type=layer_type,
-            source=sources[i],
+            kv_layer=kv_layers[i],
             heads=heads,
             kv_heads=override.get("num_key_value_heads", kv_heads),
             head_dim=override.get("head_dim", head_dim),

@@ -120,7 +120,7 @@ class _Forward:
                 context.write(i, *llama.key_value(attention, normed, c, context))
             attended = context.attend(
                 llama.query(attention, normed, c, context),
-                source=target.layer,
+                kv_layer=target.layer,
                 window=target.window,
                 strict=target.strict,
             )

@@ -197,10 +197,11 @@ def build_model(
 
 def query(w: Parameters, x_BTH: Tensor, c: LlamaConfig, context: AttentionContext) -> Tensor:
     """Rotated queries `[B, T, N, D]`, scaled."""
+    from pleexport import operators
     from pleexport.families import layers
 
     heads = layers.split_last(w.linear("q_proj", x_BTH), c.heads, c.head_dim)
-    rotated: Tensor = layers.rotate(heads, context.angles(INV_FREQ)) * c.head_dim**-0.5
+    rotated: Tensor = operators.rotate(heads, *context.angles(INV_FREQ)) * c.head_dim**-0.5
     return rotated
 
 
@@ -208,13 +209,14 @@ def key_value(
     w: Parameters, x_BTH: Tensor, c: LlamaConfig, context: AttentionContext
 ) -> tuple[Tensor, Tensor]:
     """Rotated keys and plain values, both `[B, T, K, D]`."""
+    from pleexport import operators
     from pleexport.families import layers
 
     key, value = (
         layers.split_last(w.linear(name, x_BTH), c.kv_heads, c.head_dim)
         for name in ("k_proj", "v_proj")
     )
-    return layers.rotate(key, context.angles(INV_FREQ)), value
+    return operators.rotate(key, *context.angles(INV_FREQ)), value
 
 
 def finish_layer(layer: Parameters, x_BTH: Tensor, attended: Tensor, c: LlamaConfig) -> Tensor:

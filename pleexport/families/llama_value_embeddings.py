@@ -87,7 +87,7 @@ class _Forward:
                 value = value + rows.reshape(value.shape)
             context.write(i, key, value)
             query = llama.query(attention, normed, c, context)
-            attended = context.attend(query, source=i, window=None)
+            attended = context.attend(query, kv_layer=i, window=None)
             x_BTH = llama.finish_layer(layer, x_BTH, attended, c)
             hidden.append(x_BTH)
         return GraphOutputs(llama.logits(w, x_BTH, inputs, c), context.caches, hidden)

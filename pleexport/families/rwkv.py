@@ -17,9 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families.decoder import linear
+from pleexport.families.decoder import AttentionContext, linear
 from pleexport.model import (
-    CONTEXT_BLOCK,
     Cache,
     Fold,
     GraphInputs,
@@ -145,16 +144,19 @@ def _model(variant: Variant, shapes: Shapes) -> Model:
         max_context=MAX_CONTEXT,
         tables=tuple(_tables(variant, sizes, shapes)),
         weights=tuple(weights),
-        caches=tuple(
-            Cache(i, 1, sizes.key_width, window=None, value_dim=sizes.width)
-            for i in range(sizes.layers if attention else 0)
-        ),
+        caches=_caches(variant, sizes),
         states=tuple(states),
         forward=_Forward(variant, sizes),
         unused=unused,
         eos_token_ids=(END_OF_TEXT,),
         reference=_reference,
     )
+
+
+def _caches(variant: Variant, sizes: _Sizes) -> tuple[Cache, ...]:
+    """Those of DeepEmbedAttention, one a layer."""
+    layers = range(sizes.layers if variant.attention else 0)
+    return tuple(Cache(i, 1, sizes.key_width, None, value_dim=sizes.width) for i in layers)
 
 
 def _reference(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> Reference:
@@ -349,7 +351,8 @@ class _Forward:
         x_BTC = inputs.rows["inputs_embeds"]
         first_BTC: Tensor | None = None
         states: dict[str, Tensor] = {}
-        caches, hidden = dict(inputs.caches), []
+        context = AttentionContext(w, inputs, _caches(self.variant, self.sizes))
+        hidden = []
         for i in range(self.sizes.layers):
             block = w.below(f"blocks.{i}")
             before = {name: inputs.states.get(f"{i}.{name}") for name in _STATES}
@@ -358,17 +361,14 @@ class _Forward:
             added = layer.time_mix(block.layer_norm("ln1", x_BTC, LAYER_NORM_EPS), first_BTC)
             first_BTC = layer.value_BTC if first_BTC is None else first_BTC
             if self.variant.attention:
-                attended, caches[i] = layer.attend(
-                    x_BTC, self.variant.attention, caches[i], inputs.position_ids
-                )
-                added = added + attended
+                added = added + layer.attend(x_BTC, i, self.variant.attention, context)
             x_BTC = x_BTC + added
             x_BTC = x_BTC + layer.channel_mix(block.layer_norm("ln2", x_BTC, LAYER_NORM_EPS))
             states |= {f"{i}.{name}": value for name, value in layer.after.items()}
             hidden.append(x_BTC)
         x_BTC = x_BTC.index_select(1, inputs.logit_positions)
         logits = w.linear("head", w.layer_norm("ln_out", x_BTC, LAYER_NORM_EPS))
-        return GraphOutputs(logits, caches, hidden, states)
+        return GraphOutputs(logits, context.caches, hidden, states)
 
 
 _STATES = ("att_x", "ffn_x", "wkv", "query", "key", "value")
@@ -399,7 +399,7 @@ class _Layer:
         import torch
         import torch.nn.functional as F  # noqa: N812
 
-        from pleexport.families import layers
+        from pleexport import operators
 
         w = self._block.below("att")
         shift = self._shifted("att_x", x_BTC) - x_BTC
@@ -419,7 +419,7 @@ class _Layer:
 
         log_decay = self._heads(LOG_DECAY * torch.sigmoid(decay))
         r, k, v = self._heads(receptance), self._heads(key), self._heads(value)
-        read, self.after["wkv"] = layers.wkv7(
+        read, self.after["wkv"] = operators.wkv7(
             r, log_decay, k, v, -removed, removed * self._heads(rate), self._before["wkv"]
         )
         read = F.layer_norm(read, (self._sizes.head_size,), eps=HEAD_NORM_EPS).flatten(2)
@@ -446,17 +446,15 @@ class _Layer:
     def attend(
         self,
         x_BTC: Tensor,
+        index: int,
         attention: TokenAttention,
-        cache: tuple[Tensor, ...],
-        position_ids_BT: Tensor,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """What DeepEmbedAttention adds, `[B, T, C]`, and the cache with the new tokens.
+        context: AttentionContext,
+    ) -> Tensor:
+        """What DeepEmbedAttention of layer `index` adds, `[B, T, C]`.
 
         Keys and values are kept as they are attended to, so that only new tokens need rows.
         """
         import torch
-
-        from pleexport.families import layers
 
         w = self._block.below("qkv")
 
@@ -472,17 +470,13 @@ class _Layer:
             if attention.shifts:
                 made[name] = x + (self._shifted(name, x) - x) * w[f"x_{name[0]}"]
             made[name] = w.layer_norm(f"ln{name[0]}", made[name], LAYER_NORM_EPS).unsqueeze(2)
-        cache = layers.update_cache(cache, made["key"], made["value"], position_ids_BT)
-        held = layers.held_positions(position_ids_BT, capacity=cache[0].shape[2])
-        attended = layers.attend_in_blocks(
+        context.write(index, made["key"], made["value"])
+        return context.attend(
             made["query"] * (attention.cap / attention.divisor),
-            list(cache),
-            position_ids_BT,
-            held,
-            CONTEXT_BLOCK,
-            attention.cap,
+            kv_layer=index,
+            window=None,
+            softcap=attention.cap,
         )
-        return attended, cache
 
     def _shifted(self, state: str, x_BTC: Tensor) -> Tensor:
         """For each token what the one before had; keeps the last for the next call."""

@@ -8,20 +8,17 @@ from pathlib import Path
 import msgspec
 
 from pleexport import families, targets
-from pleexport.backends.onnx.storage import WeightFormat
-from pleexport.checkpoint.checkpoint import CONFIG_DTYPES, Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import TABLE_DTYPES, torch_name
 from pleexport.errors import CheckpointError
 from pleexport.export.blob_writer import blob_bytes
-from pleexport.model import CACHE_ITEM_BYTES, CacheDtype, Model, Published, Table
-from pleexport.runtime.blob_layout import (
-    MINIMUM_PAGE_SIZE,
-    SAFETENSORS_TO_SEGMENT,
-    TABLE_DTYPES,
-    plan_segments,
-    row_stride,
-)
-from pleexport.runtime.bundle import BLOB, GRAPH_DATA
+from pleexport.export.options import of_target
+from pleexport.export.plan import make_plan
+from pleexport.export.segments import plan_segments, row_stride
+from pleexport.model import Model, Published, Table
+from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
+from pleexport.runtime.bundle import BLOB
 from pleexport.show import inspection as inspection_text
 from pleexport.targets import Target
 
@@ -202,10 +199,10 @@ def inspect(path: str | Path) -> ModelInfo:
     checkpoint = Checkpoint(path)
     model = families.resolve(checkpoint)
     notes: list[str] = []
-    binding = _bind(model, checkpoint, notes)
-    towers, scalars = _towers(model, binding)
-    counts = _count(model, binding, towers, scalars)
-    _note_other_dtypes(binding, checkpoint, notes)
+    matched = _bind(model, checkpoint, notes)
+    towers, scalars = _towers(model, matched)
+    counts = _count(model, matched, towers, scalars)
+    _note_other_dtypes(matched, checkpoint, notes)
     source = checkpoint.dtype
     if scalars:
         notes.append(f"{scalars:,} tensors without a dimension (single numbers) are in no count.")
@@ -215,11 +212,11 @@ def inspect(path: str | Path) -> ModelInfo:
         path=str(path),
         family=model.family,
         model_type=str(checkpoint.config.get("model_type", model.family)),
-        dtype=SAFETENSORS_TO_SEGMENT[source],
+        dtype=source,
         layers=model.num_layers,
         vocab=model.vocab_size,
         context=model.max_context,
-        weights="found" if binding else "unusable" if checkpoint.files else "none",
+        weights="found" if matched else "unusable" if checkpoint.files else "none",
         counts=counts,
         tables=[_table(model, table, source) for table in model.tables],
         blobs=_blobs(model, source),
@@ -230,69 +227,33 @@ def inspect(path: str | Path) -> ModelInfo:
     )
 
 
-def cache_bytes(model: Model, dtype: CacheDtype, context: int) -> int:
-    """Bytes of states, and of keys and values of `context` positions.
-
-    A window holds no more than its own. What is looked up again for the whole text is in memory
-    for as long as a call takes.
-    """
-    states = sum(state.nbytes for state in model.states)
-    looked_up = sum(4 * context * table.row_width for table in model.tables if table.whole_text)
-    return (
-        states
-        + looked_up
-        + sum(
-            CACHE_ITEM_BYTES[buffer.dtype]
-            * buffer.width
-            * cache.heads
-            * min(cache.window or context, context)
-            for cache in model.caches
-            for buffer in cache.buffers(dtype)
-        )
-    )
-
-
-def resident_bytes(
-    model: Model, weights: WeightFormat, cache_dtype: CacheDtype, context: int
-) -> int:
-    """Bytes that have to stay in memory: dense weights as ONNX Runtime holds them, and cache."""
-    dense = sum(weights.resident_bytes(weight) for weight in model.weights)
-    return dense + cache_bytes(model, cache_dtype, context)
-
-
 def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     """What a build of a model for a target will weigh.
 
     Args:
-        source: the checkpoint's dtype, e.g. "BF16".
+        source: the checkpoint's dtype, e.g. "bf16".
     """
-    segments = plan_segments(model.tables, target.table_dtype, source)
-    context = min(target.context, model.max_context)
-    graph = sum(target.weights.stored_bytes(weight) for weight in model.weights)
-    blob = blob_bytes(model, segments, target.page_size)
-    cache = cache_bytes(model, target.cache_dtype, context)
-    sizes = {GRAPH_DATA: graph, BLOB: blob}
-    resident = resident_bytes(model, target.weights, target.cache_dtype, context)
-    problems = targets.exceeded(target, resident_bytes=resident, sizes=sizes)
+    plan = make_plan(model.with_cache(target.cache_dtype), of_target(target), source=source)
+    blob = plan.sizes[BLOB]
     return TargetEstimate(
         target=target.name,
         table_dtype=target.table_dtype,
         weight_dtype=target.weight_dtype,
         cache_dtype=target.cache_dtype,
-        context=context,
-        graph_bytes=graph,
+        context=plan.context,
+        graph_bytes=plan.nbytes - blob,
         blob_bytes=blob,
-        bundle_bytes=graph + blob,
-        cache_bytes=cache,
-        resident_bytes=resident,
-        fits=not problems,
-        problems=problems,
-        delivery=targets.delivery_notes(target, sizes),
+        bundle_bytes=plan.nbytes,
+        cache_bytes=plan.cache_bytes,
+        resident_bytes=plan.resident_bytes,
+        fits=not plan.problems,
+        problems=plan.problems,
+        delivery=plan.delivery,
     )
 
 
-def _bind(model: Model, checkpoint: Checkpoint, notes: list[str]) -> Binding | None:
-    """The binding, or None with a note why there is none."""
+def _bind(model: Model, checkpoint: Checkpoint, notes: list[str]) -> MatchedModel | None:
+    """The matched, or None with a note why there is none."""
     if not checkpoint.files:
         notes.append(
             "No weights in the folder: the counts are those of a text-only checkpoint that fits "
@@ -300,7 +261,7 @@ def _bind(model: Model, checkpoint: Checkpoint, notes: list[str]) -> Binding | N
         )
         return None
     try:
-        return Binding(model, checkpoint)
+        return MatchedModel(model, checkpoint)
     except CheckpointError as err:
         notes.append(
             "The weights do not fit the model, so a build would be refused; the counts are those "
@@ -309,11 +270,11 @@ def _bind(model: Model, checkpoint: Checkpoint, notes: list[str]) -> Binding | N
         return None
 
 
-def _towers(model: Model, binding: Binding | None) -> tuple[list[Tower], int]:
+def _towers(model: Model, matched: MatchedModel | None) -> tuple[list[Tower], int]:
     """The parts that are left out, and the number of tensors without a dimension."""
-    if binding is None:
+    if matched is None:
         return [], 0
-    entries = binding.checkpoint.entries
+    entries = matched.checkpoint.entries
     scalars = {name for name, entry in entries.items() if not entry.shape}
     scalars_of: dict[str, int] = {}
     for name in scalars:
@@ -321,12 +282,12 @@ def _towers(model: Model, binding: Binding | None) -> tuple[list[Tower], int]:
         scalars_of[part] = scalars_of.get(part, 0) + 1
     towers = [
         Tower(part.name, part.parameters - scalars_of.get(part.name, 0), part.nbytes)
-        for part in binding.left_out
+        for part in matched.left_out
     ]
     return towers, len(scalars)
 
 
-def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: int) -> Counts:
+def _count(model: Model, matched: MatchedModel | None, towers: list[Tower], scalars: int) -> Counts:
     table_keys = {key for table in model.tables for key in table.keys}
     main = sum(t.rows * t.row_width for t in model.tables if t.layers is None)
     per_layer = sum(t.rows * t.row_width for t in model.tables if t.layers is not None)
@@ -336,7 +297,7 @@ def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: 
     folds: dict[str, int] = {}
     for table in model.tables:
         folds |= {k: math.prod(n) for k, n in table.sources.items() if k not in table_keys}
-    dead, copies = _unused(model, binding)
+    dead, copies = _unused(model, matched)
     heads = {w.source_key for w in model.weights if w.source_key in table_keys}
     resident_tables = sum(t.rows * t.row_width for t in model.tables if heads & {*t.keys})
     tower = sum(tower.parameters for tower in towers)
@@ -359,33 +320,34 @@ def _count(model: Model, binding: Binding | None, towers: list[Tower], scalars: 
     )
 
 
-def _unused(model: Model, binding: Binding | None) -> tuple[int, int]:
+def _unused(model: Model, matched: MatchedModel | None) -> tuple[int, int]:
     """Elements of sharing layers' tensors, and of copies of a tied head.
 
     With only a config, all of the first are counted, as in published checkpoints, and none of the
     second, as in those.
     """
     heads = {weight.name for weight in model.weights if weight.key is not None}
-    if binding is None:
+    if matched is None:
         sizes = [math.prod(u.shape) for key, u in model.unused.items() if key not in heads]
         return sum(sizes), 0
-    entries = binding.checkpoint.entries
-    copies = {name for name in binding.ignored if any(name.endswith(head) for head in heads)}
+    entries = matched.checkpoint.entries
+    copies = {name for name in matched.ignored if any(name.endswith(head) for head in heads)}
     return (
-        sum(entries[name].size for name in binding.ignored if name not in copies),
+        sum(entries[name].size for name in matched.ignored if name not in copies),
         sum(entries[name].size for name in copies),
     )
 
 
-def _note_other_dtypes(binding: Binding | None, checkpoint: Checkpoint, notes: list[str]) -> None:
+def _note_other_dtypes(
+    matched: MatchedModel | None, checkpoint: Checkpoint, notes: list[str]
+) -> None:
     """Say that tensors are stored in another dtype than config.json names."""
     stored = set()
-    if binding and checkpoint.config:
-        stored = {e.dtype for t in binding.model.tables for e in binding.entries(t)}
+    if matched and checkpoint.config:
+        stored = {e.dtype for t in matched.model.tables for e in matched.entries(t)}
     if stored - {checkpoint.dtype}:
-        config_dtype = next(k for k, v in CONFIG_DTYPES.items() if v == checkpoint.dtype)
         notes.append(
-            f"config.json says {config_dtype}, and the tables are stored as "
+            f"config.json says {torch_name(checkpoint.dtype)}, and the tables are stored as "
             f"{', '.join(sorted(stored))}: they are rounded to it, as the original does."
         )
 

@@ -15,20 +15,16 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.checkpoint.matching import Binding
-from pleexport.contract import (
-    LOGITS_OUTPUT,
-    NUM_LOGITS_TO_KEEP,
-    POSITION_IDS,
-    hidden_name,
-)
-from pleexport.errors import RunnerError
+from pleexport.backends.registry import load
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import LOSSLESS
+from pleexport.errors import InputError
 from pleexport.model import Table
 from pleexport.parity.oracle import Oracle
 from pleexport.quantize import group_scales
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle, ParitySummary
-from pleexport.runtime.runner import Runner, allocate
+from pleexport.runtime.runner import Runner
 
 # Largest logit error of an exact bundle, as a share of the range of the logits.
 EXACT_LOGITS = 1e-4
@@ -49,8 +45,6 @@ _FIDELITY_TOKENS = 4096
 _LOGITS_BYTES = 128 << 20
 _LEAST_COMPARED = 128
 _SEED = 20_240_517
-
-LOSSLESS = {"F32": ("fp32",), "F16": ("fp16", "fp32"), "BF16": ("bf16", "fp32")}
 
 
 class TableCheck(msgspec.Struct):
@@ -171,7 +165,7 @@ class ParityReport(msgspec.Struct):
 
 def compare(
     bundle: Bundle,
-    binding: Binding,
+    matched: MatchedModel,
     oracle: Oracle,
     *,
     text_ids: Sequence[int] | None = None,
@@ -186,13 +180,13 @@ def compare(
     blob = Blob(bundle.blob_path)
     dtypes = {s.table: s.dtype for s in blob.segments}
     lossless = {
-        t.name: dtypes[t.name] in LOSSLESS[t.source_dtype(binding.dtype)]
-        for t in binding.model.tables
+        t.name: dtypes[t.name] in LOSSLESS[t.source_dtype(matched.dtype)]
+        for t in matched.model.tables
     }
     exact = all(lossless.values()) and _computing_dtypes(bundle) == {"fp32"}
     tables = [
-        check_table(blob, binding, table, lossless=lossless[table.name], progress=progress)
-        for table in binding.model.tables
+        check_table(blob, matched, table, lossless=lossless[table.name], progress=progress)
+        for table in matched.model.tables
     ]
     runner = Runner(bundle)
     ids = parity_ids(runner, text_ids)
@@ -215,7 +209,7 @@ def compare(
     )
     del reference
     if not exact:
-        _measure_fidelity(report, runner, binding, oracle, _windows(text_ids or ids, compared))
+        _measure_fidelity(report, runner, matched, oracle, _windows(text_ids or ids, compared))
     del runner  # else the dense weights are in memory twice
     report.layer_errors = layer_errors(bundle, blob, oracle, ids)
     limit = EXACT_LAYER if exact else QUANTIZED_LAYER
@@ -231,7 +225,7 @@ def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
     A text that is too short is repeated. Random ids leave out those that stand for others. In the
     middle, one id comes again and again: where keys are alike, rounding errors add up.
     """
-    windows = [c.window for c in runner.bundle.manifest.contract.caches if c.window is not None]
+    windows = [c.window for c in runner.bundle.decoder.contract.caches if c.window is not None]
     longest = min(max(windows, default=0), runner.context)
     length = max(min(longest + runner.chunk + 64, runner.context - 1), 1)
     if text_ids:
@@ -246,7 +240,7 @@ def parity_ids(runner: Runner, text_ids: Sequence[int] | None) -> list[int]:
 
 def check_table(
     blob: Blob,
-    binding: Binding,
+    matched: MatchedModel,
     table: Table,
     *,
     lossless: bool,
@@ -269,7 +263,7 @@ def check_table(
     step = max(1, _ROWS_PER_BATCH_BYTES // (4 * table.row_width))
     for begin in range(0, blob.num_rows, step):
         ids = np.arange(begin, min(begin + step, blob.num_rows))
-        source = binding.rows(table, table.source_rows(ids)).astype(np.float32)
+        source = matched.rows(table, table.source_rows(ids)).astype(np.float32)
         expected = source.reshape(len(ids), count, width)
         got = blob.lookup(ids)[table.name].reshape(expected.shape)
         difference = np.abs(got - expected * multiplier)
@@ -327,7 +321,7 @@ def check_text(
         return None
     runner.reset()
     got = []
-    with contextlib.suppress(RunnerError):  # logits that are no numbers choose no token
+    with contextlib.suppress(InputError):  # logits that are no numbers choose no token
         for token in runner.generate(prompt, max_new_tokens=count, ignore_eos=True):
             got.append(token.id)
     # Up to the first difference, both have read the same tokens: one call tells what the original
@@ -345,62 +339,14 @@ def check_text(
 
 def layer_errors(bundle: Bundle, blob: Blob, oracle: Oracle, ids: Sequence[int]) -> list[float]:
     """By layer, the relative error of what it hands on to the next."""
-    got = hidden_states(bundle, blob, ids)
+    graph, rows = bundle.decoder, blob.lookup(blob.row_ids(ids))
+    vectors = {lookup.name: rows[lookup.table] for lookup in graph.contract.lookup_inputs}
+    got = load(graph.backend).hidden_values(bundle.path, graph, vectors, len(ids))
     expected = oracle.hidden(ids)
     return [
         float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(a**2)), 1e-30))
         for a, b in zip(expected, got, strict=True)
     ]
-
-
-def hidden_states(bundle: Bundle, blob: Blob, ids: Sequence[int]) -> list[NDArray[np.float32]]:
-    """What each layer of the bundle's graph hands on, `[T, ...]`, for a text from its start."""
-    contract = bundle.manifest.contract
-    names = [hidden_name(i) for i in range(contract.num_layers)]
-    session = _layer_session(bundle, names)
-    vectors = blob.lookup(blob.row_ids(ids))
-    held: dict[str, NDArray[Any]] = {c.input: allocate(c, len(ids)) for c in contract.caches}
-    held |= {s.input: np.zeros(s.shape, dtype=np.float32) for s in contract.states}
-    given = {h.output: h.input for h in contract.held}
-    step = contract.tokens_per_call or len(ids)
-    pieces = []
-    for begin in range(0, len(ids), step):
-        piece = slice(begin, min(begin + step, len(ids)))
-        inputs: dict[str, NDArray[Any]] = {
-            lookup.name: vectors[lookup.table][
-                None, slice(piece.stop) if lookup.whole_text else piece
-            ]
-            for lookup in contract.lookup_inputs
-        }
-        inputs[POSITION_IDS] = np.arange(piece.start, piece.stop, dtype=np.int64)[None]
-        inputs[NUM_LOGITS_TO_KEEP] = np.array(0, dtype=np.int64)
-        found = session.run([*names, *given], inputs | held)
-        pieces.append([array[0] for array in found[: len(names)]])
-        held = dict(zip(given.values(), found[len(names) :], strict=True))
-    if len(pieces) == 1:
-        return pieces[0]
-    return [np.concatenate(layer) for layer in zip(*pieces, strict=True)]
-
-
-def _layer_session(bundle: Bundle, names: list[str]) -> Any:
-    """A session on what the layers of a bundle's graph hand on; logits are not computed."""
-    import onnx_ir as ir
-    import onnxruntime as ort
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    model = ir.load(bundle.graph_path)
-    values = {value.name: value for node in model.graph for value in node.outputs}
-    kept = [value for value in model.graph.outputs if value.name != LOGITS_OUTPUT]
-    model.graph.outputs[:] = [*(values[name] for name in names), *kept]
-    RemoveUnusedNodesPass()(model)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(bundle.path)
-    )
-    return ort.InferenceSession(
-        ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
@@ -437,7 +383,7 @@ def _computing_dtypes(bundle: Bundle) -> set[str]:
 
 def _compared_positions(runner: Runner, ids: list[int]) -> int:
     """How many of the last positions have their logits compared: all, or what fits in memory."""
-    row_bytes = 4 * runner.bundle.manifest.contract.vocab_size
+    row_bytes = 4 * runner.bundle.decoder.contract.vocab_size
     return min(len(ids), max(_LEAST_COMPARED, _LOGITS_BYTES // row_bytes))
 
 
@@ -507,7 +453,7 @@ def _windows(ids: Sequence[int], length: int) -> list[list[int]]:
 def _measure_fidelity(
     report: ParityReport,
     runner: Runner,
-    binding: Binding,
+    matched: MatchedModel,
     oracle: Oracle,
     windows: list[list[int]],
 ) -> None:
@@ -517,13 +463,13 @@ def _measure_fidelity(
     }
     for ids in windows:
         reference = oracle.logits(ids)
-        stored, exact = _vectors(runner, binding, ids)
+        stored, exact = _vectors(runner, matched, ids)
         totals["original"].add(reference, reference, ids)
         totals["tables"].add(reference, oracle.logits(ids, stored), ids)
         totals["dense"].add(reference, runner.logits(ids, vectors=exact), ids)
         totals["both"].add(reference, runner.logits(ids), ids)
     original = totals.pop("original")
-    report.original_perplexity = original.perplexity if runner.text else None
+    report.original_perplexity = original.perplexity if runner.tokenizer else None
     report.fidelity_tokens = original.tokens
     report.fidelity = [
         Fidelity(what, t.kl / t.tokens, t.perplexity, t.same / t.tokens)
@@ -553,13 +499,13 @@ class _Totals:
 
 
 def _vectors(
-    runner: Runner, binding: Binding, ids: Sequence[int]
+    runner: Runner, matched: MatchedModel, ids: Sequence[int]
 ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-    """Looked-up vectors of a text: by graph input as stored, and by table as in the checkpoint."""
+    """By graph input, the looked-up vectors of a text: as stored, and as in the checkpoint."""
     lookups = runner.blob.lookup(runner.blob.row_ids(ids))
-    tables = binding.model.tables
+    tables = matched.model.tables
     stored = {table.graph_input: lookups[table.name] for table in tables}
-    return stored, {table.name: binding.vectors(table, np.asarray(ids)) for table in tables}
+    return stored, {t.graph_input: matched.vectors(t, np.asarray(ids)) for t in tables}
 
 
 def _failures(report: ParityReport, bundle: Bundle) -> list[str]:

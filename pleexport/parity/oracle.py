@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import numpy_dtype, torch_name
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.model import Reference
-from pleexport.safetensors_file import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +30,6 @@ FLOAT_FIELDS = {
     "initializer_range",
     "rms_norm_eps",
 }
-TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 class Oracle(Protocol):
@@ -49,17 +48,17 @@ class Oracle(Protocol):
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
 
 
-def open_oracle(binding: Binding) -> Oracle:
+def open_oracle(matched: MatchedModel) -> Oracle:
     """The original of a checkpoint.
 
     Raises:
         MissingDependencyError: what it needs is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
-    if binding.model.reference is None:
-        return TransformersOracle(binding)
-    tensors = CheckpointTensors(binding.checkpoint)
-    return StepOracle(binding.model.reference(tensors, binding.checkpoint.config))
+    if matched.model.reference is None:
+        return TransformersOracle(matched)
+    tensors = CheckpointTensors(matched.checkpoint)
+    return StepOracle(matched.model.reference(tensors, matched.checkpoint.config))
 
 
 class CheckpointTensors(Mapping[str, "Tensor"]):
@@ -79,13 +78,13 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
         array = self._array(name)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
-            if array.dtype == DTYPES["BF16"]:
+            if array.dtype == numpy_dtype("bf16"):
                 return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
             return torch.from_numpy(array)
 
     def _array(self, name: str) -> NDArray[Any]:
         array = self._checkpoint.array(name)
-        dtype = DTYPES[self._checkpoint.dtype]
+        dtype = numpy_dtype(self._checkpoint.dtype)
         if not self._checkpoint.config or array.dtype == dtype:
             return array
         if name not in self._rounded:
@@ -155,12 +154,12 @@ class TransformersOracle:
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
 
-    def __init__(self, binding: Binding) -> None:
+    def __init__(self, matched: MatchedModel) -> None:
         try:
             import torch
             import transformers
 
-            from pleexport.parity.widening import raise_where_used
+            from pleexport.parity.widening import widen_where_used
         except ImportError as err:
             raise MissingDependencyError(
                 f"comparing with the PyTorch original needs {err.name}",
@@ -171,8 +170,8 @@ class TransformersOracle:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._model = self._load(binding).eval()
-        raise_where_used(self._model)
+        self._model = self._load(matched).eval()
+        widen_where_used(self._model)
         self._layers = self._model.get_decoder().layers
 
     def logits(
@@ -224,17 +223,17 @@ class TransformersOracle:
         logits: NDArray[np.float32] = output.logits[0].numpy(force=True)
         return logits
 
-    def _load(self, binding: Binding) -> Any:
+    def _load(self, matched: MatchedModel) -> Any:
         """Load the text model alone, also of a multimodal checkpoint."""
         import transformers
 
-        checkpoint = binding.checkpoint
+        checkpoint = matched.checkpoint
         values = dict(checkpoint.text_config)
         values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
         for name in FLOAT_FIELDS & values.keys():
             if type(values[name]) is int:  # JSON knows one kind of number, transformers two
                 values[name] = float(values[name])
-        model_type = f"{binding.model.family}_text"
+        model_type = f"{matched.model.family}_text"
         # The layouts of multimodal checkpoints and of repacks, as a text model names them.
         key_mapping = {
             r"^model\.language_model\.": "model.",
@@ -248,7 +247,7 @@ class TransformersOracle:
                 str(checkpoint.path),
                 config=config,
                 key_mapping=key_mapping,
-                dtype=getattr(self._torch, TORCH_DTYPES[checkpoint.dtype]),
+                dtype=getattr(self._torch, torch_name(checkpoint.dtype)),
                 local_files_only=True,
                 output_loading_info=True,
             )

@@ -7,16 +7,17 @@ from pathlib import Path
 import msgspec
 
 from pleexport import families
+from pleexport.backends.registry import load
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
-from pleexport.contract import describe
-from pleexport.errors import CheckpointError, RunnerError
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.errors import CheckpointError, InputError
+from pleexport.export.describe import describe
 from pleexport.parity.compare import ParityReport, compare
 from pleexport.parity.oracle import open_oracle
 from pleexport.progress import Progress
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
-from pleexport.runtime.tokenizer import open_text, tokenizer_files
+from pleexport.runtime.tokenizer import open_tokenizer, tokenizer_files
 
 PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
 
@@ -51,36 +52,37 @@ def verify(
         return None
     source = Checkpoint(checkpoint)
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
-    binding = Binding(model, source)
-    if describe(binding.model, opened.manifest.cache_dtype) != opened.manifest.contract:
+    matched = MatchedModel(model, source)
+    graph = opened.decoder
+    if describe(model, load(graph.backend).conventions) != graph.contract:
         raise CheckpointError(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
             hint="pass the checkpoint that the bundle was built from",
         )
-    return compare_with_original(opened, binding, text=text, progress=progress)
+    return compare_with_original(opened, matched, text=text, progress=progress)
 
 
 def compare_with_original(
     bundle: Bundle,
-    binding: Binding,
+    matched: MatchedModel,
     *,
     text: str | Path | None = None,
     progress: Progress,
 ) -> ParityReport:
     """Parity of a bundle with the checkpoint that it was built from."""
     with progress.step("Loading the PyTorch original"):
-        oracle = open_oracle(binding)
+        oracle = open_oracle(matched)
     ids = None
-    if tokenizer := open_text(tokenizer_files(bundle.path)):
-        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=binding.model.num_rows)
+    if tokenizer := open_tokenizer(tokenizer_files(bundle.path)):
+        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=matched.model.num_rows)
     elif text:
-        raise RunnerError(
+        raise InputError(
             f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
             hint="leave the text out; random token ids are used",
         )
-    rows = binding.model.num_rows * len(binding.model.tables)
+    rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
-        return compare(bundle, binding, oracle, text_ids=ids, progress=update)
+        return compare(bundle, matched, oracle, text_ids=ids, progress=update)
 
 
 def write_report(report: ParityReport, path: Path) -> None:

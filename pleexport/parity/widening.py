@@ -20,7 +20,7 @@ KEPT_BYTES = 64 << 20
 BLOCK_BYTES = 16 << 20
 
 
-def raise_where_used(model: nn.Module) -> None:
+def widen_where_used(model: nn.Module) -> None:
     """Make a model compute what it computes after `float()`, in little memory.
 
     Weights of other modules than lookups and linear layers are kept in float32 whatever their size.

@@ -11,11 +11,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from pleexport.errors import RunnerError
+from pleexport.errors import InputError
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.runner import Runner
-from pleexport.show.report import size_text, table_text
+from pleexport.show.report import table_text
+from pleexport.units import size_text
 
 _SEED = 7
 
@@ -64,7 +65,7 @@ def bench(
     Args:
         cold: drop the blob's pages before each run; needs posix_fadvise.
     Raises:
-        RunnerError: a prompt that does not fit, or a number below 1.
+        InputError: a prompt that does not fit, or a number below 1.
     """
     for name, value in (
         ("decode tokens", decode_tokens),
@@ -72,11 +73,11 @@ def bench(
         *(("prompt tokens", n) for n in prompt_tokens),
     ):
         if value < 1:
-            raise RunnerError(f"{name} is {value}; it must be 1 or more")
+            raise InputError(f"{name} is {value}; it must be 1 or more")
     opened = Bundle(bundle)
     longest = max(prompt_tokens) + decode_tokens
     if longest > opened.manifest.context:
-        raise RunnerError(
+        raise InputError(
             f"{longest} tokens of prompt and decoding exceed the bundle's context of "
             f"{opened.manifest.context}",
             hint="choose shorter prompts, or build with a larger `--context`",

@@ -16,19 +16,18 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pleexport.errors import BlobError, CheckFailed, RunnerError
-from pleexport.quantize import dequantize_rows, unpack_nibbles
+from pleexport.dtypes import QUANTIZED, TABLE_DTYPES, numpy_dtype
+from pleexport.errors import BlobError, CheckFailed, InputError
 from pleexport.runtime.blob_layout import (
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
-    FLOAT_DTYPES,
     FORMAT,
-    ITEM_BITS,
     MINIMUM_PAGE_SIZE,
     ROWS,
     VERSION,
     Segment,
 )
+from pleexport.runtime.row_codes import dequantize_rows, unpack_nibbles
 from pleexport.safetensors_file import SafetensorsFile
 
 _KNOWN_METADATA = {"format", "version", "page_size", "row_aliases", "segments", "source_digest"}
@@ -104,17 +103,17 @@ class Blob:
         """The rows that token ids select, aliases replaced.
 
         Raises:
-            RunnerError: an id has no row.
+            InputError: an id has no row.
         """
         try:
             rows = np.asarray(ids, dtype=np.int64).reshape(-1)
         except OverflowError as err:
-            raise RunnerError(
+            raise InputError(
                 f"a token id has no row; ids go from 0 to {self.num_rows - 1}"
             ) from err
         outside = (rows < 0) | (rows >= self.num_rows)
         if outside.any():
-            raise RunnerError(
+            raise InputError(
                 f"token id {int(rows[outside][0])} has no row; ids go from 0 to {self.num_rows - 1}"
             )
         for token_id, row in self.row_aliases:
@@ -134,10 +133,10 @@ class Blob:
         """Drop the blob from this process's memory and from the page cache, for cold timings.
 
         Raises:
-            RunnerError: the system has no way to ask for it.
+            InputError: the system has no way to ask for it.
         """
         if not hasattr(os, "posix_fadvise"):
-            raise RunnerError("this system cannot drop a file from its page cache")
+            raise InputError("this system cannot drop a file from its page cache")
         self._file.mapping.madvise(mmap.MADV_DONTNEED)
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -192,7 +191,7 @@ class Blob:
         )
         codes = np.ascontiguousarray(slots[..., : segment.code_bytes])
         if segment.group_size is None:
-            values: NDArray[np.float32] = codes.view(FLOAT_DTYPES[segment.dtype]).astype(np.float32)
+            values: NDArray[np.float32] = codes.view(numpy_dtype(segment.dtype)).astype(np.float32)
         else:
             assert segment.scale_offset is not None
             raw = np.ascontiguousarray(slots[..., segment.scale_offset - segment.offset :])
@@ -265,7 +264,7 @@ class Blob:
             raise self._fail(f"has malformed row aliases: {err} (B-09)") from err
 
     def _check_tensors(self) -> tuple[int, int]:
-        for name, dtype, dimensions in ((ROWS, "U8", 2), (CHECKSUMS, "U64", 1)):
+        for name, dtype, dimensions in ((ROWS, "uint8", 2), (CHECKSUMS, "uint64", 1)):
             entry = self._file.entries.get(name)
             if entry is None or entry.dtype != dtype or len(entry.shape) != dimensions:
                 raise self._fail(f"needs tensor `{name}` of dtype {dtype} (B-01)")
@@ -293,11 +292,11 @@ class Blob:
         position = 0
         for segment in self.segments:
             where = f"segment `{segment.name}`"
-            if segment.dtype not in ITEM_BITS:
+            if segment.dtype not in TABLE_DTYPES[1:]:
                 raise self._fail(f"{where} has dtype `{segment.dtype}`, which is not known (B-06)")
             if segment.width < 1 or not np.isfinite(segment.multiplier):
                 raise self._fail(f"{where} has an impossible width or multiplier (B-06)")
-            grouped = segment.dtype in ("int8", "int4")
+            grouped = segment.dtype in QUANTIZED
             fields = (segment.group_size, segment.scale_dtype, segment.scale_offset)
             if any((field is not None) != grouped for field in fields):
                 raise self._fail(f"{where} does not say how it is scaled, or says too much (B-06)")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.errors import RunnerError
+from pleexport.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Sampling:
         repetition_penalty: divides positive and multiplies negative logits of tokens that the
             text holds already. Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1.
     Raises:
-        RunnerError: a value outside its range.
+        InputError: a value outside its range.
     """
 
     temperature: float = 0.0
@@ -41,7 +41,7 @@ class Sampling:
         }
         for name, (valid, expected) in ranges.items():
             if not valid:
-                raise RunnerError(f"{name} is {getattr(self, name)}; it must be {expected}")
+                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}")
 
     def choose(
         self, logits_V: NDArray[np.float32], ids: list[int], generator: np.random.Generator
@@ -49,10 +49,10 @@ class Sampling:
         """The next token's id, given the ids of the text so far.
 
         Raises:
-            RunnerError: the logits are not numbers.
+            InputError: the logits are not numbers.
         """
         if not np.isfinite(logits_V).all():
-            raise RunnerError(
+            raise InputError(
                 "the model's logits are not finite",
                 hint="`pleexport verify BUNDLE` tells whether its files are damaged",
             )

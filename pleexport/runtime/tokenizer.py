@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from pleexport.errors import BundleError, RunnerError
+from pleexport.errors import InputError, TokenizerError
+from pleexport.runtime.chat import render_chat
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldStream, WorldTokenizer
 
 TOKENIZER = "tokenizer.json"
@@ -40,33 +37,33 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     return {name: path / name for name in TOKENIZER_FILES if (path / name).is_file()}
 
 
-def open_text(files: Mapping[str, Path]) -> Text | None:
+def open_tokenizer(files: Mapping[str, Path]) -> Tokenizer | None:
     """The tokenizer that files make; None where they make none.
 
     Raises:
-        BundleError: a tokenizer file is malformed.
+        TokenizerError: a tokenizer file is malformed.
     """
-    return Text(files) if files.keys() & set(TOKENIZERS) else None
+    return Tokenizer(files) if files.keys() & set(TOKENIZERS) else None
 
 
-class Text:
+class Tokenizer:
     """The tokenizer of a bundle, with its chat template if it has one.
 
     Args:
         files: see `tokenizer_files`.
     Raises:
-        BundleError: a tokenizer file is malformed.
+        TokenizerError: a tokenizer file is malformed.
     """
 
     def __init__(self, files: Mapping[str, Path]) -> None:
-        self.tokenizer: Tokenizer | WorldTokenizer
+        self._tokenizer: tokenizers.Tokenizer | WorldTokenizer
         if path := files.get(TOKENIZER):
             try:
-                self.tokenizer = Tokenizer.from_file(str(path))
+                self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             except Exception as err:  # the library raises plain Exception
-                raise BundleError(f"`{path}` cannot be read: {err}") from err
+                raise TokenizerError(f"`{path}` cannot be read: {err}") from err
         else:
-            self.tokenizer = WorldTokenizer(files[VOCABULARY])
+            self._tokenizer = WorldTokenizer(files[VOCABULARY])
         self._config = _read_object(files.get("tokenizer_config.json"))
         self.chat_template = self._read_template(files.get("chat_template.jinja"))
 
@@ -74,18 +71,18 @@ class Text:
         """Ids of a text, with the special tokens that the tokenizer puts around it.
 
         Raises:
-            RunnerError: the text is not Unicode.
+            InputError: the text is not Unicode.
         """
         try:
             text.encode()
         except UnicodeEncodeError as err:
-            raise RunnerError("the text is not UTF-8") from err
-        if isinstance(self.tokenizer, WorldTokenizer):
-            return self.tokenizer.encode(text)
-        ids = list(self.tokenizer.encode(text).ids)
+            raise InputError("the text is not UTF-8") from err
+        if isinstance(self._tokenizer, WorldTokenizer):
+            return self._tokenizer.encode(text)
+        ids = list(self._tokenizer.encode(text).ids)
         bos = self._special("bos_token")
         if self._config.get("add_bos_token") and bos:
-            bos_id = self.tokenizer.token_to_id(bos)
+            bos_id = self._tokenizer.token_to_id(bos)
             if bos_id is not None and ids[:1] != [bos_id]:
                 ids.insert(0, bos_id)
         return ids
@@ -96,11 +93,11 @@ class Text:
         Args:
             num_rows: the model's token ids are below it.
         Raises:
-            RunnerError: the file cannot be read, or has ids that the model does not know.
+            InputError: the file cannot be read, or has ids that the model does not know.
         """
         ids = self.encode(read_text_file(path))
         if max(ids, default=0) >= num_rows:
-            raise RunnerError(
+            raise InputError(
                 f"the tokenizer gives `{path}` the id {max(ids)}, and the model knows 0 to "
                 f"{num_rows - 1}",
                 hint="it belongs to another model; pass the right one with `--tokenizer PATH`",
@@ -109,7 +106,7 @@ class Text:
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out."""
-        return str(self.tokenizer.decode(list(ids)))
+        return str(self._tokenizer.decode(list(ids)))
 
     def encode_chat(self, messages: Iterable[dict[str, str]]) -> list[int]:
         """Ids of a conversation, ready for the model's answer.
@@ -117,37 +114,26 @@ class Text:
         Args:
             messages: objects with `role` ("user", "assistant", "system") and `content`.
         Raises:
-            RunnerError: the tokenizer has no chat template, or the template refuses.
+            InputError: the tokenizer has no chat template, or the template refuses.
         """
         if self.chat_template is None:
-            raise RunnerError(
+            raise InputError(
                 "this bundle's tokenizer has no chat template", hint="pass plain text instead"
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-        )
-        environment.globals["raise_exception"] = _raise_template_error
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False)
         specials = {
             name: self._special(name) or ""
             for name in ("bos_token", "eos_token", "pad_token", "unk_token")
         }
-        try:
-            text = environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=True, **specials
-            )
-        except (TemplateError, ArithmeticError, RecursionError, TypeError, ValueError) as err:
-            raise RunnerError(f"the chat template cannot render this conversation: {err}") from err
-        if isinstance(self.tokenizer, WorldTokenizer):
-            return self.tokenizer.encode(text)
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+        text = render_chat(self.chat_template, messages, specials)
+        if isinstance(self._tokenizer, WorldTokenizer):
+            return self._tokenizer.encode(text)
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def stream(self, prompt_ids: Sequence[int]) -> TextStream | WorldStream:
         """A decoder of the ids that follow a prompt."""
-        if isinstance(self.tokenizer, WorldTokenizer):
-            return self.tokenizer.stream(prompt_ids)
-        return TextStream(self.tokenizer, prompt_ids)
+        if isinstance(self._tokenizer, WorldTokenizer):
+            return self._tokenizer.stream(prompt_ids)
+        return TextStream(self._tokenizer, prompt_ids)
 
     def _special(self, name: str) -> str | None:
         value = self._config.get(name)
@@ -159,7 +145,7 @@ class Text:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as err:
-                raise BundleError(f"`{path}` cannot be read: {err}") from err
+                raise TokenizerError(f"`{path}` cannot be read: {err}") from err
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -170,7 +156,7 @@ class Text:
 class TextStream:
     """Turns ids into text as they come: whole characters only, "" while one is incomplete."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: tokenizers.Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
         # The last ids of the prompt tell whether the next word begins with a space.
         self._stream = DecodeStream(ids=list(prompt_ids[-8:]), skip_special_tokens=True)
@@ -180,59 +166,21 @@ class TextStream:
         return self._stream.step(self._tokenizer, token_id) or ""
 
 
-class StopStrings:
-    """Holds text back while it may be the beginning of a stop string."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
-        self._held = ""
-        self.hit = False
-
-    def push(self, text: str) -> str:
-        """Text that is safe to show; `hit` is set once a stop string was met."""
-        self._held += text
-        found = [at for stop in self._stops if (at := self._held.find(stop)) >= 0]
-        if found:
-            self.hit = True
-            shown, self._held = self._held[: min(found)], ""
-            return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * bool(keep)
-        return shown
-
-    def flush(self) -> str:
-        """What is still held back when the text ends."""
-        shown, self._held = self._held, ""
-        return shown
-
-
 def read_text_file(path: Path) -> str:
     """The content of a text file.
 
     Raises:
-        RunnerError: it cannot be read, is not UTF-8, or is empty.
+        InputError: it cannot be read, is not UTF-8, or is empty.
     """
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as err:
-        raise RunnerError(f"`{path}` cannot be read: {err.strerror}") from err
+        raise InputError(f"`{path}` cannot be read: {err.strerror}") from err
     except UnicodeDecodeError as err:
-        raise RunnerError(f"`{path}` is not a UTF-8 text") from err
+        raise InputError(f"`{path}` is not a UTF-8 text") from err
     if not content.strip():
-        raise RunnerError(f"`{path}` holds no text")
+        raise InputError(f"`{path}` holds no text")
     return content
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
-
-
-def _raise_template_error(message: str) -> None:
-    raise TemplateError(message)
 
 
 def _read_object(path: Path | None) -> dict[str, Any]:
@@ -241,5 +189,5 @@ def _read_object(path: Path | None) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as err:
-        raise BundleError(f"`{path}` is not valid JSON ({err})") from err
+        raise TokenizerError(f"`{path}` is not valid JSON ({err})") from err
     return value if isinstance(value, dict) else {}

@@ -11,7 +11,7 @@ import codecs
 from collections.abc import Sequence
 from pathlib import Path
 
-from pleexport.errors import BundleError
+from pleexport.errors import TokenizerError
 
 VOCABULARY = "rwkv_vocab_v20230424.txt"
 
@@ -20,7 +20,7 @@ class WorldTokenizer:
     """Text to token ids and back.
 
     Raises:
-        BundleError: the vocabulary is malformed.
+        TokenizerError: the vocabulary is malformed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -79,9 +79,11 @@ def _read_vocabulary(path: Path) -> dict[int, bytes]:
                 raise ValueError(f"token {number} is not {size} bytes")
             pieces[number] = piece
     except (OSError, ValueError, SyntaxError, MemoryError, RecursionError) as err:
-        raise BundleError(f"`{path}` is not a vocabulary of RWKV's World tokenizer: {err}") from err
+        raise TokenizerError(
+            f"`{path}` is not a vocabulary of RWKV's World tokenizer: {err}"
+        ) from err
     known = set(pieces.values())
     missing = next((byte for byte in range(256) if bytes([byte]) not in known), None)
     if missing is not None:
-        raise BundleError(f"`{path}` has no token for byte {missing}, so some text has no ids")
+        raise TokenizerError(f"`{path}` has no token for byte {missing}, so some text has no ids")
     return pieces

@@ -6,6 +6,8 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
+from pleexport.units import size_text
+
 if TYPE_CHECKING:
     from pleexport.inspection.inspect import ModelInfo, TargetEstimate
 
@@ -65,7 +67,7 @@ def _parameters(info: ModelInfo) -> list[str]:
         ("main embedding", counts.main_embedding, main),
         ("dense", counts.dense, "multiplied: stays in memory"),
         *(
-            (tower.name, tower.parameters, f"left out of a build: {size(tower.nbytes)}")
+            (tower.name, tower.parameters, f"left out of a build: {size_text(tower.nbytes)}")
             for tower in info.towers
         ),
         ("merged into rows", counts.folded, "multiplied once, while building"),
@@ -103,9 +105,9 @@ def _sizes(info: ModelInfo) -> list[str]:
     rows = [["", "", *(_dtype_title(s.dtype, s.segment_dtype) for s in first)]]
     for table in info.tables:
         rows.append([table.name, "row", *(f"{stored.row_bytes:,}" for stored in table.stored)])
-        rows.append(["", "table", *(size(stored.table_bytes) for stored in table.stored)])
+        rows.append(["", "table", *(size_text(stored.table_bytes) for stored in table.stored)])
     rows.append(["blob, aligned", "row", *(f"{blob.row_stride:,}" for blob in info.blobs)])
-    rows.append(["", "file", *(size(blob.file_bytes) for blob in info.blobs)])
+    rows.append(["", "file", *(size_text(blob.file_bytes) for blob in info.blobs)])
     title = "Bytes, by the dtype the tables are stored in (int8, int4: with scales)"
     return [title, *columns(rows, left=2)]
 
@@ -131,10 +133,10 @@ def _targets(info: ModelInfo) -> list[str]:
             estimate.table_dtype,
             estimate.weight_dtype,
             f"{estimate.context:,}",
-            size(estimate.blob_bytes),
-            size(estimate.graph_bytes),
-            size(estimate.bundle_bytes),
-            size(estimate.resident_bytes),
+            size_text(estimate.blob_bytes),
+            size_text(estimate.graph_bytes),
+            size_text(estimate.bundle_bytes),
+            size_text(estimate.resident_bytes),
             "yes" if estimate.fits else "NO",
         ]
         for estimate in info.targets
@@ -176,11 +178,3 @@ def _paragraph(sentence: str) -> list[str]:
         break_on_hyphens=False,
     )
     return [line.replace(_NO_BREAK, " ") for line in lines]
-
-
-def size(nbytes: int) -> str:
-    """Decimal units, three digits or more."""
-    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if nbytes >= scale:
-            return f"{nbytes / scale:.2f} {unit}"
-    return f"{nbytes} B"

@@ -11,11 +11,12 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pleexport.errors import MissingDependencyError
 from pleexport.parity.compare import EXACT_LOGITS, ParityReport, TableCheck
-from pleexport.runtime.bundle import BLOB, GRAPH_DATA, Bundle
-from pleexport.runtime.runner import Stats
+from pleexport.runtime.bundle import BLOB, Bundle
+from pleexport.runtime.stats import Stats
+from pleexport.units import size_text
 
 _ROLES = {
-    GRAPH_DATA: "dense weights, read at every token",
+    "model.onnx.data": "dense weights, read at every token",
     BLOB: "rows of all tables, looked up by token id",
     "model.onnx": "dense graph",
     "tokenizer.json": "tokenizer",
@@ -162,16 +163,6 @@ def write_html(report: ParityReport, bundle: Path, path: Path) -> None:
         sizes_plot=_plot_sizes(opened),
     )
     path.write_text(page, encoding="utf-8")
-
-
-def size_text(nbytes: int) -> str:
-    """Bytes in a unit that a person reads."""
-    value, unit = float(nbytes), "B"
-    for unit in ("B", "KB", "MB", "GB"):
-        if value < 1000 or unit == "GB":
-            break
-        value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"
 
 
 def table_text(rows: Sequence[Sequence[str]], *, align: str) -> list[str]:

@@ -1,4 +1,6 @@
-"""The ONNX form of `layers.attend_in_blocks`: a scan over the blocks of a cache.
+"""The ONNX forms of `operators.attend_window` and `attend_context`.
+
+A context is attended to by a scan over the blocks of its cache.
 
 A scan hands out views, so a block in 16 or 8 bits is widened while the processor's own cache holds
 it, and scores never exceed one block. Blocks that nobody sees are skipped: time follows the length
@@ -54,7 +56,7 @@ def _variant(node: ir.Node) -> _Variant:
     )
 
 
-def _body(node: ir.Node) -> str:
+def _context_body(node: ir.Node) -> str:
     """The operators in ONNX's textual form.
 
     K heads of the cache, R rows of queries for each (a row is one query head of one token), B slots
@@ -201,6 +203,54 @@ def _body(node: ir.Node) -> str:
 }}"""
 
 
-ATTEND_IN_BLOCKS = Operator(
-    "AttendInBlocks", ("out",), {"block": "INT", "softcap": "FLOAT", "window": "INT"}, _body
+def _window_body(node: ir.Node) -> str:
+    """The operators in ONNX's textual form; K heads of the cache, R queries for each a token."""
+    heads, head_dim = sizes(node.inputs[0])[2:]
+    shared, value_dim = sizes(node.inputs[1])[1], sizes(node.inputs[2])[3]
+    repeats = heads // shared
+    # What depends on the bias alone is the same in every layer, and merged afterwards.
+    bias_rows = "bias_rows = Unsqueeze (bias, axis_1)"
+    if repeats > 1:
+        bias_rows = f"""axes_1_3 = Constant <value = int64[2] {{1, 3}}> ()
+  bias_5 = Unsqueeze (bias, axes_1_3)
+  repeated_shape = Constant <value = int64[5] {{1, 1, 1, {repeats}, 1}}> ()
+  repeated = Expand (bias_5, repeated_shape)
+  slots_1 = Shape <start = 2, end = 3> (bias)
+  all_rows = Constant <value = int64[3] {{1, 1, -1}}> ()
+  bias_shape = Concat <axis = 0> (all_rows, slots_1)
+  bias_rows = Reshape (repeated, bias_shape)"""
+    split = "rows = Reshape (query, rows_shape)"
+    join = "out = Reshape (found, out_shape)"
+    if shared > 1:
+        grouped = f"1, -1, {shared}, {repeats}, {head_dim}"
+        split = f"""grouped_shape = Constant <value = int64[5] {{{grouped}}}> ()
+  grouped = Reshape (query, grouped_shape)
+  by_head = Transpose <perm = [0, 2, 1, 3, 4]> (grouped)
+  rows = Reshape (by_head, rows_shape)"""
+        by_head = f"1, {shared}, -1, {repeats}, {value_dim}"
+        join = f"""found_shape = Constant <value = int64[5] {{{by_head}}}> ()
+  found_by_head = Reshape (found, found_shape)
+  by_token = Transpose <perm = [0, 2, 1, 3, 4]> (found_by_head)
+  out = Reshape (by_token, out_shape)"""
+    return f"""(query, keys, values, bias) => (out) {{
+  axis_1 = Constant <value = int64[1] {{1}}> ()
+  rows_shape = Constant <value = int64[4] {{1, {shared}, -1, {head_dim}}}> ()
+  out_shape = Constant <value = int64[3] {{1, -1, {heads * value_dim}}}> ()
+  {split}
+  turned_keys = Transpose <perm = [0, 1, 3, 2]> (keys)
+  scores = MatMul (rows, turned_keys)
+  {bias_rows}
+  masked = Add (scores, bias_rows)
+  weights = Softmax <axis = -1> (masked)
+  found = MatMul (weights, values)
+  {join}
+}}"""
+
+
+ATTEND_CONTEXT = Operator(
+    "AttendContext",
+    ("out",),
+    {"block": "INT", "softcap": "FLOAT", "window": "INT"},
+    _context_body,
 )
+ATTEND_WINDOW = Operator("AttendWindow", ("out",), {}, _window_body)

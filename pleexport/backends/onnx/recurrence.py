@@ -1,4 +1,4 @@
-"""The ONNX form of `layers.wkv7`: one token at once, or a scan over chunks of a prompt.
+"""The ONNX form of `operators.wkv7`: one token at once, or a scan over chunks of a prompt.
 
 Inside a chunk of C tokens the recurrence is a triangular system. With W_t the product of the decays
 up to t, and a~ = W_(t-1) a, b~ = b / W_t, k~ = k / W_t, r~ = W_t r:

@@ -1,118 +1,187 @@
-"""Open a bundle's graph in ONNX Runtime, with weights copied into memory or mapped.
-
-ONNX Runtime rearranges weights for the processor when it loads them, into memory of the process.
-It can also write them rearranged, and map that file the next time: then the weights cost no
-anonymous memory, and loading takes no longer than mapping.
-"""
+"""An open ONNX graph with the caches and states of one text, bound in place."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-import platform
-import shutil
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
+import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
-from pleexport.errors import BundleError, RunnerError
-from pleexport.runtime.bundle import GRAPH, GRAPH_DATA, Bundle
+from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
+from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, CacheInput, GraphContract
+from pleexport.dtypes import numpy_dtype
+from pleexport.errors import BundleError
+from pleexport.runtime.blob_layout import align
 
-MOST_THREADS = 256
-_PROVIDERS = ["CPUExecutionProvider"]
-# The rearranged weights, and what is stored beside them.
-_PACKED_SHARE = 2.2
+# Tokens of one call: more are no faster, and scores of more take more memory.
+PREFILL_CHUNK = 256
+_FIRST_POSITIONS = 256
 
 
-def open_session(
-    bundle: Bundle, *, threads: int = 0, packed_weights: Path | None = None
-) -> ort.InferenceSession:
-    """A session on a bundle's graph.
+class OnnxSession:
+    """An open graph; see `backends.base.Session`.
 
     Args:
-        threads: 0 for one a core.
-        packed_weights: a folder that keeps weights rearranged for this processor and this version
-            of ONNX Runtime; they are written at the first use, and mapped from then on.
+        context: largest number of positions.
     Raises:
-        RunnerError: an impossible number of threads, or a folder that cannot be used.
-        BundleError: the graph cannot be loaded.
+        BundleError: graph and contract contradict each other.
     """
-    if not 0 <= threads <= MOST_THREADS:
-        raise RunnerError(f"threads is {threads}; it must be 0 to {MOST_THREADS}")
-    path = bundle.graph_path if packed_weights is None else _packed(bundle, packed_weights)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    # Smaller pieces of work at the end of an operator: threads wait less for each other.
-    options.add_session_config_entry("session.dynamic_block_base", "4")
-    return _load(path, options)
+
+    def __init__(
+        self, session: ort.InferenceSession, contract: GraphContract, *, context: int
+    ) -> None:
+        self._session = session
+        self._contract = contract
+        self._io = session.io_binding()
+        self.chunk = min(PREFILL_CHUNK, contract.tokens_per_call or PREFILL_CHUNK)
+        self._caches = _Caches(contract, context=context, chunk=self.chunk)
+        self._states = _States(contract)
+        self._position = 0
+
+    def feed(
+        self, vectors: Mapping[str, NDArray[np.float32]], count: int, *, keep: int
+    ) -> NDArray[np.float32]:
+        """Logits `[n, vocab]` after the next tokens; see `backends.base.Session.feed`."""
+        shape = (keep or count, self._contract.vocab_size)
+        logits: NDArray[np.float32] = np.empty(shape, dtype=np.float32)
+        _bind_output(self._io, LOGITS_OUTPUT, logits[None])
+        self._run(vectors, count, keep=keep)
+        return logits
+
+    def hidden(
+        self, vectors: Mapping[str, NDArray[np.float32]], count: int, names: list[str]
+    ) -> list[NDArray[np.float32]]:
+        """Other outputs `[T, ...]` for the next tokens; for graphs without logits."""
+        for name in names:
+            self._io.bind_output(name, "cpu")
+        self._run(vectors, count, keep=0)
+        # In the order in which they were bound first: before the caches.
+        return [value.numpy()[0] for value in self._io.get_outputs()[: len(names)]]
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+        self._position = 0
+        self._states.clear()
+
+    def _run(self, vectors: Mapping[str, NDArray[np.float32]], count: int, *, keep: int) -> None:
+        begin = self._position
+        self._caches.bind(self._io, positions=begin + count)
+        self._states.bind(self._io)
+        # The bound arrays must live until the run is over.
+        inputs: dict[str, NDArray[Any]] = {
+            lookup.name: np.ascontiguousarray(vectors[lookup.name], dtype=np.float32)[None]
+            for lookup in self._contract.lookup_inputs
+        }
+        inputs[POSITION_IDS] = np.arange(begin, begin + count, dtype=np.int64)[None]
+        inputs[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
+        for name, array in inputs.items():
+            _bind_input(self._io, name, array)
+        self._session.run_with_iobinding(self._io)
+        self._states.advance()
+        self._position += count
 
 
-def _load(path: Path, options: ort.SessionOptions) -> ort.InferenceSession:
-    options.log_severity_level = 4
-    try:
-        return ort.InferenceSession(path, options, providers=_PROVIDERS)
-    except Exception as err:  # ONNX Runtime raises its own types, which share no base
-        raise BundleError(f"`{path}` cannot be loaded: {err}") from err
+def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where: str) -> None:
+    """Refuse a graph whose inputs and outputs are not those of the contract.
 
-
-def _packed(bundle: Bundle, folder: Path) -> Path:
-    """The graph with rearranged weights, written if it is not there."""
-    place = folder / _key(bundle)
-    if not (place / GRAPH).is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-        except OSError as err:
-            raise RunnerError(
-                f"`{folder}` is no folder that can be written to: {err.strerror}",
-                hint="choose another folder for the packed weights",
-            ) from err
-        try:
-            _write_packed(bundle, staging)
-            try:
-                staging.rename(place)
-            except OSError:
-                if not (place / GRAPH).is_file():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-    return place / GRAPH
-
-
-def _write_packed(bundle: Bundle, folder: Path) -> None:
-    size = (bundle.path / GRAPH_DATA).stat().st_size
-    free, needed = shutil.disk_usage(folder).free, int(size * _PACKED_SHARE)
-    if free < needed:
-        raise RunnerError(
-            f"`{folder.parent}` has {free / 1e9:.2f} GB free; packed weights need up to "
-            f"{needed / 1e9:.2f} GB",
-            hint="free some space, or choose another folder for the packed weights",
+    Args:
+        where: names the graph in the message.
+    Raises:
+        BundleError: names what differs.
+    """
+    expected = {lookup.name for lookup in contract.lookup_inputs}
+    expected |= {held.input for held in contract.held}
+    expected |= {POSITION_IDS, NUM_LOGITS_TO_KEEP}
+    inputs = {value.name: value.shape for value in session.get_inputs()}
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
+    for held in contract.held:
+        if inputs.get(held.input) != held.shape or held.output not in outputs:
+            names.add(held.input)
+    names |= {n.name for n in contract.lookup_inputs if inputs.get(n.name) != n.shape}
+    if outputs.get(LOGITS_OUTPUT, [None])[-1] != contract.vocab_size:
+        names.add(LOGITS_OUTPUT)
+    if names:
+        raise BundleError(
+            f"`{where}` and the manifest disagree about {', '.join(sorted(names))}",
+            hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
         )
-    options = ort.SessionOptions()
-    options.optimized_model_filepath = str(folder / GRAPH)
-    for name, value in (
-        ("session.optimized_model_external_initializers_file_name", GRAPH_DATA),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
-        ("session.save_external_prepacked_constant_initializers", "1"),
-    ):
-        options.add_session_config_entry(name, value)
-    _load(bundle.graph_path, options)
 
 
-def _key(bundle: Bundle) -> str:
-    """Names what the rearranged weights depend on: the graph, the runtime, the processor."""
-    digests = {record.name: record.sha256 for record in bundle.manifest.files}
-    parts = [digests[GRAPH], digests[GRAPH_DATA], ort.__version__, _processor()]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+class _Caches:
+    """The buffers that the graph reads and writes in place.
+
+    Each has its address space for the whole context from the start, of which nothing is in memory
+    until it is used. The slots that the graph is told of double with the text, since it looks at
+    every block of them; those of window layers up to the size of their ring, which is reached
+    before a position wraps around.
+    """
+
+    def __init__(self, contract: GraphContract, *, context: int, chunk: int) -> None:
+        windows = [cache.window for cache in contract.caches if cache.window is not None]
+        # A chunk's first token must still find its window after the whole chunk was written.
+        ring = min(max(windows, default=1) + chunk - 1, context)
+        self._caches = contract.caches
+        self._most = {c.input: context if c.window is None else ring for c in contract.caches}
+        self._whole = {c.input: _allocate(c, self._most[c.input]) for c in contract.caches}
+        self._bound = {c.input: self._whole[c.input][:, :, :0] for c in contract.caches}
+        self._positions = 0
+
+    def bind(self, io: ort.IOBinding, *, positions: int) -> None:
+        """Make room for `positions` and bind every buffer as input and output."""
+        if positions <= self._positions:
+            return
+        self._positions = max(_FIRST_POSITIONS, 2 * self._positions, positions)
+        for cache in self._caches:
+            slots = align(min(self._positions, self._most[cache.input]), cache.block)
+            whole, old = self._whole[cache.input], self._bound[cache.input]
+            _, heads, held, width = old.shape
+            # Heads lie one after the other, so those behind the first move up as slots are added.
+            new = whole.reshape(-1)[: heads * slots * width].reshape(1, heads, slots, width)
+            for head in reversed(range(1, heads)):
+                new[0, head, :held] = old[0, head]
+            self._bound[cache.input] = new
+            _bind_input(io, cache.input, new)
+            _bind_output(io, cache.output, new)
 
 
-def _processor() -> str:
-    """Model and instruction sets, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    told = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    lines = sorted({line for line in lines if line.startswith(told)})
-    return "\n".join([platform.machine(), platform.processor(), os.name, *lines])
+class _States:
+    """What recurrent layers hand from call to call: two sets of buffers that change roles."""
+
+    def __init__(self, contract: GraphContract) -> None:
+        self._states = contract.states
+        self._taken, self._given = (
+            {s.input: np.zeros(s.shape, dtype=np.float32) for s in self._states} for _ in range(2)
+        )
+
+    def bind(self, io: ort.IOBinding) -> None:
+        """Bind what the next call takes and gives."""
+        for state in self._states:
+            _bind_input(io, state.input, self._taken[state.input])
+            _bind_output(io, state.output, self._given[state.input])
+
+    def advance(self) -> None:
+        """Take up what the call gave."""
+        self._taken, self._given = self._given, self._taken
+
+    def clear(self) -> None:
+        """Begin a text."""
+        for array in self._taken.values():
+            array.fill(0)
+
+
+def _allocate(cache: CacheInput, positions: int) -> NDArray[Any]:
+    """Zeros for at least `positions` slots of a cache; masked slots must hold finite numbers."""
+    slots = align(positions, cache.block)
+    sizes = [n if isinstance(n, int) else slots for n in cache.shape]
+    return np.zeros(sizes, dtype=numpy_dtype(cache.dtype))
+
+
+def _bind_input(io: ort.IOBinding, name: str, array: NDArray[Any]) -> None:
+    io.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
+
+def _bind_output(io: ort.IOBinding, name: str, array: NDArray[Any]) -> None:
+    io.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)

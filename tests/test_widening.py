@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import Binding
-from pleexport.parity import widening as raising
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.parity import widening
 from pleexport.parity.oracle import TransformersOracle
 
 UNTIED = {"tie_word_embeddings": False, "attention_bias": True}
@@ -39,7 +39,7 @@ IDS = [(37 * i) % 89 for i in range(40)]
 
 def original(folder: Path) -> TransformersOracle:
     checkpoint = Checkpoint(folder)
-    return TransformersOracle(Binding(families.resolve(checkpoint), checkpoint))
+    return TransformersOracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
 
 def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:
@@ -56,8 +56,8 @@ def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:
 @pytest.mark.parametrize(
     ("kept_bytes", "block_bytes", "tolerance"),
     [
-        (1 << 30, raising.BLOCK_BYTES, 0.0),
-        (0, raising.BLOCK_BYTES, 0.0),
+        (1 << 30, widening.BLOCK_BYTES, 0.0),
+        (0, widening.BLOCK_BYTES, 0.0),
         (0, 4 * 32 * 7, 1e-5),  # 7 rows, and fewer at the end: sums may go in another order
     ],
     ids=["all kept", "none kept", "none kept, in blocks"],
@@ -74,8 +74,8 @@ def test_the_original_computes_what_it_computes_when_raised_as_a_whole(
     make, changes = CHECKPOINTS[name]
     folder = make(tmp_path / "checkpoint", **changes)
     logits, layers = plain(folder, IDS)
-    monkeypatch.setattr(raising, "KEPT_BYTES", kept_bytes)
-    monkeypatch.setattr(raising, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(widening, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(widening, "BLOCK_BYTES", block_bytes)
     oracle = original(folder)
     pairs = zip([logits, *layers], [oracle.logits(IDS), *oracle.hidden(IDS)], strict=True)
     for expected, got in pairs:
@@ -90,7 +90,7 @@ def test_the_original_computes_what_it_computes_when_raised_as_a_whole(
 def test_verification_passes_with_nothing_kept_in_float32(
     family: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raising, "KEPT_BYTES", 0)
+    monkeypatch.setattr(widening, "KEPT_BYTES", 0)
     report = pleexport.verify(
         request.getfixturevalue(f"{family}_bundle"),
         checkpoint=request.getfixturevalue(f"{family}_checkpoint"),
@@ -108,14 +108,14 @@ def test_no_table_and_no_head_is_ever_in_float32(
     folder = make(tmp_path / "checkpoint", **sizes)
 
     def largest(kept_bytes: int) -> int:
-        monkeypatch.setattr(raising, "KEPT_BYTES", kept_bytes)
+        monkeypatch.setattr(widening, "KEPT_BYTES", kept_bytes)
         with largest_float32() as sizes:
             oracle = original(folder)
             oracle.logits(IDS, keep=keep)
             oracle.hidden(IDS)
         return max(sizes)
 
-    monkeypatch.setattr(raising, "BLOCK_BYTES", 4 * keep * rows)
+    monkeypatch.setattr(widening, "BLOCK_BYTES", 4 * keep * rows)
     assert largest(1 << 19) == keep * rows, "nothing is larger than the logits"
     # The control: with room for all of it, whole tables are seen.
     assert largest(1 << 30) >= rows * 6 * 8
@@ -144,7 +144,7 @@ def largest_float32() -> Iterator[list[int]]:
 def test_what_is_not_kept_stays_in_the_mapped_file(
     gemma4_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(raising, "KEPT_BYTES", 0)
+    monkeypatch.setattr(widening, "KEPT_BYTES", 0)
     model = original(gemma4_checkpoint)._model
     ranges = [
         [int(address, 16) for address in line.split()[0].split("-")]
@@ -165,7 +165,7 @@ def test_weights_that_are_used_in_other_ways_are_kept(monkeypatch: pytest.Monkey
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x @ self.weight
 
-    monkeypatch.setattr(raising, "KEPT_BYTES", 0)
+    monkeypatch.setattr(widening, "KEPT_BYTES", 0)
     model = nn.ModuleDict(
         {
             "table": nn.Embedding(5, 4),
@@ -174,7 +174,7 @@ def test_weights_that_are_used_in_other_ways_are_kept(monkeypatch: pytest.Monkey
         }
     ).bfloat16()
     model["tied"].weight = model["table"].weight
-    raising.raise_where_used(model)
+    widening.widen_where_used(model)
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     assert dtypes == {
         "table.weight": torch.float32,

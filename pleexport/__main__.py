@@ -1,0 +1,5 @@
+"""`python -m pleexport`: the command line."""
+
+from pleexport.cli import main
+
+main()

@@ -1,0 +1,182 @@
+"""What every backend answers: how it stores weights, what it writes, and how that is run.
+
+A backend is one runtime format. It is one folder, `backends/NAME`, whose module `backend` has an
+object `BACKEND`, and one line in `backends.NAMES`. Nothing here imports torch, a family or a
+checkpoint: a process that only runs a bundle loads this module too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from numpy.typing import NDArray
+
+from pleexport.contract import Artifact, GraphContract
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.export import ExportedProgram
+
+    from pleexport.checkpoint.matching import MatchedModel
+    from pleexport.model import Model, Weight
+    from pleexport.weights import WeightRequest
+
+# The argument of a traced program that says which positions want logits.
+LOGIT_POSITIONS = "logit_positions"
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """What a backend's graphs have in common.
+
+    Attributes:
+        contract_id: names the meaning of every input and output.
+        slot_axis: where the slots of a cache stand in `[1, heads, width]`.
+    """
+
+    contract_id: str
+    slot_axis: int
+
+
+@dataclass(frozen=True)
+class Argument:
+    """An argument of a traced program; dynamic dimensions by name."""
+
+    name: str
+    shape: list[int | str]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Program:
+    """A traced model, its weights by name and without values.
+
+    Attributes:
+        results: names of its results up to the hidden values.
+        hidden: names of what the layers hand on, its last results.
+    """
+
+    exported: ExportedProgram
+    contract: GraphContract
+    arguments: list[Argument]
+    results: list[str]
+    hidden: list[str]
+
+
+class WeightStorage(Protocol):
+    """How a backend stores dense weights."""
+
+    def dtype_of(self, weight: Weight) -> str:
+        """The dtype that one weight is stored in."""
+        ...
+
+    def file_bytes(self, weight: Weight) -> int:
+        """Bytes in the graph's files."""
+        ...
+
+    def resident_bytes(self, weight: Weight) -> int:
+        """Bytes in memory once loaded."""
+        ...
+
+
+class Session(Protocol):
+    """An open graph with the caches and states of one text.
+
+    Attributes:
+        chunk: most tokens of one call.
+    """
+
+    chunk: int
+
+    def feed(
+        self, vectors: Mapping[str, NDArray[np.float32]], count: int, *, keep: int
+    ) -> NDArray[np.float32]:
+        """Logits `[n, vocab]` after the next `count` tokens.
+
+        Args:
+            vectors: by graph input, see `GraphContract.cut`.
+            keep: n, how many of the last positions want logits; 0 for all.
+        """
+        ...
+
+    def reset(self) -> None:
+        """Forget the text so far."""
+        ...
+
+
+class Backend(Protocol):
+    """One runtime format."""
+
+    name: str
+    conventions: Conventions
+
+    def storage(self, request: WeightRequest) -> WeightStorage:
+        """How it stores the weights of a build."""
+        ...
+
+    def bounds(self, context: int) -> dict[str, int]:
+        """By dynamic dimension of its graphs, the largest size; of those that are limited."""
+        ...
+
+    def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
+        """Bytes of its large files by name."""
+        ...
+
+    def lower(
+        self,
+        program: Program,
+        matched: MatchedModel,
+        storage: WeightStorage,
+        folder: Path,
+        *,
+        importance: Mapping[str, NDArray[np.float32]],
+        progress: Callable[[int], object],
+    ) -> Artifact:
+        """Write a program and its weights to a folder.
+
+        Args:
+            importance: by weight, how much each input counts; for those that were measured.
+            progress: called with the number of bytes written since its last call.
+        Raises:
+            CheckpointError: a weight holds values that cannot be stored.
+        """
+        ...
+
+    def open_session(
+        self,
+        folder: Path,
+        artifact: Artifact,
+        *,
+        context: int,
+        threads: int,
+        packed_weights: Path | None,
+    ) -> Session:
+        """Open what `lower` wrote.
+
+        Args:
+            context: largest number of positions.
+            threads: 0 for one a core.
+            packed_weights: a folder that keeps weights arranged for this processor.
+        Raises:
+            InputError: an impossible number of threads, or a folder that cannot be used.
+            BundleError: the files cannot be loaded, or contradict the contract.
+        """
+        ...
+
+    def hidden_values(
+        self,
+        folder: Path,
+        artifact: Artifact,
+        vectors: Mapping[str, NDArray[np.float32]],
+        count: int,
+    ) -> list[NDArray[np.float32]]:
+        """By layer, what it hands on, `[T, ...]`, for a text from its start.
+
+        Args:
+            vectors: by graph input, an entry for each token.
+            count: T.
+        """
+        ...

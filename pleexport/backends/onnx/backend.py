@@ -1,0 +1,115 @@
+"""ONNX graphs, run by ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pleexport.backends.base import Conventions, Program, WeightStorage
+from pleexport.contract import Artifact
+from pleexport.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pleexport.backends.onnx.session import OnnxSession
+    from pleexport.checkpoint.matching import MatchedModel
+    from pleexport.model import Model
+    from pleexport.weights import WeightRequest
+
+MOST_THREADS = 256
+_PACKAGES = ("torch", "onnx-ir", "onnxscript")
+
+
+class OnnxBackend:
+    """See `backends.base.Backend`. What builds is imported when it is used."""
+
+    name = "onnx"
+    conventions = Conventions(contract_id="pleexport.decoder/1", slot_axis=2)
+
+    def storage(self, request: WeightRequest) -> WeightStorage:
+        """How weights are stored."""
+        from pleexport.backends.onnx.storage import OnnxStorage
+
+        return OnnxStorage(request)
+
+    def bounds(self, context: int) -> dict[str, int]:
+        """Any size goes."""
+        return {}
+
+    def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
+        """Bytes of the data file; the graph's structure is small."""
+        from pleexport.backends.onnx.files import GRAPH_DATA
+
+        return {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in model.weights)}
+
+    def lower(
+        self,
+        program: Program,
+        matched: MatchedModel,
+        storage: WeightStorage,
+        folder: Path,
+        *,
+        importance: Mapping[str, NDArray[np.float32]],
+        progress: Callable[[int], object],
+    ) -> Artifact:
+        """Write `model.onnx` and `model.onnx.data`."""
+        from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA
+        from pleexport.backends.onnx.lower import translate
+        from pleexport.backends.onnx.storage import OnnxStorage
+        from pleexport.backends.onnx.weights import attach_weights, save
+
+        assert isinstance(storage, OnnxStorage)
+        graph = attach_weights(translate(program), matched, storage, importance)
+        digest = save(graph, folder / GRAPH, progress=progress)
+        return Artifact(
+            backend=self.name,
+            contract=program.contract,
+            files=[GRAPH, GRAPH_DATA],
+            weights_digest=digest,
+            versions={name: importlib.metadata.version(name) for name in _PACKAGES},
+        )
+
+    def open_session(
+        self,
+        folder: Path,
+        artifact: Artifact,
+        *,
+        context: int,
+        threads: int,
+        packed_weights: Path | None,
+    ) -> OnnxSession:
+        """Open a graph, with its weights copied into memory or mapped."""
+        from pleexport.backends.onnx.files import GRAPH, open_graph, session_options
+        from pleexport.backends.onnx.packing import packed_graph
+        from pleexport.backends.onnx.session import OnnxSession, check_graph
+
+        if not 0 <= threads <= MOST_THREADS:
+            raise InputError(
+                f"threads is {threads}; it must be 0 to {MOST_THREADS}",
+                hint="0 takes one for each core",
+            )
+        path = folder / GRAPH
+        if packed_weights is not None:
+            path = packed_graph(folder, artifact, packed_weights)
+        session = open_graph(path, session_options(threads))
+        check_graph(session, artifact.contract, where=str(path))
+        return OnnxSession(session, artifact.contract, context=context)
+
+    def hidden_values(
+        self,
+        folder: Path,
+        artifact: Artifact,
+        vectors: Mapping[str, NDArray[np.float32]],
+        count: int,
+    ) -> list[NDArray[np.float32]]:
+        """By layer, what it hands on."""
+        from pleexport.backends.onnx.hidden import hidden_values
+
+        return hidden_values(folder, artifact.contract, vectors, count)
+
+
+BACKEND = OnnxBackend()

@@ -1,0 +1,101 @@
+"""Round dense weights to what ONNX Runtime's `MatMulNBits` takes, scales searched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
+from pleexport.runtime.row_codes import groups, join_nibbles
+
+# Values that are worked on at once: few enough to stay in a core's cache.
+_CHUNK_VALUES = 1 << 17
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A matrix `[N, K]` as `MatMulNBits` takes it: value = (code - zero point) * scale.
+
+    Attributes:
+        codes: `[N, blocks, block_size * bits / 8]` uint8, the first code in the low bits.
+        scales: `[N, blocks]` float32.
+        zero_points: `[N, ceil(blocks * bits / 8)]` uint8, the first in the low bits; None where all
+            are 2**(bits - 1).
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float32]
+    zero_points: NDArray[np.uint8] | None
+
+
+def quantize_blocks(
+    weight_NK: NDArray[np.float32],
+    *,
+    bits: int,
+    block_size: int,
+    symmetric: bool = True,
+    importance: NDArray[np.float32] | None = None,
+) -> Blocks:
+    """Quantize a matrix for ONNX Runtime's `MatMulNBits`, scales searched.
+
+    Args:
+        weight_NK: `[N, K]`, N outputs.
+        symmetric: one zero point for all blocks, 2**(bits - 1); otherwise each has its own.
+        importance: `[K]`, how much a squared error in each input's weights counts; all alike by
+            default.
+    Raises:
+        ValueError: a value is not finite.
+    Source: onnxruntime docs/ContribOperators.md, `com.microsoft.MatMulNBits`.
+    """
+    if not np.isfinite(weight_NK).all():
+        raise ValueError("values are not finite")
+    outputs, inputs = weight_NK.shape
+    blocks = groups(inputs, block_size)
+    codes = np.empty((outputs, blocks, block_size), dtype=np.uint8)
+    scales = np.empty((outputs, blocks), dtype=np.float32)
+    zero_points = np.empty((outputs, blocks), dtype=np.uint8)
+    step = max(1, _CHUNK_VALUES // (blocks * block_size))
+    importance_groups = None
+    if importance is not None:
+        # Relative, so that nothing underflows; inputs that a text never moved still count a little.
+        relative = importance / max(float(importance.mean()), SMALLEST) + 1e-4
+        importance_groups = grouped_values(relative.astype(np.float32), block_size)
+    for begin in range(0, outputs, step):
+        rows = slice(begin, begin + step)
+        grouped = grouped_values(weight_NK[rows], block_size)
+        widest, zero_points[rows] = _widest(grouped, bits=bits, symmetric=symmetric)
+        zero = zero_points[rows].astype(np.float32)[..., None]
+        lowest, highest = -zero, np.float32(2**bits - 1) - zero
+        scales[rows] = best_scales(
+            grouped, widest, lowest, highest, bits=bits, importance=importance_groups
+        )
+        rounded = round_to_codes(grouped, scales[rows], lowest, highest)
+        codes[rows] = np.add(rounded, zero, out=rounded)
+    if bits == 4:
+        codes = join_nibbles(codes)
+    return Blocks(codes, scales, None if symmetric else _pack_zero_points(zero_points, bits))
+
+
+def _widest(
+    grouped: NDArray[np.float32], *, bits: int, symmetric: bool
+) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """The scales that clip nothing, and the zero points, of `[N, blocks, G]`."""
+    top, bottom = grouped.max(axis=-1), grouped.min(axis=-1)
+    if symmetric:
+        # The largest value by magnitude gets the lowest code, so that all 2**bits codes are used.
+        middle = 1 << (bits - 1)
+        scales = np.where(top > -bottom, top, bottom) / np.float32(-middle)
+        return scales, np.full(scales.shape, middle, dtype=np.uint8)
+    scales = (np.maximum(top, 0) - np.minimum(bottom, 0)) / np.float32(2**bits - 1)
+    zero_points = np.rint(-np.minimum(bottom, 0) / np.where(scales > SMALLEST, scales, 1))
+    return scales, zero_points.astype(np.uint8)
+
+
+def _pack_zero_points(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
+    if bits == 8:
+        return zero_points
+    if zero_points.shape[-1] % 2:
+        zero_points = np.concatenate((zero_points, np.zeros_like(zero_points[:, :1])), axis=-1)
+    return join_nibbles(zero_points)

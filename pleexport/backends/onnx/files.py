@@ -1,0 +1,45 @@
+"""The files of an ONNX graph, and how ONNX Runtime opens them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# ONNX Runtime would write an id of this device, and send usage to its makers. It looks when it is
+# imported, which happens below this folder only.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+import onnxruntime as ort
+
+from pleexport.errors import BundleError
+
+GRAPH = "model.onnx"
+GRAPH_DATA = "model.onnx.data"
+NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
+_PROVIDERS = ["CPUExecutionProvider"]
+
+
+def session_options(threads: int) -> ort.SessionOptions:
+    """Options of a session that generates text; 0 threads for one a core."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Smaller pieces of work at the end of an operator: threads wait less for each other.
+    options.add_session_config_entry("session.dynamic_block_base", "4")
+    return options
+
+
+def open_graph(graph: Path | bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session on a graph's file, or on its bytes.
+
+    Raises:
+        BundleError: the graph cannot be loaded.
+    """
+    options.log_severity_level = 4
+    try:
+        return ort.InferenceSession(graph, options, providers=_PROVIDERS)
+    except Exception as err:  # ONNX Runtime raises its own types, which share no base
+        where = f"`{graph}`" if isinstance(graph, Path) else "the graph"
+        raise BundleError(
+            f"{where} cannot be loaded: {err}",
+            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+        ) from err

@@ -1,0 +1,95 @@
+"""Weights as one processor wants them, written once and mapped from then on.
+
+ONNX Runtime rearranges weights for the processor when it loads them, into memory of the process.
+It can also write them rearranged, and map that file the next time: then the weights cost no
+anonymous memory, and loading takes no longer than mapping.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import tempfile
+from pathlib import Path
+
+import onnxruntime as ort
+
+from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA, open_graph
+from pleexport.contract import Artifact
+from pleexport.errors import InputError
+from pleexport.units import size_text
+
+# The rearranged weights, and what is stored beside them.
+_PACKED_SHARE = 2.2
+
+
+def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
+    """The graph with rearranged weights, written if it is not there.
+
+    Args:
+        bundle: the folder of the graph as it was built.
+        folder: keeps packed weights of any number of bundles.
+    Raises:
+        InputError: the folder cannot be used, or is on a full disk.
+        BundleError: the graph cannot be loaded.
+    """
+    place = folder / _key(bundle, artifact)
+    if not (place / GRAPH).is_file():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
+        except OSError as err:
+            raise InputError(
+                f"`{folder}` is no folder that can be written to: {err.strerror}",
+                hint="choose another folder for the packed weights",
+            ) from err
+        try:
+            _write_packed(bundle, staging)
+            try:
+                staging.rename(place)
+            except OSError:
+                if not (place / GRAPH).is_file():  # else another process was faster
+                    raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    return place / GRAPH
+
+
+def _write_packed(bundle: Path, folder: Path) -> None:
+    size = (bundle / GRAPH_DATA).stat().st_size
+    free, needed = shutil.disk_usage(folder).free, int(size * _PACKED_SHARE)
+    if free < needed:
+        raise InputError(
+            f"`{folder.parent}` has {size_text(free)} free; packed weights need up to "
+            f"{size_text(needed)}",
+            hint="free some space, or choose another folder for the packed weights",
+        )
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(folder / GRAPH)
+    for name, value in (
+        ("session.optimized_model_external_initializers_file_name", GRAPH_DATA),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(name, value)
+    open_graph(bundle / GRAPH, options)
+
+
+def _key(bundle: Path, artifact: Artifact) -> str:
+    """Names what the rearranged weights depend on: the graph, the runtime, the processor."""
+    graph = hashlib.sha256((bundle / GRAPH).read_bytes()).hexdigest()
+    parts = [graph, artifact.weights_digest, ort.__version__, _processor()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _processor() -> str:
+    """Model and instruction sets, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    told = ("model name", "flags", "Features", "CPU implementer", "CPU part")
+    lines = sorted({line for line in lines if line.startswith(told)})
+    return "\n".join([platform.machine(), platform.processor(), os.name, *lines])

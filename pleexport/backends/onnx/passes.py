@@ -1,0 +1,150 @@
+"""Changes of a translated graph, one pass each; `requires` and `ensures` are checked on every run.
+
+Source of the classes: onnx_ir's `passes.InPlacePass`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
+
+from pleexport.backends.base import Argument
+from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
+
+
+class NameDimensions(InPlacePass):
+    """Give symbolic dimensions the names that the contract has for them."""
+
+    def __init__(self, arguments: Sequence[Argument]) -> None:
+        super().__init__()
+        self._arguments = arguments
+
+    def requires(self, model: ir.Model) -> None:
+        names = [value.name for value in model.graph.inputs]
+        if names != [argument.name for argument in self._arguments]:
+            raise PreconditionError(f"the graph's inputs are {names}, not the program's arguments")
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        names = {}
+        for value, argument in zip(graph.inputs, self._arguments, strict=True):
+            assert value.shape is not None
+            for dim, name in zip(value.shape, argument.shape, strict=True):
+                if isinstance(dim, ir.SymbolicDim):
+                    names[dim.value] = str(name)
+        values = [*graph.inputs, *graph.outputs, *(v for node in graph for v in node.outputs)]
+        for value in values:
+            for axis, dim in enumerate(value.shape or ()):
+                if isinstance(dim, ir.SymbolicDim) and dim.value in names:
+                    assert value.shape is not None
+                    value.shape[axis] = names[dim.value]
+        return PassResult(model, modified=bool(names))
+
+    def ensures(self, model: ir.Model) -> None:
+        for value, argument in zip(model.graph.inputs, self._arguments, strict=True):
+            shape = [d if isinstance(d, int) else d.value for d in value.shape or ()]
+            if shape != argument.shape:
+                raise PostconditionError(f"`{value.name}` has shape {shape}, not {argument.shape}")
+
+
+class CountLogits(InPlacePass):
+    """Replace the input of logit positions by `num_logits_to_keep`: the last n, or all for 0."""
+
+    def __init__(self, positions: str) -> None:
+        super().__init__()
+        self._positions = positions
+
+    def requires(self, model: ir.Model) -> None:
+        if all(value.name != self._positions for value in model.graph.inputs):
+            raise PreconditionError(f"the graph has no input `{self._positions}`")
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph = model.graph
+        positions = next(value for value in graph.inputs if value.name == self._positions)
+        tokens = graph.inputs[0]
+        keep = ir.val(NUM_LOGITS_TO_KEEP, ir.DataType.INT64, ir.Shape([]))
+        tape = ir.tape.Tape()
+        zero, one = (
+            tape.op("Constant", [], {"value": ir.tensor(np.array(n, dtype=np.int64))})
+            for n in (0, 1)
+        )
+        count = tape.op("Squeeze", [tape.op("Shape", [tokens], {"start": 1, "end": 2})])
+        wanted = tape.op("Where", [tape.op("Equal", [keep, zero]), count, keep])
+        first = tape.op("Sub", [count, wanted])
+        last = tape.op("Range", [first, count, one])
+        last.shape, last.type = positions.shape, positions.type
+        positions.replace_all_uses_with(last)
+        graph.inputs[graph.inputs.index(positions)] = keep
+        graph.insert_before(graph[0], tape.nodes)
+        return PassResult(model, modified=True)
+
+    def ensures(self, model: ir.Model) -> None:
+        names = [value.name for value in model.graph.inputs]
+        if NUM_LOGITS_TO_KEEP not in names or self._positions in names:
+            raise PostconditionError(f"the graph's inputs are {names}")
+
+
+class KeepOutputs(InPlacePass):
+    """Keep the first outputs, and drop the rest: the hidden values, which only parity asks for."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self._names = list(names)
+
+    def requires(self, model: ir.Model) -> None:
+        names = [value.name for value in model.graph.outputs]
+        if names[: len(self._names)] != self._names:
+            raise PreconditionError(f"the graph's outputs begin with {names[: len(self._names)]}")
+
+    def call(self, model: ir.Model) -> PassResult:
+        dropped = len(model.graph.outputs) - len(self._names)
+        del model.graph.outputs[len(self._names) :]
+        return PassResult(model, modified=dropped > 0)
+
+
+class FixReshapes(InPlacePass):
+    """Reshape to a constant wherever at most one dimension is dynamic."""
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "Reshape" or node.outputs[0].shape is None:
+                continue
+            shape = [dim if isinstance(dim, int) else -1 for dim in node.outputs[0].shape]
+            if shape.count(-1) > 1:
+                continue
+            value = ir.tensor(np.array(shape, dtype=np.int64))
+            constant = ir.node("Constant", [], {"value": value})
+            model.graph.insert_before(node, constant)
+            node.replace_input_with(1, constant.outputs[0])
+            node.attributes.pop("allowzero", None)
+            modified = True
+        return PassResult(model, modified=modified)
+
+
+class MergeReshapes(InPlacePass):
+    """Reshape once, not in steps: what a reshape takes from another one it takes from its input.
+
+    A reshape whose shape copies a dimension (0) stays, as it would copy another one.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in model.graph:
+            if node.op_type != "Reshape" or not _is_absolute(node.inputs[1]):
+                continue
+            before = node.inputs[0].producer() if node.inputs[0] else None
+            while before is not None and before.op_type == "Reshape":
+                node.replace_input_with(0, before.inputs[0])
+                modified = True
+                before = before.inputs[0].producer() if before.inputs[0] else None
+        return PassResult(model, modified=modified)
+
+
+def _is_absolute(shape: ir.Value | None) -> bool:
+    """Whether a shape is a constant that copies no dimension."""
+    constant = ir.convenience.get_const_tensor(shape) if shape is not None else None
+    return constant is not None and 0 not in constant.numpy()

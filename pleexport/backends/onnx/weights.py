@@ -1,0 +1,314 @@
+"""Store weights beside an ONNX graph: attach them in their stored form, stream them into a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import onnx_ir as ir
+import xxhash
+from numpy.typing import NDArray
+
+from pleexport.backends.onnx.blocks import Blocks, quantize_blocks
+from pleexport.backends.onnx.storage import OnnxStorage
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import QUANTIZED, bits, numpy_dtype
+from pleexport.errors import CheckpointError, FamilyError
+from pleexport.model import Weight
+from pleexport.parallel import map_in_order
+from pleexport.runtime.blob_layout import align
+from pleexport.runtime.row_codes import groups
+
+MICROSOFT = "com.microsoft"
+_PAGE = 4096
+_CACHE_LINE = 64
+_BATCH_VALUES = 4 << 20
+
+
+@dataclass
+class StoredTensor:
+    """A tensor of the data file, and how to produce its bytes.
+
+    Attributes:
+        produce: yields consecutive parts of the tensor.
+    """
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    produce: Callable[[], Iterator[NDArray[Any]]]
+    offset: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return math.prod(self.shape) * int(self.dtype.itemsize)
+
+
+@dataclass
+class OnnxGraph:
+    """A graph without weight values, and the plan of its data file."""
+
+    model: ir.Model
+    tensors: list[StoredTensor] = field(default_factory=list)
+
+
+def attach_weights(
+    graph_model: ir.Model,
+    matched: MatchedModel,
+    storage: OnnxStorage,
+    importance: Mapping[str, NDArray[np.float32]],
+) -> OnnxGraph:
+    """Replace the weights by references into a data file, in their stored form.
+
+    Before: the graph's initializers are the model's weights, and matrices are taken transposed.
+    After: initializers are named tensors of the data file, each aligned for mapping.
+
+    Args:
+        importance: by weight, see `quantize_blocks`; none for those that were not measured.
+    Raises:
+        FamilyError: declared weights and the traced function contradict each other.
+    """
+    result = OnnxGraph(graph_model)
+    graph = graph_model.graph
+    for weight in matched.model.weights:
+        value = graph.initializers.pop(weight.name, None)
+        if value is None:
+            raise FamilyError(
+                f"weight `{weight.name}` of family `{matched.model.family}` is declared and not "
+                "used by its forward function",
+                hint="take it out of the family's weights, or use it",
+            )
+        if weight.precision == "full":
+            _store(result, value, _plain(matched, weight))
+            continue
+        for transpose, matmul in _products(value, weight):
+            _replace_matmul(result, matmul, matched, weight, storage, importance.get(weight.name))
+            graph.remove(transpose, safe=True)
+    position = 0
+    for tensor in result.tensors:
+        alignment = _PAGE if tensor.nbytes >= _PAGE else _CACHE_LINE
+        tensor.offset = align(position, alignment)
+        position = tensor.offset + tensor.nbytes
+    return result
+
+
+def save(
+    onnx_graph: OnnxGraph,
+    path: Path,
+    *,
+    progress: Callable[[int], object] = lambda _: None,
+) -> str:
+    """Write `path` and its data file `path.data`.
+
+    Args:
+        progress: called with the number of bytes written since its last call.
+    Returns:
+        a digest of the stored weights.
+    Raises:
+        CheckpointError: a weight holds values that cannot be stored.
+    """
+    data_path = path.with_name(path.name + ".data")
+    for tensor in onnx_graph.tensors:
+        onnx_graph.model.graph.initializers[tensor.name].const_value = ir.ExternalTensor(
+            data_path.name,
+            tensor.offset,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=ir.Shape(tensor.shape),
+            name=tensor.name,
+            base_dir=str(path.parent),
+        )
+    digest = xxhash.xxh3_128()
+    with data_path.open("wb") as file:
+        for tensor in onnx_graph.tensors:
+            file.seek(tensor.offset)
+            _write_tensor(file, tensor, digest, progress)
+    ir.save(onnx_graph.model, path)
+    return f"xxh3-128:{digest.hexdigest()}"
+
+
+def _products(value: ir.Value, weight: Weight) -> list[tuple[ir.Node, ir.Node]]:
+    """The products with a matrix: each a transpose of it, and the product that takes that.
+
+    Raises:
+        FamilyError: it is used for anything else.
+    """
+    products = []
+    for transpose in value.consumers():
+        takers = list(transpose.outputs[0].consumers())
+        if transpose.op_type != "Transpose" or [n.op_type for n in takers] != ["MatMul"]:
+            raise FamilyError(
+                f"weight `{weight.name}` has precision `{weight.precision}`, and "
+                f"`{transpose.op_type}` takes it",
+                hint="such weights are for `w.linear` alone; declare others with precision `full`",
+            )
+        products.append((transpose, takers[0]))
+    return products
+
+
+def _store(result: OnnxGraph, value: ir.Value, tensor: StoredTensor) -> None:
+    value.name, value.shape = tensor.name, ir.Shape(tensor.shape)
+    value.type, value.const_value = ir.TensorType(tensor.dtype), None
+    result.model.graph.initializers[tensor.name] = value
+    result.tensors.append(tensor)
+
+
+def _initializer(result: OnnxGraph, tensor: StoredTensor) -> ir.Value:
+    value = ir.Value(name=tensor.name)
+    _store(result, value, tensor)
+    return value
+
+
+def _replace_matmul(
+    result: OnnxGraph,
+    matmul: ir.Node,
+    matched: MatchedModel,
+    weight: Weight,
+    storage: OnnxStorage,
+    importance: NDArray[np.float32] | None,
+) -> None:
+    """Make a product with a transposed weight one with the weight's stored form."""
+    x, out = matmul.inputs[0], matmul.outputs[0]
+    graph, dtype = result.model.graph, storage.dtype_of(weight)
+    if dtype in QUANTIZED:
+        attributes = {
+            "K": weight.shape[1],
+            "N": weight.shape[0],
+            "bits": bits(dtype),
+            "block_size": storage.block_size_of(weight),
+            "accuracy_level": 4,
+        }
+        stored = [
+            _initializer(result, tensor)
+            for tensor in _quantized(matched, weight, storage, importance)
+        ]
+        nodes = [ir.node("MatMulNBits", [x, *stored], attributes, domain=MICROSOFT)]
+        graph.opset_imports[MICROSOFT] = 1
+    else:
+        plain = _initializer(result, _transposed(matched, weight, dtype))
+        nodes = []
+        if dtype == "fp16":
+            nodes.append(ir.node("Cast", [plain], {"to": ir.DataType.FLOAT}))
+            plain = nodes[0].outputs[0]
+        nodes.append(ir.node("MatMul", [x, plain]))
+    graph.insert_before(matmul, nodes)
+    ir.convenience.replace_nodes_and_values(
+        graph, matmul, [matmul], [], [out], [nodes[-1].outputs[0]]
+    )
+
+
+def _plain(matched: MatchedModel, weight: Weight) -> StoredTensor:
+    def produce() -> Iterator[NDArray[Any]]:
+        yield matched.values(weight)
+
+    return StoredTensor(weight.name, ir.DataType.FLOAT, weight.shape, produce)
+
+
+def _transposed(matched: MatchedModel, weight: Weight, dtype: str) -> StoredTensor:
+    """A matrix `[K, N]`, which ONNX Runtime multiplies without a copy of its own."""
+    outputs, inputs = weight.shape
+    stored_dtype = numpy_dtype(dtype)
+
+    def produce() -> Iterator[NDArray[Any]]:
+        step = max(1, _BATCH_VALUES // outputs)
+        view = matched.matrix(weight)
+        for begin in range(0, inputs, step):
+            part = matched.widened(view[:, begin : begin + step])
+            with np.errstate(over="ignore"):
+                yield _finite(weight, part.T.astype(stored_dtype, order="C"))
+
+    data_type = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
+    return StoredTensor(weight.name, data_type, (inputs, outputs), produce)
+
+
+def _quantized(
+    matched: MatchedModel,
+    weight: Weight,
+    storage: OnnxStorage,
+    importance: NDArray[np.float32] | None,
+) -> list[StoredTensor]:
+    """Codes, scales and zero points of a matrix.
+
+    Scales and zero points, a tenth of the codes, are kept while the codes are written.
+    """
+    outputs, inputs = weight.shape
+    code_bits, block_size = bits(storage.dtype_of(weight)), storage.block_size_of(weight)
+    blocks = groups(inputs, block_size)
+    scales: list[NDArray[np.float32]] = []
+    zero_points: list[NDArray[np.uint8]] = []
+
+    matrix = matched.matrix(weight)
+
+    def quantize(rows: slice) -> Blocks:
+        values = _finite(weight, matched.widened(matrix[rows]))
+        return quantize_blocks(
+            values,
+            bits=code_bits,
+            block_size=block_size,
+            symmetric=storage.symmetric,
+            importance=importance,
+        )
+
+    def produce_codes() -> Iterator[NDArray[Any]]:
+        step = max(1, _BATCH_VALUES // inputs)
+        parts = (slice(begin, begin + step) for begin in range(0, outputs, step))
+        for part in map_in_order(quantize, parts):
+            scales.append(part.scales)
+            if part.zero_points is not None:
+                zero_points.append(part.zero_points)
+            yield part.codes
+
+    def produce_kept(kept: list[Any]) -> Iterator[NDArray[Any]]:
+        yield from kept
+        kept.clear()
+
+    code_shape = (outputs, blocks, block_size * code_bits // 8)
+    stored = [
+        StoredTensor(f"{weight.name}.codes", ir.DataType.UINT8, code_shape, produce_codes),
+        StoredTensor(
+            f"{weight.name}.scales",
+            ir.DataType.FLOAT,
+            (outputs, blocks),
+            lambda: produce_kept(scales),
+        ),
+    ]
+    if not storage.symmetric:
+        stored.append(
+            StoredTensor(
+                f"{weight.name}.zero_points",
+                ir.DataType.UINT8,
+                (outputs, groups(blocks * code_bits, 8)),
+                lambda: produce_kept(zero_points),
+            )
+        )
+    return stored
+
+
+def _finite(weight: Weight, values: NDArray[Any]) -> NDArray[Any]:
+    if not np.isfinite(values).all():
+        raise CheckpointError(
+            f"tensor `{weight.source_key}` holds values that are not finite in its stored dtype",
+            hint="check the checkpoint, or choose another weight dtype",
+        )
+    return values
+
+
+def _write_tensor(
+    file: BinaryIO,
+    tensor: StoredTensor,
+    digest: xxhash.xxh3_128,
+    progress: Callable[[int], object],
+) -> None:
+    written = 0
+    for part in tensor.produce():
+        data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+        file.write(data)
+        digest.update(data)
+        written += len(data)
+        progress(len(data))
+    assert written == tensor.nbytes, tensor.name

@@ -1,0 +1,127 @@
+"""What a build may be told, and what follows from that and its target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict, cast, get_args
+
+from pleexport import targets
+from pleexport.backends import registry
+from pleexport.dtypes import (
+    CACHE_DTYPES,
+    TABLE_DTYPES,
+    WEIGHT_DTYPES,
+    CacheDtype,
+    TableDtype,
+    WeightDtype,
+)
+from pleexport.errors import TargetError
+from pleexport.targets import Target
+from pleexport.weights import BlockSize, WeightRequest
+
+
+class BuildOptions(TypedDict, total=False):
+    """Options of `build`; None is the same as leaving one out.
+
+    Attributes:
+        target: name of a target, or path of a target file; "laptop" by default.
+        backend: "onnx"; the target's by default.
+        table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
+            by default.
+        weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.
+        block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
+            the target's by default.
+        symmetric: one zero point for all blocks, the default; otherwise each has its own, which is
+            closer to the original and takes half a byte or a byte a block.
+        head_dtype: of the output head, like weight_dtype; the target's by default.
+        cache_dtype: "fp32", "fp16" or "int8", how keys and values are held at run time in layers
+            that see the whole context, or "none" where they can be looked up again; the target's
+            by default.
+        context: largest number of positions; the target's by default, the model's at most.
+        calibrate: a text file like those that the model will meet; int8 and int4 weights are then
+            rounded for the least error on it.
+        tokenizer: a tokenizer.json, a vocabulary of RWKV's World tokenizer, or a folder with
+            either; what lies beside the weights by default.
+        overwrite: replace a bundle at the same place; False by default.
+        verify: compare with the PyTorch original, the default; a bundle that fails is not kept.
+    """
+
+    target: str | None
+    backend: str | None
+    table_dtype: str | None
+    weight_dtype: str | None
+    block_size: int | None
+    symmetric: bool | None
+    head_dtype: str | None
+    cache_dtype: str | None
+    context: int | None
+    calibrate: str | Path | None
+    tokenizer: str | Path | None
+    overwrite: bool | None
+    verify: bool | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a bundle is to be: a target, and what a build says otherwise.
+
+    Attributes:
+        context: positions asked for; None for the target's, as far as the model goes.
+    """
+
+    target: Target
+    backend: str
+    table_dtype: TableDtype
+    weights: WeightRequest
+    cache_dtype: CacheDtype
+    context: int | None
+
+
+def of_target(target: Target) -> Settings:
+    """What a target asks for."""
+    return Settings(
+        target=target,
+        backend=target.backend,
+        table_dtype=target.table_dtype,
+        weights=WeightRequest(target.weight_dtype, target.block_size, head_dtype=target.head_dtype),
+        cache_dtype=target.cache_dtype,
+        context=None,
+    )
+
+
+def resolve(options: BuildOptions) -> Settings:
+    """What a build's options and its target ask for together.
+
+    Raises:
+        TargetError: an option has a value that is not known.
+    """
+    target = targets.load(options.get("target") or "laptop")
+
+    def chosen(name: str, default: object, allowed: Sequence[object]) -> object:
+        value = options.get(name)
+        if value is None:
+            return default
+        if value not in allowed:
+            raise TargetError(
+                f"{name.replace('_', ' ')} `{value}` is not known; choose one of "
+                f"{', '.join(map(str, allowed))}",
+                hint="`pleexport build --help` says what each means",
+            )
+        return value
+
+    symmetric = options.get("symmetric")
+    return Settings(
+        target=target,
+        backend=cast(str, chosen("backend", target.backend, registry.NAMES)),
+        table_dtype=cast(TableDtype, chosen("table_dtype", target.table_dtype, TABLE_DTYPES)),
+        weights=WeightRequest(
+            cast(WeightDtype, chosen("weight_dtype", target.weight_dtype, WEIGHT_DTYPES)),
+            cast(BlockSize, chosen("block_size", target.block_size, get_args(BlockSize))),
+            True if symmetric is None else symmetric,
+            cast(WeightDtype | None, chosen("head_dtype", target.head_dtype, WEIGHT_DTYPES)),
+        ),
+        cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
+        context=options.get("context"),
+    )

@@ -1,0 +1,120 @@
+"""Generate a text: read the prompt, choose tokens, stop in time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from pleexport.process import memory, page_faults
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.reader import Reader
+from pleexport.runtime.sampling import Sampling
+from pleexport.runtime.stats import Stats, Token
+from pleexport.runtime.stopping import StopStrings
+from pleexport.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Request:
+    """How to continue a prompt.
+
+    Attributes:
+        seed: makes sampling repeatable.
+        stop: strings that end the text; they are not part of it.
+        eos: ids that end it.
+    """
+
+    sampling: Sampling
+    max_new_tokens: int
+    seed: int | None
+    stop: tuple[str, ...]
+    eos: frozenset[int]
+
+
+def generate(
+    reader: Reader,
+    blob: Blob,
+    tokenizer: Tokenizer | None,
+    prompt_ids: list[int],
+    request: Request,
+    stats: Stats,
+) -> Iterator[Token]:
+    """Continue a prompt, token by token.
+
+    A prompt that begins with the whole text that was read has only its new part read.
+
+    Args:
+        stats: filled while tokens come.
+    """
+    watch = _Watch(reader, blob, stats)
+    ids, known = list(prompt_ids), len(reader.ids)
+    if not (known and known < len(ids) and ids[:known] == reader.ids):
+        reader.reset()
+    reader.rows_read.clear()
+    new_ids = ids[len(reader.ids) :]
+    stats.prompt_tokens = len(new_ids)
+    logits = reader.read(new_ids, keep=1)[-1]
+    watch.prefilled()
+    generator = np.random.default_rng(request.seed)
+    stops = StopStrings(request.stop)
+    stream = tokenizer.stream(ids) if tokenizer else None
+    for count in range(1, request.max_new_tokens + 1):
+        token_id = request.sampling.choose(logits, ids, generator)
+        watch.chosen(count)
+        if token_id in request.eos:
+            stats.finish_reason = "eos"
+            break
+        ids.append(token_id)
+        text = stops.push(stream.push(token_id)) if stream else ""
+        if stops.hit:
+            stats.finish_reason = "stop"
+        elif count == request.max_new_tokens:
+            stats.finish_reason = "length"
+        elif len(ids) >= reader.context:
+            stats.finish_reason = "context"
+        text += stops.flush() if stats.finish_reason in ("length", "context") else ""
+        watch.finished()
+        yield Token(token_id, text)
+        if stats.finish_reason:
+            return
+        logits = reader.read([token_id], keep=1)[0]
+    held = stops.flush()
+    watch.finished()
+    if held:
+        yield Token(token_id, held)
+
+
+class _Watch:
+    """Fills the statistics of one call."""
+
+    def __init__(self, reader: Reader, blob: Blob, stats: Stats) -> None:
+        self._reader, self._blob, self._stats = reader, blob, stats
+        self._started, self._faults = time.perf_counter(), page_faults()
+        self._first_at = 0.0
+
+    def prefilled(self) -> None:
+        self._stats.prefill_seconds = time.perf_counter() - self._started
+
+    def chosen(self, count: int) -> None:
+        """A token was chosen, the `count`-th."""
+        self._stats.generated_tokens = count
+        if count == 1:
+            self._first_at = time.perf_counter()
+            self._stats.first_token_seconds = self._first_at - self._started
+
+    def finished(self) -> None:
+        """A token is ready; what takes time to find out is found out with the last."""
+        stats, rows = self._stats, self._reader.rows_read
+        stats.decode_seconds = time.perf_counter() - self._first_at
+        stats.rows = sum(map(len, rows))
+        stats.row_bytes = stats.rows * self._blob.row_stride
+        minor, major = page_faults()
+        stats.minor_page_faults = minor - self._faults[0]
+        stats.major_page_faults = major - self._faults[1]
+        if stats.finish_reason:
+            stats.pages = self._blob.pages(np.concatenate(rows))
+            now = memory()
+            stats.anonymous_bytes, stats.file_backed_bytes = now.anonymous, now.file_backed

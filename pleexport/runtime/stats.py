@@ -1,0 +1,56 @@
+"""What generating yields: tokens, and what they took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Token:
+    """A generated token.
+
+    Attributes:
+        text: the whole characters that it completes, "" while one is incomplete.
+    """
+
+    id: int
+    text: str
+
+
+@dataclass
+class Stats:
+    """What the last call took.
+
+    Attributes:
+        finish_reason: "eos", "stop", "length" (max_new_tokens) or "context"; "" while it runs.
+        prompt_tokens: tokens that were prefilled; those of an earlier turn are not read again.
+        first_token_seconds: from the call to the first token.
+        rows: rows looked up.
+        row_bytes: bytes of these rows in the blob.
+        pages: distinct pages of the blob that these rows lie on.
+        anonymous_bytes, file_backed_bytes: resident memory at the end; None where not known.
+    """
+
+    finish_reason: str = ""
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    rows: int = 0
+    row_bytes: int = 0
+    pages: int = 0
+    minor_page_faults: int = 0
+    major_page_faults: int = 0
+    anonymous_bytes: int | None = None
+    file_backed_bytes: int | None = None
+
+    @property
+    def prefill_tokens_per_second(self) -> float:
+        """Prompt tokens per second."""
+        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens per second after the first."""
+        return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0

@@ -1,0 +1,44 @@
+"""How a build wants dense weights to be stored, whatever the backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final, Literal, get_args
+
+from pleexport.dtypes import WeightDtype
+from pleexport.model import Weight
+
+BlockSize = Literal[16, 32, 64, 128, 256]
+BLOCK_SIZES: tuple[BlockSize, ...] = get_args(BlockSize)
+DEFAULT_BLOCK_SIZE: Final = 256
+# By precision of a weight, what it is stored as in an int4 bundle; docs/quantization.md has the
+# measurements behind it.
+_INT4_BUNDLE: dict[str, WeightDtype] = {
+    "quantizable": "int4",
+    "head": "int8",
+    "sensitive": "int8",
+}
+
+
+@dataclass(frozen=True)
+class WeightRequest:
+    """What a build asks for.
+
+    Attributes:
+        block_size: how many weights may share a scale, along the inputs of a matrix.
+        symmetric: one zero point for all blocks; otherwise each has its own.
+        head_dtype: of the output head; None for what goes with `dtype`.
+    """
+
+    dtype: WeightDtype
+    block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    symmetric: bool = True
+    head_dtype: WeightDtype | None = None
+
+    def dtype_of(self, weight: Weight) -> WeightDtype:
+        """The dtype of one weight: norms and other vectors stay fp32."""
+        if weight.precision == "full":
+            return "fp32"
+        if weight.precision == "head" and self.head_dtype is not None:
+            return self.head_dtype
+        return _INT4_BUNDLE[weight.precision] if self.dtype == "int4" else self.dtype
