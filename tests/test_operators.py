@@ -8,11 +8,14 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
 from numpy.typing import NDArray
 
-from pleexport.backends.onnx.attention import ATTEND_CONTEXT
+from pleexport import operators
+from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
 from pleexport.backends.onnx.expansion import DOMAIN, Expand, Operator
 from pleexport.backends.onnx.recurrence import WKV7
+from pleexport.backends.onnx.rotation import ROTATE
 
 BLOCK, HEAD_DIM, VALUE_DIM = 8, 4, 6
 _DTYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "int8": ir.DataType.INT8}
@@ -109,6 +112,65 @@ def test_blocks_give_what_the_whole_cache_gives(
         feeds["query_ids"] = feeds["query_ids"] - 1
         (blind,) = graph.run(None, feeds)
         assert np.abs(blind[:, -1] - expected[:, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize(("heads", "cache_heads"), [(1, 1), (6, 1), (6, 2), (4, 4)])
+@pytest.mark.parametrize(("first", "tokens"), [(0, 1), (0, 11), (13, 1), (13, 10)])
+@pytest.mark.parametrize("window", [1, 3, 40])
+def test_a_window_gives_what_its_positions_give(
+    heads: int, cache_heads: int, first: int, tokens: int, window: int
+) -> None:
+    generator = np.random.default_rng(heads * 100 + first)
+    written, capacity = first + tokens, 32
+    query = generator.normal(size=(1, tokens, heads, HEAD_DIM)).astype(np.float32)
+    keys, values = (
+        generator.normal(size=(1, cache_heads, capacity, width)).astype(np.float32)
+        for width in (HEAD_DIM, VALUE_DIM)
+    )
+    slots = np.arange(capacity)
+    query_ids = torch.arange(first, written)[None]
+    held = torch.from_numpy(np.where(slots < written, slots, slots - capacity))
+    bias = operators.attention_bias(query_ids, held, window=window)
+    inputs = [
+        ir.val("query", ir.DataType.FLOAT, ir.Shape([1, "T", heads, HEAD_DIM])),
+        ir.val("keys", ir.DataType.FLOAT, ir.Shape([1, cache_heads, "C", HEAD_DIM])),
+        ir.val("values", ir.DataType.FLOAT, ir.Shape([1, cache_heads, "C", VALUE_DIM])),
+        ir.val("bias", ir.DataType.FLOAT, ir.Shape([1, "T", "C"])),
+    ]
+    feeds = {"query": query, "keys": keys, "values": values, "bias": bias.numpy()}
+    graph = session(ATTEND_WINDOW, inputs, {})
+    (got,) = graph.run(None, feeds)
+    wide = (keys.astype(np.float64), values.astype(np.float64))
+    expected = reference(query, *wide, first, window=window)
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    defined = operators.attend_window(*(torch.from_numpy(x) for x in (query, keys, values)), bias)
+    np.testing.assert_allclose(defined, expected, atol=2e-6)
+    # A window that is one position longer must show.
+    if written > window:
+        feeds["bias"] = operators.attention_bias(query_ids, held, window=window + 1).numpy()
+        assert np.abs(graph.run(None, feeds)[0][:, -1] - expected[:, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("heads", "size"), [(1, 2), (3, 8)])
+def test_rotation_turns_pairs_by_their_angles(tokens: int, heads: int, size: int) -> None:
+    generator = np.random.default_rng(size)
+    x = generator.normal(size=(1, tokens, heads, size)).astype(np.float32)
+    angles = generator.uniform(-9, 9, (1, tokens, size // 2))
+    # A pair is a complex number, and a rotation a product with another.
+    pairs = x[..., : size // 2] + 1j * x[..., size // 2 :].astype(np.complex128)
+    turned = pairs * np.exp(1j * angles)[:, :, None]
+    expected = np.concatenate((turned.real, turned.imag), axis=-1)
+    cos, sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    inputs = [ir.val("x", ir.DataType.FLOAT, ir.Shape([1, "T", heads, size]))]
+    inputs += [ir.val(n, ir.DataType.FLOAT, ir.Shape([1, "T", size // 2])) for n in ("cos", "sin")]
+    graph = session(ROTATE, inputs, {})
+    (got,) = graph.run(None, {"x": x, "cos": cos, "sin": sin})
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    defined = operators.rotate(*(torch.from_numpy(array) for array in (x, cos, sin)))
+    np.testing.assert_allclose(defined, expected, atol=2e-6)
+    backwards = graph.run(None, {"x": x, "cos": cos, "sin": -sin})[0]
+    assert np.abs(backwards - expected).max() > 1e-2
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 31, 32, 33, 64, 100])

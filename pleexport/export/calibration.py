@@ -55,6 +55,9 @@ class _Weights(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return torch.from_numpy(self._binding.values(self._weights[name]))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._weights
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
 

@@ -18,8 +18,9 @@ from pleexport.contract import (
     hidden_name,
 )
 from pleexport.dtypes import torch_name
+from pleexport.errors import FamilyError
 from pleexport.families.layers import Parameters
-from pleexport.model import GraphInputs, Model
+from pleexport.model import GraphInputs, GraphOutputs, Model
 
 _LOGITS = "num_logits"
 # Sizes used while tracing; any that differ from each other and from 0 and 1 will do.
@@ -60,6 +61,7 @@ class _Dense(nn.Module):
                 logit_positions=given[LOGIT_POSITIONS],
             ),
         )
+        _check_outputs(self._model, outputs)
         written = [tensor for layer in caches for tensor in outputs.caches[layer]]
         states = [outputs.states[state.name] for state in self._model.states]
         return outputs.logits, *written, *states, *outputs.hidden
@@ -103,6 +105,26 @@ def trace(model: Model, contract: GraphContract, *, bounds: dict[str, int]) -> P
     results = [LOGITS_OUTPUT, *(held.output for held in contract.held)]
     hidden = [hidden_name(i) for i in range(contract.num_layers)]
     return Program(exported, contract, given, results, hidden)
+
+
+def _check_outputs(model: Model, outputs: GraphOutputs) -> None:
+    """Refuse results that are not those that the model declares.
+
+    Raises:
+        FamilyError: names what differs.
+    """
+    for what, got, declared in (
+        ("caches of layers", set(outputs.caches), {cache.layer for cache in model.caches}),
+        ("states", set(outputs.states), {state.name for state in model.states}),
+        ("hidden values", len(outputs.hidden), model.num_layers),
+        ("logits of width", outputs.logits.shape[-1], model.vocab_size),
+    ):
+        if got != declared:
+            raise FamilyError(
+                f"the forward function of family `{model.family}` gives {what} {got}; it declares "
+                f"{declared}",
+                hint="let the model's caches, states, layers and vocabulary follow one config",
+            )
 
 
 def _register(module: nn.Module, name: str, tensor: Tensor) -> None:

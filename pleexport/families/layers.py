@@ -10,17 +10,31 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from pleexport import operators
+from pleexport.errors import FamilyError
 
 
 class Parameters(Mapping[str, Tensor]):
-    """Weights by name, below an optional prefix."""
+    """Weights by name, below an optional prefix.
+
+    Raises:
+        FamilyError: (when asked for one) the family did not declare it.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
         self._tensors = tensors
         self.prefix = prefix
 
     def __getitem__(self, name: str) -> Tensor:
+        if name not in self:
+            raise FamilyError(
+                f"a forward function takes the weight `{self.prefix}{name}`, which its family does "
+                "not declare",
+                hint="add it to the family's weights, or do not use it",
+            )
         return self._tensors[self.prefix + name]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self.prefix + name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return (n.removeprefix(self.prefix) for n in self._tensors if n.startswith(self.prefix))
@@ -36,7 +50,9 @@ class Parameters(Mapping[str, Tensor]):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, plus the bias where there is one."""
-        return F.linear(x, self[f"{name}.weight"], self.get(f"{name}.bias"))
+        # `get` asks for a KeyError, which a weight that is missing is not.
+        bias = self[f"{name}.bias"] if f"{name}.bias" in self else None  # noqa: SIM401
+        return F.linear(x, self[f"{name}.weight"], bias)
 
     def layer_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         """Layer norm over the last axis, with weight and bias."""
