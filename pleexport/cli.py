@@ -193,7 +193,9 @@ def verify(
             f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
     if report and not report.resolve().parent.is_dir():
-        raise errors.PleexportError(f"`{report.resolve().parent}` is not a folder")
+        raise errors.PleexportError(
+            f"`{report.resolve().parent}` is not a folder", hint="make it, or choose another place"
+        )
     result = verify_bundle(
         bundle, checkpoint=checkpoint, text=text, progress=Progress(quiet=as_json)
     )
@@ -249,7 +251,9 @@ def run(
     from pleexport.show.report import describe_stats
 
     if prompt is not None and ids is not None:
-        raise errors.PleexportError("`--prompt` and `--ids` exclude each other")
+        raise errors.PleexportError(
+            "`--prompt` and `--ids` exclude each other", hint="leave one of them out"
+        )
     runner = Runner(bundle, threads=threads, packed_weights=packed_weights)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -408,7 +412,7 @@ def _parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise errors.PleexportError(
-            f"`{text}` is not a list of numbers separated by commas"
+            f"`{text}` is not a list of numbers separated by commas", hint="e.g. `2,651,9456`"
         ) from None
 
 

@@ -80,7 +80,9 @@ class SafetensorsFile:
         raw = np.frombuffer(self.mapping, np.uint8, count=entry.nbytes, offset=entry.offset)
         return raw.view(numpy_dtype(entry.dtype)).reshape(entry.shape)
 
-    def _fail(self, what: str, hint: str | None = None) -> PleexportError:
+    def _fail(
+        self, what: str, hint: str = "the file may be damaged; fetch or copy it again"
+    ) -> PleexportError:
         return self._error(f"`{self.path}` {what}", hint=hint)
 
     def _read_header(self) -> tuple[dict[str, Any], int, int]:

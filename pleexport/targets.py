@@ -195,7 +195,10 @@ def _read(path: Path) -> Target:
     except FileNotFoundError as err:
         raise TargetError(f"target file `{path}` does not exist", hint=_HINT) from err
     except OSError as err:
-        raise TargetError(f"target file `{path}` cannot be read: {err.strerror}") from err
+        raise TargetError(
+            f"target file `{path}` cannot be read: {err.strerror}",
+            hint="check the file and its permissions",
+        ) from err
     except (ValueError, RecursionError) as err:
         raise TargetError(f"target file `{path}` is not valid TOML: {err}", hint=_HINT) from err
     try:

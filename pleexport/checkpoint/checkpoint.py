@@ -65,7 +65,8 @@ class Checkpoint:
                 if name in self._file_of:
                     raise CheckpointError(
                         f"tensor `{name}` is in both `{self._file_of[name].path.name}` and "
-                        f"`{file.path.name}`"
+                        f"`{file.path.name}`",
+                        hint="keep the files of one save only",
                     )
                 self._file_of[name] = file
         self._check_index()
@@ -96,7 +97,8 @@ class Checkpoint:
             if not isinstance(name, str) or name not in _CONFIG_DTYPES:
                 raise CheckpointError(
                     f"`{self.path / 'config.json'}` has dtype `{name}`; "
-                    f"expected one of {', '.join(_CONFIG_DTYPES)}"
+                    f"expected one of {', '.join(_CONFIG_DTYPES)}",
+                    hint="save the model again in one of these",
                 )
             return _CONFIG_DTYPES[name]
         if not self.config:
@@ -129,7 +131,8 @@ class Checkpoint:
         if missing:
             raise CheckpointError(
                 f"`{index_path}` lists {len(missing)} tensors that are in no file, "
-                f"`{missing[0]}` first"
+                f"`{missing[0]}` first",
+                hint="fetch the shards again; they and the index belong together",
             )
 
 
@@ -148,11 +151,15 @@ def _read_json(path: Path) -> dict[str, Any]:
             hint="a checkpoint folder holds config.json and the safetensors files",
         ) from err
     except OSError as err:
-        raise CheckpointError(f"`{path}` cannot be read: {err.strerror}") from err
+        raise CheckpointError(
+            f"`{path}` cannot be read: {err.strerror}", hint="check the file and its permissions"
+        ) from err
     except (ValueError, RecursionError) as err:
-        raise CheckpointError(f"`{path}` is not valid JSON ({err})") from err
+        raise CheckpointError(
+            f"`{path}` is not valid JSON ({err})", hint="fetch the file again"
+        ) from err
     if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` does not hold a JSON object")
+        raise CheckpointError(f"`{path}` does not hold a JSON object", hint="fetch the file again")
     return value
 
 
@@ -164,11 +171,17 @@ def _weight_file_names(folder: Path) -> list[str]:
         if not isinstance(weight_map, dict) or not all(
             isinstance(name, str) for name in weight_map.values()
         ):
-            raise CheckpointError(f"`{index_path}` has no `weight_map` from tensor to file")
+            raise CheckpointError(
+                f"`{index_path}` has no `weight_map` from tensor to file",
+                hint="fetch the index again",
+            )
         names = sorted(set(weight_map.values()))
         for name in names:
             if Path(name).name != name:
-                raise CheckpointError(f"`{index_path}` points outside the folder: `{name}`")
+                raise CheckpointError(
+                    f"`{index_path}` points outside the folder: `{name}`",
+                    hint="do not use this checkpoint; a sound index names files beside it",
+                )
             if not (folder / name).is_file():
                 raise CheckpointError(
                     f"`{folder / name}` does not exist, but `{index_path.name}` lists it",

@@ -188,7 +188,8 @@ def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
     near = _nearest(model.text_prefixes[0] + key, list(checkpoint.entries))
     raise CheckpointError(
         f"`{checkpoint.path}` has no tensor `{key}` under any of the known prefixes "
-        f"{', '.join(repr(p) for p in model.text_prefixes)}{near}"
+        f"{', '.join(repr(p) for p in model.text_prefixes)}{near}",
+        hint="rename the tensors as the model was published, or save it again",
     )
 
 

@@ -55,7 +55,10 @@ class PickledFile:
         try:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except OSError as err:
-            raise CheckpointError(f"`{self.path}` cannot be read: {err.strerror}") from err
+            raise CheckpointError(
+                f"`{self.path}` cannot be read: {err.strerror}",
+                hint="check the file and its permissions",
+            ) from err
         except pickle.UnpicklingError as err:
             raise CheckpointError(
                 f"`{self.path}` holds more than tensors, or is damaged; nothing of it was run",
@@ -71,7 +74,10 @@ class PickledFile:
             isinstance(name, str) and isinstance(tensor, torch.Tensor)
             for name, tensor in loaded.items()
         ):
-            raise CheckpointError(f"`{self.path}` is not a map from names to tensors")
+            raise CheckpointError(
+                f"`{self.path}` is not a map from names to tensors",
+                hint="save `model.state_dict()` alone",
+            )
         return loaded
 
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
@@ -87,7 +93,8 @@ class PickledFile:
             or tensor.is_neg()
         ):
             raise CheckpointError(
-                f"`{self.path}`: tensor `{name}` is not a plain floating-point one"
+                f"`{self.path}`: tensor `{name}` is not a plain floating-point one",
+                hint="save dense tensors of fp32, fp16, bf16 or fp64 on the CPU",
             )
         size = tensor.numel() * dtype.bits // 8
         return TensorEntry(name, dtype.name, tuple(tensor.shape), tensor.storage_offset(), size)

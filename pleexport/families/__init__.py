@@ -14,6 +14,7 @@ from pleexport.families import (
     llama_value_embeddings,
     rwkv,
 )
+from pleexport.families.config_reader import AS_PUBLISHED
 from pleexport.model import Family, Model, UnconfiguredFamily
 
 FAMILIES: tuple[Family, ...] = (gemma4, gemma3n, embformer, lckv, llama_value_embeddings)
@@ -59,15 +60,19 @@ def from_config(config: dict[str, Any], *, dtype: str) -> Model:
     """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        raise CheckpointError(f"config.json: `model_type` is {model_type!r}; expected a name")
+        raise CheckpointError(
+            f"config.json: `model_type` is {model_type!r}; expected a name", hint=AS_PUBLISHED
+        )
     for family in FAMILIES:
         if model_type in family.MODEL_TYPES:
             return family.configure(config, dtype=dtype)
     if model_type in WITHOUT_TABLES:
         raise UnsupportedError(
-            f"model type `{model_type}` is not supported: {WITHOUT_TABLES[model_type]}"
+            f"model type `{model_type}` is not supported: {WITHOUT_TABLES[model_type]}",
+            hint="use a general exporter for it",
         )
     known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
     raise UnsupportedError(
-        f"config.json: model type {model_type!r} is not supported; known: {known}"
+        f"config.json: model type {model_type!r} is not supported; known: {known}",
+        hint="docs/adding-a-family.md says what a new family takes",
     )

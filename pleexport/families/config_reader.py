@@ -8,6 +8,10 @@ from typing import Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
 
+# What to do about a value that cannot be, and about one that is not implemented.
+AS_PUBLISHED = "compare the config with the one that the model was published with"
+NOT_THIS_VARIANT = "this variant of the architecture cannot be exported yet; others of its kind can"
+
 # No size in a config comes near it, and products of two stay exact.
 LARGEST_INTEGER = 2**31 - 1
 # Fields that do not change what a trained model computes.
@@ -142,7 +146,8 @@ class ConfigReader:
         value = self._required(name, None)
         if value not in allowed:
             raise UnsupportedError(
-                f"{self._where}: `{name}` is {value!r}; implemented: {', '.join(allowed)}"
+                f"{self._where}: `{name}` is {value!r}; implemented: {', '.join(allowed)}",
+                hint=NOT_THIS_VARIANT,
             )
         return str(value)
 
@@ -150,12 +155,15 @@ class ConfigReader:
         """Refuse a field that asks for anything but the `allowed` values."""
         value = self.get(name)
         if value not in allowed:
-            raise UnsupportedError(f"{self._where}: `{name}` = {value!r} is not implemented")
+            raise UnsupportedError(
+                f"{self._where}: `{name}` = {value!r} is not implemented", hint=NOT_THIS_VARIANT
+            )
 
     def malformed(self, name: str, expected: str) -> CheckpointError:
         """The error for a field with an unusable value."""
         return CheckpointError(
-            f"{self._where}: `{name}` is {self._values.get(name)!r}; expected {expected}"
+            f"{self._where}: `{name}` is {self._values.get(name)!r}; expected {expected}",
+            hint=AS_PUBLISHED,
         )
 
     def finish(self) -> None:
@@ -189,5 +197,5 @@ class ConfigReader:
         if value is None:
             value = default
         if value is None:
-            raise CheckpointError(f"{self._where}: `{name}` is missing")
+            raise CheckpointError(f"{self._where}: `{name}` is missing", hint=AS_PUBLISHED)
         return value

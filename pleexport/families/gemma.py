@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pleexport.dtypes import rounded
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.families.config_reader import ConfigReader
+from pleexport.families.config_reader import AS_PUBLISHED, NOT_THIS_VARIANT, ConfigReader
 from pleexport.families.decoder import AttentionContext, linear
 from pleexport.families.rope import inverse_frequencies
 from pleexport.model import (
@@ -118,7 +118,8 @@ def kv_layers(layer_types: list[str], shared: int) -> list[int]:
         if layer_type not in last_of_type:
             raise CheckpointError(
                 f"config.json: layer {i} shares the keys of a `{layer_type}` layer before layer "
-                f"{own}, but there is none"
+                f"{own}, but there is none",
+                hint=AS_PUBLISHED,
             )
     return [i if i < own else last_of_type[layer_type] for i, layer_type in enumerate(layer_types)]
 
@@ -129,19 +130,22 @@ def check_heads(attention: Attention, earlier: list[Attention]) -> None:
     if a.heads % a.kv_heads:
         raise CheckpointError(
             f"config.json: layer {a.layer} has {a.heads} heads for {a.kv_heads} key heads; "
-            "the first must be a multiple of the second"
+            "the first must be a multiple of the second",
+            hint=AS_PUBLISHED,
         )
     if a.head_dim % 2:
         raise CheckpointError(
             f"config.json: layer {a.layer} has head_dim {a.head_dim}; rotary embeddings need an "
-            "even one"
+            "even one",
+            hint=AS_PUBLISHED,
         )
     if a.kv_layer < len(earlier):
         shared = earlier[a.kv_layer]
         if (shared.kv_heads, shared.head_dim) != (a.kv_heads, a.head_dim):
             raise CheckpointError(
                 f"config.json: layer {a.layer} shares keys of {a.kv_heads} x {a.head_dim} with "
-                f"layer {a.kv_layer}, which has {shared.kv_heads} x {shared.head_dim}"
+                f"layer {a.kv_layer}, which has {shared.kv_heads} x {shared.head_dim}",
+                hint=AS_PUBLISHED,
             )
 
 
@@ -152,7 +156,8 @@ def read_layer_types(config: ConfigReader, count: int) -> list[str]:
     if unknown:
         raise UnsupportedError(
             f"config.json: layer type `{unknown[0]}` is not implemented; "
-            f"implemented: {', '.join(LAYER_TYPES)}"
+            f"implemented: {', '.join(LAYER_TYPES)}",
+            hint=NOT_THIS_VARIANT,
         )
     return layer_types
 
@@ -264,7 +269,9 @@ def rotary_weights(
         where = f"config.json: rope_parameters.{a.layer_type}"
         parameters = rope_parameters.get(a.layer_type)
         if not isinstance(parameters, dict):
-            raise CheckpointError(f"{where} is {parameters!r}; expected an object")
+            raise CheckpointError(
+                f"{where} is {parameters!r}; expected an object", hint=AS_PUBLISHED
+            )
         frequencies = inverse_frequencies(
             ConfigReader(parameters, where=where), head_dim=a.head_dim
         )

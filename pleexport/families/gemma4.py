@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import decoder, gemma
-from pleexport.families.config_reader import ConfigReader
+from pleexport.families.config_reader import AS_PUBLISHED, NOT_THIS_VARIANT, ConfigReader
 from pleexport.model import (
     ACTIVATIONS,
     GraphInputs,
@@ -202,11 +202,14 @@ def _per_layer_overrides(text: ConfigReader, layer_types: list[str]) -> list[dic
             if name not in ("head_dim", "num_key_value_heads"):
                 raise UnsupportedError(
                     f"config.json: `per_layer_config` changes `{name}` of layer {i}, which is not "
-                    "implemented"
+                    "implemented",
+                    hint=NOT_THIS_VARIANT,
                 )
             if type(value) is not int or value < 1:
                 raise CheckpointError(
-                    f"config.json: `per_layer_config` gives layer {i} `{name}` = {value!r}"
+                    f"config.json: `per_layer_config` gives layer {i} `{name}` = {value!r}; "
+                    "expected a positive integer",
+                    hint=AS_PUBLISHED,
                 )
     return overrides
 

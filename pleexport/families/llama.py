@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pleexport.errors import UnsupportedError
-from pleexport.families.config_reader import ConfigReader
+from pleexport.families.config_reader import NOT_THIS_VARIANT, ConfigReader
 from pleexport.families.decoder import (
     AttentionContext,
     gated_mlp,
@@ -105,7 +105,9 @@ def rotary_weight(reader: ConfigReader, head_dim: int) -> Weight:
         raise reader.malformed(name, "an object")
     values = {"rope_theta": reader.get("rope_theta", 10_000.0)} | chosen
     if values.get("rope_type", values.get("type")) == "proportional":
-        raise UnsupportedError("config.json: rope type 'proportional' is not a Llama's")
+        raise UnsupportedError(
+            "config.json: rope type 'proportional' is not a Llama's", hint=NOT_THIS_VARIANT
+        )
     frequencies = inverse_frequencies(
         ConfigReader(values, where="config.json: rope_parameters"), head_dim=head_dim
     )

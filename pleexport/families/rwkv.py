@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+_SAVED_WHOLE = "save the model again with all its tensors, from the code that trained it"
 # Nothing in these models knows a longest text.
 MAX_CONTEXT = 1 << 20
 END_OF_TEXT = 0
@@ -115,7 +116,8 @@ def recognize(shapes: Shapes) -> Model | None:
             return _model(variant, shapes)
     raise UnsupportedError(
         "this RWKV model has no DeepEmbed tables (`ffn.s_emb` or `ffn.enn`), so there is nothing "
-        "to split off"
+        "to split off",
+        hint="use a general exporter for it",
     )
 
 
@@ -188,7 +190,8 @@ class _Sizes:
         if heads * head_size != width:
             raise CheckpointError(
                 f"tensor `blocks.0.att.r_k` has shape [{heads}, {head_size}], which are not "
-                f"{width} elements as the rows of `emb.weight` have"
+                f"{width} elements as the rows of `emb.weight` have",
+                hint=_SAVED_WHOLE,
             )
         blocks = {name.split(".")[1] for name in shapes if name.startswith("blocks.")}
         key_width = _matrix(shapes, "blocks.0.qkv.qq.weight")[0] if variant.attention else 0
@@ -207,7 +210,7 @@ def _matrix(shapes: Shapes, key: str) -> tuple[int, int]:
     shape = shapes.get(key)
     if shape is None or len(shape) != 2 or 0 in shape:
         found = "is missing" if shape is None else f"has shape {list(shape)}"
-        raise CheckpointError(f"tensor `{key}` {found}; expected a matrix")
+        raise CheckpointError(f"tensor `{key}` {found}; expected a matrix", hint=_SAVED_WHOLE)
     return shape[0], shape[1]
 
 
@@ -232,7 +235,8 @@ def _tables(variant: Variant, sizes: _Sizes, shapes: Shapes) -> Iterator[Table]:
         if graph_input == "deep_embeds" and variant.gates and width != rank**2:
             raise CheckpointError(
                 f"tensor `{keys[0]}` has rows of {width} elements, which are no matrix of {rank} x "
-                f"{rank}, as `blocks.0.ffn.s1` asks for"
+                f"{rank}, as `blocks.0.ffn.s1` asks for",
+                hint=_SAVED_WHOLE,
             )
         fold = None
         if variant.gates:

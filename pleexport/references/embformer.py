@@ -48,7 +48,8 @@ def read_windows(config: Mapping[str, Any]) -> list[int | None]:
     if window is None and "sliding_attention" in layer_types:
         raise CheckpointError(
             "config.json: `layer_types` has sliding layers, but `use_sliding_window` and "
-            "`sliding_window` set no window"
+            "`sliding_window` set no window",
+            hint="set `use_sliding_window` to true, or drop `layer_types`",
         )
     return [window if kind == "sliding_attention" else None for kind in layer_types]
 

@@ -59,7 +59,9 @@ def inverse_frequencies(config: Mapping[str, Any], *, head_dim: int) -> Tensor:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "linear"):
         raise UnsupportedError(
-            f"config.json: rope type {rope_type!r} is not implemented; implemented: default, linear"
+            f"config.json: rope type {rope_type!r} is not implemented; implemented: default, "
+            "linear",
+            hint="this variant of the architecture cannot be compared yet",
         )
     theta: float = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     factor: float = rope["factor"] if rope_type == "linear" else 1.0

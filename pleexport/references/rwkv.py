@@ -129,7 +129,8 @@ def recognise(keys: Iterable[str]) -> Variant:
             return variant
     raise UnsupportedError(
         "the checkpoint is no RWKV with DeepEmbed tables: it has neither "
-        "`blocks.0.ffn.s_emb.weight` (7a, 7b) nor `blocks.0.ffn.enn.weight` (8 rc00, hybrid)"
+        "`blocks.0.ffn.s_emb.weight` (7a, 7b) nor `blocks.0.ffn.enn.weight` (8 rc00, hybrid)",
+        hint="use a general exporter for it",
     )
 
 

@@ -73,7 +73,9 @@ def bench(
         *(("prompt tokens", n) for n in prompt_tokens),
     ):
         if value < 1:
-            raise InputError(f"{name} is {value}; it must be 1 or more")
+            raise InputError(
+                f"{name} is {value}; it must be 1 or more", hint="leave it out for the default"
+            )
     opened = Bundle(bundle)
     longest = max(prompt_tokens) + decode_tokens
     if longest > opened.manifest.context:

@@ -109,12 +109,15 @@ class Blob:
             rows = np.asarray(ids, dtype=np.int64).reshape(-1)
         except OverflowError as err:
             raise InputError(
-                f"a token id has no row; ids go from 0 to {self.num_rows - 1}"
+                f"a token id has no row; ids go from 0 to {self.num_rows - 1}",
+                hint="the ids may come from another model's tokenizer",
             ) from err
         outside = (rows < 0) | (rows >= self.num_rows)
         if outside.any():
+            first = int(rows[outside][0])
             raise InputError(
-                f"token id {int(rows[outside][0])} has no row; ids go from 0 to {self.num_rows - 1}"
+                f"token id {first} has no row; ids go from 0 to {self.num_rows - 1}",
+                hint="the ids may come from another model's tokenizer",
             )
         for token_id, row in self.row_aliases:
             rows = np.where(rows == token_id, row, rows)
@@ -136,7 +139,10 @@ class Blob:
             InputError: the system has no way to ask for it.
         """
         if not hasattr(os, "posix_fadvise"):
-            raise InputError("this system cannot drop a file from its page cache")
+            raise InputError(
+                "this system cannot drop a file from its page cache",
+                hint="leave out `--cold`, which needs Linux",
+            )
         self._file.mapping.madvise(mmap.MADV_DONTNEED)
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
@@ -218,7 +224,7 @@ class Blob:
                 runs.append((first, end))
         return runs
 
-    def _fail(self, what: str, hint: str | None = None) -> BlobError:
+    def _fail(self, what: str, hint: str = "copy the bundle again, or rebuild it") -> BlobError:
         return BlobError(f"`{self.path}`: {what}", hint=hint)
 
     def _check_metadata(self) -> None:

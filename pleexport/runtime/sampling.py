@@ -41,7 +41,10 @@ class Sampling:
         }
         for name, (valid, expected) in ranges.items():
             if not valid:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be {expected}")
+                raise InputError(
+                    f"{name} is {getattr(self, name)}; it must be {expected}",
+                    hint="leave it out for the default",
+                )
 
     def choose(
         self, logits_V: NDArray[np.float32], ids: list[int], generator: np.random.Generator

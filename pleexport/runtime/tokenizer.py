@@ -14,6 +14,7 @@ from pleexport.errors import InputError, TokenizerError
 from pleexport.runtime.chat import render_chat
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldStream, WorldTokenizer
 
+_AS_PUBLISHED = "fetch the file again; it is published with the model"
 TOKENIZER = "tokenizer.json"
 # Either makes text out of ids; the first that is there does.
 TOKENIZERS = (TOKENIZER, VOCABULARY)
@@ -61,7 +62,7 @@ class Tokenizer:
             try:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
             except Exception as err:  # the library raises plain Exception
-                raise TokenizerError(f"`{path}` cannot be read: {err}") from err
+                raise TokenizerError(f"`{path}` cannot be read: {err}", hint=_AS_PUBLISHED) from err
         else:
             self._tokenizer = WorldTokenizer(files[VOCABULARY])
         self._config = _read_object(files.get("tokenizer_config.json"))
@@ -76,7 +77,9 @@ class Tokenizer:
         try:
             text.encode()
         except UnicodeEncodeError as err:
-            raise InputError("the text is not UTF-8") from err
+            raise InputError(
+                "the text is not UTF-8", hint="it holds half a surrogate pair; replace it"
+            ) from err
         if isinstance(self._tokenizer, WorldTokenizer):
             return self._tokenizer.encode(text)
         ids = list(self._tokenizer.encode(text).ids)
@@ -145,7 +148,7 @@ class Tokenizer:
             try:
                 return path.read_text(encoding="utf-8")
             except (OSError, UnicodeDecodeError) as err:
-                raise TokenizerError(f"`{path}` cannot be read: {err}") from err
+                raise TokenizerError(f"`{path}` cannot be read: {err}", hint=_AS_PUBLISHED) from err
         template = self._config.get("chat_template")
         if isinstance(template, list):  # several named templates
             named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
@@ -175,11 +178,13 @@ def read_text_file(path: Path) -> str:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as err:
-        raise InputError(f"`{path}` cannot be read: {err.strerror}") from err
+        raise InputError(
+            f"`{path}` cannot be read: {err.strerror}", hint="check the file and its permissions"
+        ) from err
     except UnicodeDecodeError as err:
-        raise InputError(f"`{path}` is not a UTF-8 text") from err
+        raise InputError(f"`{path}` is not a UTF-8 text", hint="save it as UTF-8") from err
     if not content.strip():
-        raise InputError(f"`{path}` holds no text")
+        raise InputError(f"`{path}` holds no text", hint="give a file with some words in it")
     return content
 
 
@@ -189,5 +194,5 @@ def _read_object(path: Path | None) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as err:
-        raise TokenizerError(f"`{path}` is not valid JSON ({err})") from err
+        raise TokenizerError(f"`{path}` is not valid JSON ({err})", hint=_AS_PUBLISHED) from err
     return value if isinstance(value, dict) else {}

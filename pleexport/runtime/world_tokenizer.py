@@ -80,10 +80,14 @@ def _read_vocabulary(path: Path) -> dict[int, bytes]:
             pieces[number] = piece
     except (OSError, ValueError, SyntaxError, MemoryError, RecursionError) as err:
         raise TokenizerError(
-            f"`{path}` is not a vocabulary of RWKV's World tokenizer: {err}"
+            f"`{path}` is not a vocabulary of RWKV's World tokenizer: {err}",
+            hint="fetch the file again; it is published with the model",
         ) from err
     known = set(pieces.values())
     missing = next((byte for byte in range(256) if bytes([byte]) not in known), None)
     if missing is not None:
-        raise TokenizerError(f"`{path}` has no token for byte {missing}, so some text has no ids")
+        raise TokenizerError(
+            f"`{path}` has no token for byte {missing}, so some text has no ids",
+            hint="fetch the file again; it is published with the model",
+        )
     return pieces
