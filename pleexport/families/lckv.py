@@ -28,7 +28,7 @@ APPROXIMATIONS = ("forward_passes", "backward_passes", "use_sequential", "num_en
 
 
 @dataclass(frozen=True)
-class Target:
+class Attended:
     """What a layer attends to.
 
     Attributes:
@@ -48,22 +48,22 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     c = llama.read_config(reader)
     for name in APPROXIMATIONS:
         reader.get(name)
-    targets = _targets(reader, c.layers)
-    above = any(target.layer > i for i, target in enumerate(targets))
+    attended = _attended(reader, c.layers)
+    above = any(one.layer > i for i, one in enumerate(attended))
     return llama.build_model(
         config,
         reader,
         c,
         family="lckv",
-        makes_keys={target.layer for target in targets},
-        caches=_caches(c, targets),
+        makes_keys={one.layer for one in attended},
+        caches=_caches(c, attended),
         tokens_per_call=1 if above else None,
-        forward=_Forward(c, targets),
+        forward=_Forward(c, attended),
         reference=_reference,
     )
 
 
-def _targets(reader: ConfigReader, layers: int) -> tuple[Target, ...]:
+def _attended(reader: ConfigReader, layers: int) -> tuple[Attended, ...]:
     """For each layer its number in `layer_types`, with an "s" where it slides."""
     strict = reader.flag("force_nodiag", default=False)
     window = reader.integer("sliding_window", default=DEFAULT_WINDOW)
@@ -78,21 +78,21 @@ def _targets(reader: ConfigReader, layers: int) -> tuple[Target, ...]:
         raise reader.malformed(
             "layer_types", f"the numbers of {layers} layers, joined by `_`, each with or without s"
         )
-    targets = []
+    attended = []
     for i, (part, number) in enumerate(zip(parts, map(int, numbers), strict=True)):
-        target = Target(number, window if part.endswith("s") else None, strict or number > i)
-        if target.strict and target.window == 1:
+        one = Attended(number, window if part.endswith("s") else None, strict or number > i)
+        if one.strict and one.window == 1:
             raise reader.malformed("sliding_window", "at least 2, as a token does not see itself")
-        targets.append(target)
-    return tuple(targets)
+        attended.append(one)
+    return tuple(attended)
 
 
-def _caches(c: llama.LlamaConfig, targets: tuple[Target, ...]) -> tuple[Cache, ...]:
-    """One for each target; it holds all positions if any layer looks at all of them."""
+def _caches(c: llama.LlamaConfig, attended: tuple[Attended, ...]) -> tuple[Cache, ...]:
+    """One for each layer that is attended to, of all positions where any layer sees all."""
     windows: dict[int, int | None] = {}
-    for target in targets:
-        is_all = target.window is None or windows.get(target.layer, 0) is None
-        windows[target.layer] = None if is_all else target.window
+    for one in attended:
+        is_all = one.window is None or windows.get(one.layer, 0) is None
+        windows[one.layer] = None if is_all else one.window
     return tuple(Cache(i, c.kv_heads, c.head_dim, windows[i]) for i in sorted(windows))
 
 
@@ -107,12 +107,12 @@ class _Forward:
     """LCKV's logits."""
 
     config: llama.LlamaConfig
-    targets: tuple[Target, ...]
+    attended: tuple[Attended, ...]
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
-        context = decoder.AttentionContext(w, inputs, _caches(c, self.targets))
-        for i, target in enumerate(self.targets):
+        context = decoder.AttentionContext(w, inputs, _caches(c, self.attended))
+        for i, one in enumerate(self.attended):
             layer = w.below(f"layers.{i}")
             attention = layer.below("self_attn")
             normed = layer.rms_norm("input_layernorm", x_BTH, c.eps)
@@ -120,9 +120,9 @@ class _Forward:
                 context.write(i, *llama.key_value(attention, normed, c, context))
             attended = context.attend(
                 llama.query(attention, normed, c, context),
-                kv_layer=target.layer,
-                window=target.window,
-                strict=target.strict,
+                kv_layer=one.layer,
+                window=one.window,
+                strict=one.strict,
             )
             x_BTH = llama.finish_layer(layer, x_BTH, attended, c)
             hidden.append(x_BTH)
