@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.runtime.row_codes import groups
+from pleexport.sizes import groups
 
 MAX_CODE = {8: 127, 4: 7}
 # By bits, shares of the scale that clips nothing. A few are enough, since the best scale for the

@@ -15,7 +15,7 @@ import msgspec
 from pleexport.dtypes import CacheDtype, TableDtype, WeightDtype
 from pleexport.errors import TargetError
 from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
 
 _HINT = "`pleexport targets android` shows a complete target"

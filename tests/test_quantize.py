@@ -14,8 +14,8 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pleexport.backends.onnx.blocks import Blocks, quantize_blocks
+from pleexport.codes import dequantize_rows, pack_nibbles, unpack_nibbles
 from pleexport.quantize import quantize_rows
-from pleexport.runtime.row_codes import dequantize_rows, pack_nibbles, unpack_nibbles
 
 VALUES = st.floats(-1e5, 1e5, width=32)
 

@@ -12,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.codes import pack_nibbles
 from pleexport.dtypes import bits, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.export.segments import row_stride
@@ -25,9 +26,8 @@ from pleexport.runtime.blob_layout import (
     ROWS,
     VERSION,
     Segment,
-    align,
 )
-from pleexport.runtime.row_codes import pack_nibbles
+from pleexport.sizes import align
 
 _BATCH_BYTES = 2 << 20
 

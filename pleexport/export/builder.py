@@ -38,7 +38,7 @@ from pleexport.runtime.bundle import (
     ParitySummary,
 )
 from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 
 # Room for the graph's structure, tokenizer and reports beside weights and blob.
 _OVERHEAD_BYTES = 64 << 20

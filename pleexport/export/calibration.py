@@ -18,7 +18,7 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.contract import pieces
 from pleexport.families.layers import Parameters
 from pleexport.model import Cache, GraphInputs, Weight
-from pleexport.runtime.blob_layout import align
+from pleexport.sizes import align
 
 _WINDOW = 512
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pleexport import targets
 from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
+from pleexport.backends.describe import describe
 from pleexport.contract import GraphContract
 from pleexport.dtypes import packed_bytes
 from pleexport.errors import TargetError
 from pleexport.export.blob_writer import blob_bytes
-from pleexport.export.describe import describe
 from pleexport.export.options import Settings
 from pleexport.export.segments import plan_segments
 from pleexport.model import Model

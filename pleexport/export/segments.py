@@ -6,13 +6,8 @@ from collections.abc import Iterable
 
 from pleexport.dtypes import TableDtype, packed_bytes
 from pleexport.model import Table
-from pleexport.runtime.blob_layout import (
-    ROW_ALIGNMENT,
-    SCALE_DTYPE,
-    SEGMENT_ALIGNMENT,
-    Segment,
-    align,
-)
+from pleexport.runtime.blob_layout import ROW_ALIGNMENT, SCALE_DTYPE, SEGMENT_ALIGNMENT, Segment
+from pleexport.sizes import align
 
 # Values of a row that share a scale.
 _GROUP_SIZES = {"int8": 128, "int4": 32}

@@ -7,11 +7,11 @@ from pathlib import Path
 import msgspec
 
 from pleexport import families
+from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError
-from pleexport.export.describe import describe
 from pleexport.parity.compare import ParityReport, compare
 from pleexport.parity.oracle import open_oracle
 from pleexport.progress import Progress

@@ -16,7 +16,7 @@ from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.runner import Runner
 from pleexport.show.report import table_text
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 
 _SEED = 7
 

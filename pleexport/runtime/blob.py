@@ -16,6 +16,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pleexport.codes import dequantize_rows, unpack_nibbles
 from pleexport.dtypes import QUANTIZED, TABLE_DTYPES, numpy_dtype
 from pleexport.errors import BlobError, CheckFailed, InputError
 from pleexport.runtime.blob_layout import (
@@ -27,7 +28,6 @@ from pleexport.runtime.blob_layout import (
     VERSION,
     Segment,
 )
-from pleexport.runtime.row_codes import dequantize_rows, unpack_nibbles
 from pleexport.safetensors_file import SafetensorsFile
 
 _KNOWN_METADATA = {"format", "version", "page_size", "row_aliases", "segments", "source_digest"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from pleexport.dtypes import packed_bytes
-from pleexport.runtime.row_codes import groups
+from pleexport.sizes import groups
 
 FORMAT = "pleexport-blob"
 VERSION = "1"
@@ -61,8 +61,3 @@ class Segment(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         if self.scale_offset is None:
             return self.offset + self.code_bytes
         return self.scale_offset + 2 * self.num_groups
-
-
-def align(position: int, alignment: int) -> int:
-    """The first multiple of `alignment` that is not below `position`."""
-    return -(-position // alignment) * alignment

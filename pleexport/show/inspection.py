@@ -6,7 +6,7 @@ import re
 import textwrap
 from typing import TYPE_CHECKING
 
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 
 if TYPE_CHECKING:
     from pleexport.inspection.inspect import ModelInfo, TargetEstimate

@@ -13,7 +13,7 @@ from pleexport.errors import MissingDependencyError
 from pleexport.parity.compare import EXACT_LOGITS, ParityReport, TableCheck
 from pleexport.runtime.bundle import BLOB, Bundle
 from pleexport.runtime.stats import Stats
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 
 _ROLES = {
     "model.onnx.data": "dense weights, read at every token",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.codes import join_nibbles
 from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
-from pleexport.runtime.row_codes import groups, join_nibbles
+from pleexport.sizes import groups
 
 # Values that are worked on at once: few enough to stay in a core's cache.
 _CHUNK_VALUES = 1 << 17

@@ -19,7 +19,7 @@ import onnxruntime as ort
 from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA, open_graph
 from pleexport.contract import Artifact
 from pleexport.errors import InputError
-from pleexport.units import size_text
+from pleexport.sizes import size_text
 
 # The rearranged weights, and what is stored beside them.
 _PACKED_SHARE = 2.2

@@ -13,7 +13,7 @@ from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
 from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, CacheInput, GraphContract
 from pleexport.dtypes import numpy_dtype
 from pleexport.errors import BundleError
-from pleexport.runtime.blob_layout import align
+from pleexport.sizes import align
 
 # Tokens of one call: more are no faster, and scores of more take more memory.
 PREFILL_CHUNK = 256

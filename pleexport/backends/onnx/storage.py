@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pleexport.dtypes import QUANTIZED, bits, packed_bytes
 from pleexport.model import Weight
-from pleexport.runtime.row_codes import groups
+from pleexport.sizes import groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
 

@@ -20,8 +20,7 @@ from pleexport.dtypes import QUANTIZED, bits, numpy_dtype
 from pleexport.errors import CheckpointError, FamilyError
 from pleexport.model import Weight
 from pleexport.parallel import map_in_order
-from pleexport.runtime.blob_layout import align
-from pleexport.runtime.row_codes import groups
+from pleexport.sizes import align, groups
 
 MICROSOFT = "com.microsoft"
 _PAGE = 4096

@@ -10,11 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def groups(width: int, group_size: int) -> int:
-    """How many groups cover `width` elements; the last may be shorter."""
-    return -(-width // group_size)
-
-
 def dequantize_rows(
     codes: NDArray[np.int8], scales: NDArray[np.float16], *, group_size: int
 ) -> NDArray[np.float32]:
