@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from pleexport.errors import PleexportError
     from pleexport.export.builder import build
     from pleexport.export.options import BuildOptions
-    from pleexport.inspection.inspect import ModelInfo, inspect
+    from pleexport.inspection.info import ModelInfo
+    from pleexport.inspection.inspect import inspect
     from pleexport.parity.compare import ParityReport
     from pleexport.parity.verify import verify
     from pleexport.runtime.bundle import Bundle
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "BuildOptions": "pleexport.export.options",
     "Bundle": "pleexport.runtime.bundle",
-    "ModelInfo": "pleexport.inspection.inspect",
+    "ModelInfo": "pleexport.inspection.info",
     "ParityReport": "pleexport.parity.compare",
     "PleexportError": "pleexport.errors",
     "Runner": "pleexport.runtime.runner",

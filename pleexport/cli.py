@@ -74,10 +74,10 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
     Example: pleexport inspect my-gemma-4-E2B
     """
     from pleexport.inspection.inspect import inspect as inspect_checkpoint
-    from pleexport.inspection.inspect import render
+    from pleexport.show.inspection import describe_model
 
     info = inspect_checkpoint(checkpoint)
-    _print_json(info) if as_json else typer.echo(render(info))
+    _print_json(info) if as_json else typer.echo(describe_model(info))
 
 
 @app.command()
@@ -160,7 +160,7 @@ def build(
     if as_json:
         _print_json({"bundle": str(bundle.path), **msgspec.to_builtins(bundle.manifest)})
         return
-    from pleexport.show.report import describe_bundle
+    from pleexport.show.bundle import describe_bundle
 
     typer.echo(describe_bundle(bundle))
 
@@ -185,7 +185,8 @@ def verify(
     Example: pleexport verify phone-bundle --checkpoint my-gemma-4-E2B --report parity.html
     """
     from pleexport.parity.verify import verify as verify_bundle
-    from pleexport.show.report import describe_parity, write_html
+    from pleexport.show.html import write_html
+    from pleexport.show.parity import describe_parity
 
     if (report or text) and not checkpoint:
         what = "a report" if report else "a text"
@@ -248,7 +249,7 @@ def run(
     Example: pleexport run phone-bundle --prompt "In the beginning" --stats
     """
     from pleexport.runtime.runner import Prompt, Runner
-    from pleexport.show.report import describe_stats
+    from pleexport.show.stats import describe_stats
 
     if prompt is not None and ids is not None:
         raise errors.PleexportError(
@@ -308,7 +309,7 @@ def bench(
     Example: pleexport bench phone-bundle --prompt-tokens 128,512 --decode-tokens 64
     """
     from pleexport.runtime.bench import bench as bench_bundle
-    from pleexport.runtime.bench import render
+    from pleexport.show.bench import describe_bench
 
     lengths = _parse_ids(prompt_tokens)
     result = bench_bundle(
@@ -321,7 +322,7 @@ def bench(
         packed_weights=packed_weights,
         progress=Progress(quiet=as_json),
     )
-    _print_json(result) if as_json else typer.echo(render(result))
+    _print_json(result) if as_json else typer.echo(describe_bench(result))
 
 
 @app.command(name="targets")
@@ -336,16 +337,15 @@ def show_targets(
     Example: pleexport targets android
     """
     from pleexport import targets
+    from pleexport.show.targets import describe_target, describe_targets
 
     chosen = [targets.load(name)] if name else [targets.load(n) for n in targets.names()]
     if as_json:
         _print_json(chosen[0] if name else {"targets": msgspec.to_builtins(chosen)})
     elif name:
-        typer.echo(targets.render(chosen[0]))
+        typer.echo(describe_target(chosen[0]))
     else:
-        width = max(len(target.name) for target in chosen)
-        for target in chosen:
-            typer.echo(f"{target.name:<{width}}  {target.description}")
+        typer.echo(describe_targets(chosen))
 
 
 class _Interrupted(BaseException):

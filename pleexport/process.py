@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
+
+import psutil
 
 
 @dataclass(frozen=True)
@@ -21,23 +21,19 @@ class Memory:
 
 
 def memory() -> Memory:
-    """Resident memory now. Source: proc(5), fields RssAnon and RssFile of /proc/self/status."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
+    """Resident memory now; only Linux tells the two kinds apart."""
+    info = psutil.Process().memory_info()
+    shared = getattr(info, "shared", None)
+    if shared is None:
         return Memory(None, None)
-    fields = {line.split(":")[0]: line.split()[1:] for line in lines if line.startswith("Rss")}
-    anonymous, file_backed = (
-        int(fields[name][0]) * 1024 if name in fields else None for name in ("RssAnon", "RssFile")
-    )
-    return Memory(anonymous, file_backed)
+    return Memory(info.rss - shared, shared)
 
 
 def page_faults() -> tuple[int, int]:
     """Minor and major page faults of this process so far; zeros where they are not counted."""
-    if sys.platform == "win32":
+    try:
+        import resource
+    except ImportError:  # Windows
         return 0, 0
-    import resource
-
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_minflt, usage.ru_majflt

@@ -41,7 +41,7 @@ class Progress:
     @contextmanager
     def bytes(self, text: str, total: int) -> Iterator[Callable[[int], object]]:
         """A bar over bytes; the body calls what it is given with increments, from any thread."""
-        with self._bar(text, total, unit="B", unit_scale=True, unit_divisor=1024) as update:
+        with self._bar(text, total, unit="B", unit_scale=True) as update:
             yield update
 
     @contextmanager

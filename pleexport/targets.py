@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import re
-import textwrap
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,36 +149,6 @@ def delivery_notes(target: Target, sizes: Mapping[str, int]) -> list[str]:
             f"{size_text(delivery)}: choose smaller dtypes, or a server of your own"
         )
     return notes
-
-
-def render(target: Target) -> str:
-    """A target in full, for people."""
-    limits = {name: getattr(target.limits, name) for name in Limits.__struct_fields__}
-    settings = {
-        "backend": f"{target.backend}, opset {target.opset}",
-        "runtime": ", ".join(f"{name} {version}" for name, version in target.runtime.items()),
-        "page size": f"{target.page_size:,} bytes",
-        "table dtype": target.table_dtype,
-        "weight dtype": f"{target.weight_dtype}, blocks of up to {target.block_size}",
-        "context": f"{target.context:,} positions",
-    } | {
-        name.removesuffix("_bytes").replace("_", " "): size_text(value)
-        for name, value in limits.items()
-        if value is not None
-    }
-    width = max(map(len, settings))
-    lines = [f"{target.name}: {target.description}", ""]
-    lines += [f"  {name:<{width}}  {value}" for name, value in settings.items()]
-    lines += ["", "Packaging"]
-    for step in target.packaging:
-        lines += textwrap.wrap(
-            step,
-            _COLUMNS,
-            initial_indent="  - ",
-            subsequent_indent="    ",
-            break_on_hyphens=False,
-        )
-    return "\n".join(lines)
 
 
 def _folder() -> Path:

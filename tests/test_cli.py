@@ -21,7 +21,7 @@ COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 
 def pleexport(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "pleexport.cli", *(str(a) for a in args)]
+    command = [sys.executable, "-m", "pleexport", *(str(a) for a in args)]
     return subprocess.run(
         command,
         capture_output=True,
@@ -190,7 +190,7 @@ def test_no_command_writes_outside_of_its_output(gemma4_bundle: Path, tmp_path: 
     environment = os.environ | {"HOME": str(tmp_path)}
     environment.pop("ORT_DISABLE_TELEMETRY", None)
     subprocess.run(
-        [sys.executable, "-m", "pleexport.cli", "run", str(gemma4_bundle), "--ids", "1,2"],
+        [sys.executable, "-m", "pleexport", "run", str(gemma4_bundle), "--ids", "1,2"],
         check=True,
         capture_output=True,
         env=environment,
@@ -227,7 +227,7 @@ def test_a_damaged_bundle_fails_with_exit_code_1(gemma4_bundle: Path, tmp_path: 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")
 def test_an_interrupted_build_leaves_nothing(gemma4_checkpoint: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "pleexport.cli", "build", str(gemma4_checkpoint), "--out", "bundle"],
+        [sys.executable, "-m", "pleexport", "build", str(gemma4_checkpoint), "--out", "bundle"],
         cwd=tmp_path,
         stderr=subprocess.PIPE,
         text=True,

@@ -18,7 +18,10 @@ from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.dtypes import TABLE_DTYPES
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.export.plan import cache_bytes
-from pleexport.inspection.inspect import ModelInfo, estimate, inspect, render
+from pleexport.inspection.estimates import estimate
+from pleexport.inspection.info import ModelInfo
+from pleexport.inspection.inspect import inspect
+from pleexport.show.inspection import describe_model
 from pleexport.weights import WeightRequest
 
 PREFIX = "model.language_model."
@@ -163,7 +166,7 @@ def tiny(tmp_path: Path) -> Path:
 
 
 def _flat(info: ModelInfo) -> str:
-    return " ".join(render(info).split())
+    return " ".join(describe_model(info).split())
 
 
 @pytest.mark.parametrize(
@@ -336,7 +339,7 @@ def test_copy_of_a_tied_head_is_counted_apart(tiny: Path) -> None:
     info = inspect(tiny)
     assert (info.counts.head_copies, info.counts.dead) == (800, config_only.dead)
     assert info.counts.stored == config_only.stored + 800
-    assert "unused copy of the head" in render(info)
+    assert "unused copy of the head" in describe_model(info)
 
 
 def test_untied_head_lets_the_main_embedding_leave(tmp_path: Path) -> None:
@@ -439,7 +442,7 @@ def test_estimate_caps_the_context(tiny: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{}, E4B, TINY], ids=["E2B", "E4B", "tiny"])
 def test_render_fits_a_hundred_columns(tmp_path: Path, changes: dict[str, Any]) -> None:
-    text = render(inspect(write_config(tmp_path / "m", gemma4_text(**changes))))
+    text = describe_model(inspect(write_config(tmp_path / "m", gemma4_text(**changes))))
     lines = text.splitlines()[1:]
     assert max(map(len, lines)) <= 100
     assert not any(line.endswith(" ") or "\u00a0" in line for line in lines)
@@ -453,8 +456,9 @@ def test_info_is_json(tiny: Path) -> None:
 
 def test_inspect_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys; from pleexport.inspection.inspect import inspect, render; "
-        "render(inspect(sys.argv[1])); "
+        "import sys; from pleexport.inspection.inspect import inspect; "
+        "from pleexport.show.inspection import describe_model; "
+        "describe_model(inspect(sys.argv[1])); "
         "print(sorted({'torch', 'transformers', 'onnx'} & set(sys.modules)))"
     )
     result = subprocess.run(

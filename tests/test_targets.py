@@ -9,6 +9,7 @@ import pytest
 
 from pleexport import targets
 from pleexport.errors import TargetError
+from pleexport.show.targets import describe_target
 
 NAMES = ["android", "ios", "laptop", "raspberry-pi", "web"]
 OWN = """
@@ -178,7 +179,7 @@ def test_exceeded_says_nothing_of_packs(own_file: Path) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_render_shows_settings_and_steps(name: str) -> None:
     target = targets.load(name)
-    text = targets.render(target)
+    text = describe_target(target)
     assert text.startswith(f"{name}: {target.description}\n")
     assert f"context {target.context:,} positions" in " ".join(text.split())
     assert max(map(len, text.splitlines())) <= 100

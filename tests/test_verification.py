@@ -25,7 +25,8 @@ from pleexport.families import gemma
 from pleexport.parity.compare import check_text
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime.blob import Blob
-from pleexport.show.report import describe_parity, write_html
+from pleexport.show.html import write_html
+from pleexport.show.parity import describe_parity
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma3n"])

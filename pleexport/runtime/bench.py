@@ -15,8 +15,6 @@ from pleexport.errors import InputError
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.runner import Runner
-from pleexport.show.report import table_text
-from pleexport.sizes import size_text
 
 _SEED = 7
 
@@ -140,33 +138,3 @@ def _random_ids(runner: Runner, count: int, attempt: int = 0) -> list[int]:
     generator = np.random.default_rng((_SEED, count, attempt))
     ids: list[int] = generator.integers(0, runner.blob.num_rows, count).tolist()
     return ids
-
-
-def render(result: BenchResult) -> str:
-    """The result as text."""
-    rows: list[tuple[str, ...]] = [
-        ("prompt", "prefill tok/s", "decode tok/s", "first token", "slowest")
-    ]
-    rows += [
-        (
-            str(t.prompt_tokens),
-            f"{t.prefill_tokens_per_second:,.0f}",
-            f"{t.decode_tokens_per_second:,.1f}",
-            f"{t.first_token_seconds * 1e3:,.1f} ms",
-            f"{t.slowest_first_token_seconds * 1e3:,.1f} ms",
-        )
-        for t in result.timings
-    ]
-    lines = table_text(rows, align=">>>>>")
-    state = "blob dropped from the page cache" if result.cold else "warm"
-    lines.append(
-        f"\n{state}, {result.threads} threads, median of {result.repeat}; "
-        f"loaded in {result.load_seconds:.2f} s, "
-        f"first token after {result.load_to_first_token_seconds:.2f} s"
-    )
-    if result.anonymous_bytes is not None and result.file_backed_bytes is not None:
-        lines.append(
-            f"memory: {size_text(result.anonymous_bytes)} anonymous, "
-            f"{size_text(result.file_backed_bytes)} file-backed"
-        )
-    return "\n".join(lines)

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-import re
-import textwrap
-from typing import TYPE_CHECKING
-
+from pleexport.inspection.info import ModelInfo, TargetEstimate
+from pleexport.show.tables import aligned, paragraph
 from pleexport.sizes import size_text
 
-if TYPE_CHECKING:
-    from pleexport.inspection.inspect import ModelInfo, TargetEstimate
 
-_COLUMNS = 96
-_NO_BREAK = "\u00a0"
-
-
-def render(info: ModelInfo) -> str:
+def describe_model(info: ModelInfo) -> str:
     """Aligned plain text, at most 100 columns, a blank line between its parts."""
     parts = [
         _head(info),
@@ -27,19 +19,6 @@ def render(info: ModelInfo) -> str:
         _notes(info),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
-
-
-def columns(rows: list[list[str]], *, left: int = 1) -> list[str]:
-    """Rows of cells as indented lines; the first `left` columns are flush left, others right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [
-            f"{cell:<{width}}" if i < left else f"{cell:>{width}}"
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(("  " + "  ".join(cells)).rstrip())
-    return lines
 
 
 def _head(info: ModelInfo) -> list[str]:
@@ -81,13 +60,10 @@ def _parameters(info: ModelInfo) -> list[str]:
         if count
     ]
     rows.append(["stored", f"{counts.stored:,}", "100.0%", ""])
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = [
-        f"  {name:<{widths[0]}}  {count:>{widths[1]}}  {share:>{widths[2]}}  {meaning}".rstrip()
-        for name, count, share, meaning in rows
-    ]
-    rule = "  " + "-" * (sum(widths) + 4)
-    return ["Parameters", *lines[:-1], rule, lines[-1]]
+    lines = aligned(rows, align="<>><", indent=2)
+    # As wide as the numbers, which the rule sums up.
+    width = lines[-1].index("%") - 1
+    return ["Parameters", *lines[:-1], "  " + "-" * width, lines[-1]]
 
 
 def _tables(info: ModelInfo) -> list[str]:
@@ -97,7 +73,7 @@ def _tables(info: ModelInfo) -> list[str]:
         rows.append(
             [table.name, f"{table.rows:,}", layers, f"{table.width:,}", f"{table.parameters:,}"]
         )
-    return ["Tables", *columns(rows)]
+    return ["Tables", *aligned(rows, align="<>>>>", indent=2)]
 
 
 def _sizes(info: ModelInfo) -> list[str]:
@@ -109,7 +85,7 @@ def _sizes(info: ModelInfo) -> list[str]:
     rows.append(["blob, aligned", "row", *(f"{blob.row_stride:,}" for blob in info.blobs)])
     rows.append(["", "file", *(size_text(blob.file_bytes) for blob in info.blobs)])
     title = "Bytes, by the dtype the tables are stored in (int8, int4: with scales)"
-    return [title, *columns(rows, left=2)]
+    return [title, *aligned(rows, align="<<" + ">" * len(first), indent=2)]
 
 
 def _dtype_title(dtype: str, segment_dtype: str) -> str:
@@ -121,7 +97,7 @@ def _effective(info: ModelInfo) -> list[str]:
     whole = f" (published figure of {name}, towers included)" if name else ""
     lines = [f'"Effective" parameters: {info.effective.label}{whole}']
     for sentence in info.effective.explanation:
-        lines += _paragraph(sentence)
+        lines += paragraph(sentence)
     return lines
 
 
@@ -142,7 +118,7 @@ def _targets(info: ModelInfo) -> list[str]:
         for estimate in info.targets
     ]
     lines = ["Estimated bundles, by target (in memory: dense weights and a full cache)"]
-    lines += columns(rows)
+    lines += aligned(rows, align="<" + ">" * 8, indent=2)
     for estimate in info.targets:
         lines += _remarks(estimate)
     return lines
@@ -151,9 +127,9 @@ def _targets(info: ModelInfo) -> list[str]:
 def _remarks(estimate: TargetEstimate) -> list[str]:
     lines = []
     for problem in estimate.problems:
-        lines += _paragraph(f"{estimate.target} does not fit: {problem}.")
+        lines += paragraph(f"{estimate.target} does not fit: {problem}.")
     for note in estimate.delivery:
-        lines += _paragraph(f"{estimate.target}: {note}.")
+        lines += paragraph(f"{estimate.target}: {note}.")
     return lines
 
 
@@ -161,20 +137,6 @@ def _notes(info: ModelInfo) -> list[str]:
     lines = ["Notes"]
     for note in info.notes:
         first, *details = note.split("\n")
-        lines += _paragraph(first)
+        lines += paragraph(first)
         lines += [f"  {detail}" for detail in details]
     return lines if info.notes else []
-
-
-def _paragraph(sentence: str) -> list[str]:
-    # A number and its unit stay on one line.
-    joined = re.sub(r"(?<=\d) (?=[GMk]?B\b)", _NO_BREAK, sentence)
-    lines = textwrap.wrap(
-        joined,
-        _COLUMNS,
-        initial_indent="  - ",
-        subsequent_indent="    ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
-    return [line.replace(_NO_BREAK, " ") for line in lines]

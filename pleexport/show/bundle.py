@@ -1,0 +1,39 @@
+"""Where the bytes of a bundle went."""
+
+from __future__ import annotations
+
+from pleexport.runtime.bundle import BLOB, Bundle
+from pleexport.show.tables import aligned
+from pleexport.sizes import size_text
+
+ROLES = {
+    "model.onnx.data": "dense weights, read at every token",
+    BLOB: "rows of all tables, looked up by token id",
+    "model.onnx": "dense graph",
+    "tokenizer.json": "tokenizer",
+    "parity.json": "parity with the original",
+}
+
+
+def describe_bundle(bundle: Bundle) -> str:
+    """Where the bytes of a bundle went."""
+    manifest, total = bundle.manifest, bundle.nbytes
+    lines = [
+        f"{bundle.path}: {manifest.family} for {manifest.target}, "
+        f"{manifest.weight_dtype} weights, {manifest.table_dtype} tables, "
+        f"{manifest.cache_dtype} cache, context {manifest.context:,}",
+        "",
+    ]
+    records = sorted(manifest.files, key=lambda record: -record.size)
+    rows = [
+        (r.name, size_text(r.size), f"{r.size / total:.1%}", ROLES.get(r.name, "")) for r in records
+    ]
+    lines += aligned([*rows, ("total", size_text(total), "", "")], align="<>><")
+    parity = manifest.parity
+    if parity.checked and parity.max_logit_error is not None:
+        lines += [
+            "",
+            f"Parity with the PyTorch original: {'passed' if parity.passed else 'FAILED'}, "
+            f"largest logit error {parity.max_logit_error:.1e} of the range.",
+        ]
+    return "\n".join(lines)

@@ -1,0 +1,67 @@
+"""A parity report as text, and its verdicts as sentences."""
+
+from __future__ import annotations
+
+from pleexport.parity.compare import EXACT_LOGITS, ParityReport, TableCheck
+from pleexport.show.tables import aligned
+
+
+def describe_parity(report: ParityReport) -> str:
+    """A parity report as text."""
+    lines = [f"Compared with {report.oracle}.", "", "Rows, every one read back:"]
+    for check in report.tables:
+        result = row_verdict(check)
+        lines.append(f"  {check.table} ({check.dtype}, {check.rows:,} rows): {result}")
+    limit = f"limit {EXACT_LOGITS:.0e}" if report.exact else "judged by KL divergence"
+    lines += ["", f"Logits ({limit}):"]
+    rows: list[tuple[str, ...]] = [("", "tokens", "max error / range", "KL, nats", "same best")]
+    rows += [
+        (
+            check.mode,
+            str(check.tokens),
+            f"{check.relative_error:.1e}",
+            f"{max(check.kl, 0):.1e}",
+            f"{check.top1_agreement:.1%}",
+        )
+        for check in report.logits
+    ]
+    lines += aligned(rows, align="<>>>>", indent=2)
+    if report.text:
+        text = report.text
+        lines += ["", f"Greedy text: {text.equal_tokens} of {text.tokens} tokens equal."]
+    if report.fidelity:
+        lines += ["", f"What rounding costs, on {report.fidelity_tokens} tokens:"]
+        rows = [("", "KL, nats", "perplexity", "same best")]
+        if report.original_perplexity is not None:
+            rows.append(("original", "", f"{report.original_perplexity:.2f}", ""))
+        rows += [
+            (f.what, f"{f.kl:.2e}", f"{f.perplexity:.2f}", f"{f.top1_agreement:.1%}")
+            for f in report.fidelity
+        ]
+        lines += aligned(rows, align="<>>>", indent=2)
+    lines.append("")
+    if report.passed:
+        lines.append(f"PASSED: {verdict(report)}.")
+    else:
+        lines += ["FAILED:", *(f"  - {failure}" for failure in report.failures)]
+        if report.first_diverging_layer is not None:
+            lines.append(f"  First diverging layer: {report.first_diverging_layer}")
+    return "\n".join(lines)
+
+
+def row_verdict(check: TableCheck) -> str:
+    """How close the rows of a table are to the source."""
+    if check.first_bad_row is not None:
+        return f"DIFFERS first at token id {check.first_bad_row}"
+    if check.lossless:
+        return "as the source, bit for bit"
+    if check.dtype == "int4":
+        return "no group further off than rounding to nearest"
+    return "within half a step"
+
+
+def verdict(report: ParityReport) -> str:
+    """What a passed check says."""
+    if report.exact:
+        return "the bundle computes what the original computes"
+    return "the rounded bundle stays as close to the original as its dtypes allow"

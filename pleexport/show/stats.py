@@ -1,0 +1,39 @@
+"""Statistics of a run as text."""
+
+from __future__ import annotations
+
+from pleexport.runtime.stats import Stats
+from pleexport.show.tables import aligned
+from pleexport.sizes import size_text
+
+
+def describe_stats(stats: Stats) -> str:
+    """Statistics of a run as text."""
+    memory = "not known on this system"
+    if stats.anonymous_bytes is not None and stats.file_backed_bytes is not None:
+        memory = (
+            f"{size_text(stats.anonymous_bytes)} anonymous, "
+            f"{size_text(stats.file_backed_bytes)} file-backed"
+        )
+    rows = [
+        (
+            "prefill",
+            f"{stats.prompt_tokens} tokens, {stats.prefill_tokens_per_second:,.0f} tokens/s",
+        ),
+        (
+            "decode",
+            f"{stats.generated_tokens} tokens, {stats.decode_tokens_per_second:,.1f} tokens/s",
+        ),
+        ("first token", f"{stats.first_token_seconds * 1e3:,.1f} ms"),
+        ("memory", memory),
+        (
+            "lookups",
+            f"{stats.rows:,} rows, {size_text(stats.row_bytes)}, {stats.pages:,} distinct pages",
+        ),
+        (
+            "page faults",
+            f"{stats.minor_page_faults:,} minor, {stats.major_page_faults:,} major",
+        ),
+        ("ended by", stats.finish_reason),
+    ]
+    return "\n".join(aligned(rows, align="<<"))
