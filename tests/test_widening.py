@@ -1,4 +1,4 @@
-"""Weights raised where they are used: the same results, and no table in float32."""
+"""Weights widened where they are used: the same results, and no table in float32."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:
     ids=["all kept", "none kept", "none kept, in blocks"],
 )
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_original_computes_what_it_computes_when_raised_as_a_whole(
+def test_the_original_computes_what_it_computes_when_widened_as_a_whole(
     name: str,
     kept_bytes: int,
     block_bytes: int,
@@ -157,7 +157,7 @@ def test_what_is_not_kept_stays_in_the_mapped_file(
 
     parameters = list(model.parameters())
     assert all(is_mapped(p) and p.dtype == torch.bfloat16 for p in parameters if p.ndim == 2)
-    assert not any(is_mapped(p) for p in parameters if p.ndim == 1), "norms are raised"
+    assert not any(is_mapped(p) for p in parameters if p.ndim == 1), "norms are widened"
 
 
 def test_weights_that_are_used_in_other_ways_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

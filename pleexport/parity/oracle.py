@@ -143,11 +143,11 @@ class StepOracle:
 
 
 class TransformersOracle:
-    """`transformers`' implementation, loaded in the checkpoint's dtype and raised to float32.
+    """`transformers`' implementation, loaded in the checkpoint's dtype and widened to float32.
 
     The order matters: constants such as the embedding scale are rounded to the checkpoint's dtype
-    by the original, and stay so. Large weights stay in the mapped files, and are raised where they
-    are used.
+    by the original, and stay so. Large weights stay in the mapped files, and are widened where
+    they are used.
 
     Raises:
         MissingDependencyError: transformers is not installed.
