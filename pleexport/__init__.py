@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pleexport.export.builder import build
     from pleexport.export.options import BuildOptions
     from pleexport.inspection.inspect import ModelInfo, inspect
-    from pleexport.parity.compare import ParityReport
+    from pleexport.parity.report import ParityReport
     from pleexport.parity.verify import verify
     from pleexport.runtime.bundle import Bundle
     from pleexport.runtime.runner import Runner
@@ -24,7 +24,7 @@ _MODULES = {
     "BuildOptions": "pleexport.export.options",
     "Bundle": "pleexport.runtime.bundle",
     "ModelInfo": "pleexport.inspection.inspect",
-    "ParityReport": "pleexport.parity.compare",
+    "ParityReport": "pleexport.parity.report",
     "PleexportError": "pleexport.errors",
     "Runner": "pleexport.runtime.runner",
     "Stats": "pleexport.runtime.stats",

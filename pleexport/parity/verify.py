@@ -12,8 +12,9 @@ from pleexport.backends.registry import load
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError
-from pleexport.parity.compare import ParityReport, compare
+from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
+from pleexport.parity.report import ParityReport
 from pleexport.progress import Progress
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
@@ -82,7 +83,7 @@ def compare_with_original(
         )
     rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
-        return compare(bundle, matched, oracle, text_ids=ids, progress=update)
+        return compare(bundle, matched=matched, oracle=oracle, text_ids=ids, progress=update)
 
 
 def write_report(report: ParityReport, path: Path) -> None:
