@@ -24,16 +24,19 @@ _FIDELITY_TOKENS = 4096
 
 @dataclass(frozen=True)
 class FidelityResult:
-    """What rounding costs; as it is, of a bundle that rounds nothing.
+    """What rounding costs on a text.
 
     Attributes:
         original_perplexity: on the same tokens; None where they are random.
         tokens: how many it was measured on.
     """
 
-    entries: tuple[Fidelity, ...] = ()
-    original_perplexity: float | None = None
-    tokens: int = 0
+    entries: tuple[Fidelity, ...]
+    original_perplexity: float | None
+    tokens: int
+
+
+NOTHING_ROUNDED = FidelityResult(entries=(), original_perplexity=None, tokens=0)
 
 
 def measure_fidelity(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from pleexport import families
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
@@ -84,9 +82,3 @@ def compare_with_original(
     rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
         return compare(bundle, matched=matched, oracle=oracle, text_ids=ids, progress=update)
-
-
-def write_report(report: ParityReport, path: Path) -> None:
-    """Write a report as JSON."""
-    encoded = msgspec.json.encode(msgspec.to_builtins(report) | {"passed": report.passed})
-    path.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")

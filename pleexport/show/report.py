@@ -10,8 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pleexport.errors import MissingDependencyError
-from pleexport.parity.compare import EXACT_LOGITS
-from pleexport.parity.report import ParityReport, TableCheck
+from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck
 from pleexport.runtime.bundle import BLOB, Bundle
 from pleexport.runtime.stats import Stats
 from pleexport.sizes import size_text
