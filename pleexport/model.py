@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.dtypes import CacheDtype
-from pleexport.errors import UnsupportedError
+from pleexport.errors import FamilyError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,6 +313,28 @@ MakeReference = Callable[[Mapping[str, "Tensor"], dict[str, Any]], Reference]
 
 
 @dataclass(frozen=True)
+class TransformersOriginal:
+    """How `transformers` loads a text model alone, also from a multimodal checkpoint.
+
+    Attributes:
+        model_type: of the text model's config.
+        key_mapping: by regular expression, what the text model's own keys begin with in place of
+            what it matches; see `from_pretrained`.
+        inherited: fields that the text part of a config may leave to the whole config, with what
+            they mean where neither has them.
+        float_fields: config fields that it takes as floats only; JSON has one kind of number.
+        stream_axis: of what a layer hands on, the axis of its parallel streams; None for one
+            stream, `[B, T, H]`. `GraphOutputs.hidden` has streams behind the positions.
+    """
+
+    model_type: str
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, object] = field(default_factory=dict)
+    float_fields: frozenset[str] = frozenset()
+    stream_axis: int | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """One configured model of a family.
 
@@ -331,8 +353,10 @@ class Model:
         published: shapes of published models, with the figures that their makers state.
         counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
             the difference of two rounded figures.
-        reference: makes the original from the checkpoint's tensors and its config; None where
-            `transformers` has it.
+        transformers: how `transformers` loads the original; None where it does not have it.
+        reference: else what makes the original from the checkpoint's tensors and its config.
+    Raises:
+        FamilyError: it has no original to be compared with, or two.
     """
 
     family: str
@@ -354,7 +378,16 @@ class Model:
     without_cache: Model | None = None
     published: tuple[Published, ...] = ()
     counts_only_tables_out: bool = False
+    transformers: TransformersOriginal | None = None
     reference: MakeReference | None = None
+
+    def __post_init__(self) -> None:
+        if (self.transformers is None) == (self.reference is None):
+            found = "no original" if self.reference is None else "two originals"
+            raise FamilyError(
+                f"family `{self.family}` names {found} to be compared with; expected one",
+                hint="give its `Model` either `transformers` or `reference`",
+            )
 
     def with_cache(self, dtype: CacheDtype) -> Model:
         """The model that keeps keys and values in a dtype, or in none.

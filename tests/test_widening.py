@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity import widening
 from pleexport.parity.oracle import TransformersOracle
 
@@ -39,7 +38,9 @@ IDS = [(37 * i) % 89 for i in range(40)]
 
 def original(folder: Path) -> TransformersOracle:
     checkpoint = Checkpoint(folder)
-    return TransformersOracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    how = families.resolve(checkpoint).transformers
+    assert how is not None
+    return TransformersOracle(checkpoint, original=how)
 
 
 def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:

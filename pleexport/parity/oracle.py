@@ -18,18 +18,10 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import numpy_dtype, torch_name
 from pleexport.errors import CheckpointError, MissingDependencyError
-from pleexport.model import Reference
+from pleexport.model import Reference, TransformersOriginal
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-FLOAT_FIELDS = {
-    "altup_coef_clip",
-    "attention_dropout",
-    "final_logit_softcapping",
-    "initializer_range",
-    "rms_norm_eps",
-}
 
 
 class Oracle(Protocol):
@@ -55,10 +47,11 @@ def open_oracle(matched: MatchedModel) -> Oracle:
         MissingDependencyError: what it needs is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
-    if matched.model.reference is None:
-        return TransformersOracle(matched)
-    tensors = CheckpointTensors(matched.checkpoint)
-    return StepOracle(matched.model.reference(tensors, matched.checkpoint.config))
+    model, checkpoint = matched.model, matched.checkpoint
+    if model.transformers is not None:
+        return TransformersOracle(checkpoint, original=model.transformers)
+    assert model.reference is not None, "a model has one of the two"
+    return StepOracle(model.reference(CheckpointTensors(checkpoint), checkpoint.config))
 
 
 class CheckpointTensors(Mapping[str, "Tensor"]):
@@ -154,7 +147,7 @@ class TransformersOracle:
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
 
-    def __init__(self, matched: MatchedModel) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, original: TransformersOriginal) -> None:
         try:
             import torch
             import transformers
@@ -170,7 +163,8 @@ class TransformersOracle:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._model = self._load(matched).eval()
+        self._original = original
+        self._model = self._load(checkpoint).eval()
         widen_where_used(self._model)
         self._layers = self._model.get_decoder().layers
 
@@ -191,13 +185,14 @@ class TransformersOracle:
             return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
-        """What each layer hands on: `[T, ...]` float32, AltUp streams on the second axis."""
+        """What each layer hands on: `[T, H]` float32, or `[T, S, H]` of S parallel streams."""
         found: list[NDArray[np.float32]] = []
+        stream_axis = self._original.stream_axis
 
         def record(_module: Any, _inputs: Any, output: Any) -> None:
             tensor: Tensor = output[0] if isinstance(output, tuple) else output
-            if tensor.ndim == 4:  # transformers stacks streams first
-                tensor = tensor.movedim(0, 2)
+            if stream_axis is not None:
+                tensor = tensor.movedim(stream_axis, 2)
             found.append(tensor[0].numpy(force=True).copy())
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
@@ -223,30 +218,17 @@ class TransformersOracle:
         logits: NDArray[np.float32] = output.logits[0].numpy(force=True)
         return logits
 
-    def _load(self, matched: MatchedModel) -> Any:
+    def _load(self, checkpoint: Checkpoint) -> Any:
         """Load the text model alone, also of a multimodal checkpoint."""
         import transformers
 
-        checkpoint = matched.checkpoint
-        values = dict(checkpoint.text_config)
-        values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
-        for name in FLOAT_FIELDS & values.keys():
-            if type(values[name]) is int:  # JSON knows one kind of number, transformers two
-                values[name] = float(values[name])
-        model_type = f"{matched.model.family}_text"
-        # The layouts of multimodal checkpoints and of repacks, as a text model names them.
-        key_mapping = {
-            r"^model\.language_model\.": "model.",
-            r"^language_model\.model\.": "model.",
-            r"^language_model\.lm_head\.": "lm_head.",
-        }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = transformers.AutoConfig.for_model(**(values | {"model_type": model_type}))
+            config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 config=config,
-                key_mapping=key_mapping,
+                key_mapping=dict(self._original.key_mapping),
                 dtype=getattr(self._torch, torch_name(checkpoint.dtype)),
                 local_files_only=True,
                 output_loading_info=True,
@@ -259,3 +241,13 @@ class TransformersOracle:
                 hint="build with `--no-verify`, or rename the tensors as transformers has them",
             )
         return model
+
+    def _config_fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The text model's config, as its class in transformers wants it."""
+        original, fields = self._original, dict(checkpoint.text_config)
+        for name, default in original.inherited.items():
+            fields.setdefault(name, checkpoint.config.get(name, default))
+        for name in original.float_fields & fields.keys():
+            if type(fields[name]) is int:
+                fields[name] = float(fields[name])
+        return fields | {"model_type": original.model_type}
