@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import transformers
 from checkpoints import gemma3n, gemma4
 
 from pleexport import families
@@ -77,3 +80,33 @@ def test_streams_are_behind_the_positions(gemma3n_checkpoint: Path) -> None:
     oracle = open_original(gemma3n_checkpoint)
     shapes = {values.shape for values in oracle.hidden(IDS)}
     assert shapes == {(len(IDS), 4, 32)}
+
+
+def test_what_transformers_says_is_given_back(
+    gemma4_checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger, filters = logging.getLogger("transformers"), list(warnings.filters)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    # Whatever the environment says of bars.
+    monkeypatch.setattr(transformers.logging, "_tqdm_active", True)
+    oracle = open_original(gemma4_checkpoint)
+    oracle.logits(IDS)
+    oracle.hidden(IDS)
+    assert capfd.readouterr().err == ""
+    assert logger.level == logging.INFO
+    assert transformers.logging.is_progress_bar_enabled()
+    assert transformers.logging.set_tqdm_hook(None) is None
+    assert warnings.filters == filters
+    # The control: left alone, it draws a bar.
+    transformers.AutoModelForCausalLM.from_pretrained(gemma4_checkpoint)
+    assert "Loading weights" in capfd.readouterr().err
+
+
+def test_what_transformers_says_is_given_back_after_an_error(tmp_path: Path) -> None:
+    folder = gemma4(tmp_path / "checkpoint")
+    (folder / "model.safetensors").unlink()
+    level = logging.getLogger("transformers").level
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        open_original(folder)
+    assert logging.getLogger("transformers").level == level
+    assert transformers.logging.set_tqdm_hook(None) is None
