@@ -345,9 +345,12 @@ class Model:
         states: what recurrent layers hand from call to call.
         tokens_per_call: most tokens of one call of the graph, where a layer needs the one before to
             be finished; None for any number.
-        text_prefixes: where the text model may lie in a checkpoint, most specific first.
+        text_prefixes: where the text model may lie in a checkpoint, most specific first. Each with
+            the places where a key is looked for that is not there: a head lies beside the text
+            model, not inside it.
         unused: tensors that the original ignores, by key.
-        ignored_prefixes: other parts of a checkpoint that are left out (towers), with their name.
+        ignored_prefixes: what names of tensors begin with that belong to parts that are left out
+            (towers), with what the parts are called.
         eos_token_ids: ids that end a text, as far as the config says.
         without_cache: the same model, which reads rows again in place of keeping keys and values.
         published: shapes of published models, with the figures that their makers state.
@@ -372,7 +375,7 @@ class Model:
     tokens_per_call: int | None = None
     unused: Mapping[str, Unused] = field(default_factory=dict)
     row_aliases: Mapping[int, int] = field(default_factory=dict)
-    text_prefixes: tuple[str, ...] = ("",)
+    text_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     without_cache: Model | None = None
@@ -406,6 +409,11 @@ class Model:
                 hint="choose a cache dtype: fp32, fp16 or int8",
             )
         return self.without_cache
+
+    def ignored_part(self, name: str) -> str | None:
+        """The part that is left out and that has this tensor of a checkpoint; None for none."""
+        prefixes = self.ignored_prefixes.items()
+        return next((part for prefix, part in prefixes if name.startswith(prefix)), None)
 
     def table(self, name: str) -> Table:
         """The table called `name`."""

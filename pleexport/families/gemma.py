@@ -29,14 +29,24 @@ if TYPE_CHECKING:
 
     from pleexport.families.layers import Parameters
 
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
+# Multimodal, repacked and text-only checkpoints, and a bare text model.
+TEXT_PREFIXES: dict[str, tuple[str, ...]] = {
+    "model.language_model.": ("",),
+    "language_model.model.": ("language_model.", ""),
+    "model.": ("",),
+    "": (),
+}
 LAYER_TYPES = ("sliding_attention", "full_attention")
-# Parts of multimodal checkpoints that are left out, by what follows "model." or nothing.
+# Parts of multimodal checkpoints that are left out; repacks have them at the top.
 TOWERS = {
-    "vision_tower": "vision tower",
-    "audio_tower": "audio tower",
-    "embed_vision": "vision projection",
-    "embed_audio": "audio projection",
+    "model.vision_tower.": "vision tower",
+    "model.audio_tower.": "audio tower",
+    "model.embed_vision.": "vision projection",
+    "model.embed_audio.": "audio projection",
+    "vision_tower.": "vision tower",
+    "audio_tower.": "audio tower",
+    "embed_vision.": "vision projection",
+    "embed_audio.": "audio projection",
 }
 # What `transformers`' text model calls the keys of multimodal checkpoints and of repacks.
 KEY_MAPPING = {
