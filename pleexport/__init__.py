@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pleexport.export.options import BuildOptions
     from pleexport.inspection.info import ModelInfo
     from pleexport.inspection.inspect import inspect
-    from pleexport.parity.compare import ParityReport
+    from pleexport.parity.report import ParityReport
     from pleexport.parity.verify import verify
     from pleexport.runtime.bundle import Bundle
     from pleexport.runtime.runner import Runner
@@ -25,7 +25,7 @@ _MODULES = {
     "BuildOptions": "pleexport.export.options",
     "Bundle": "pleexport.runtime.bundle",
     "ModelInfo": "pleexport.inspection.info",
-    "ParityReport": "pleexport.parity.compare",
+    "ParityReport": "pleexport.parity.report",
     "PleexportError": "pleexport.errors",
     "Runner": "pleexport.runtime.runner",
     "Stats": "pleexport.runtime.stats",

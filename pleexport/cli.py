@@ -184,6 +184,7 @@ def verify(
 
     Example: pleexport verify phone-bundle --checkpoint my-gemma-4-E2B --report parity.html
     """
+    from pleexport.parity.report import report_fields
     from pleexport.parity.verify import verify as verify_bundle
     from pleexport.show.html import write_html
     from pleexport.show.parity import describe_parity
@@ -209,7 +210,7 @@ def verify(
     if report:
         write_html(result, bundle, report)
     if as_json:
-        _print_json(msgspec.to_builtins(result) | {"passed": result.passed})
+        _print_json(report_fields(result))
     else:
         typer.echo(describe_parity(result))
     if not result.passed:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.dtypes import CacheDtype
-from pleexport.errors import UnsupportedError
+from pleexport.errors import FamilyError, UnsupportedError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,6 +313,28 @@ MakeReference = Callable[[Mapping[str, "Tensor"], dict[str, Any]], Reference]
 
 
 @dataclass(frozen=True)
+class TransformersOriginal:
+    """How `transformers` loads a text model alone, also from a multimodal checkpoint.
+
+    Attributes:
+        model_type: of the text model's config.
+        key_mapping: by regular expression, what the text model's own keys begin with in place of
+            what it matches; see `from_pretrained`.
+        inherited: fields that the text part of a config may leave to the whole config, with what
+            they mean where neither has them.
+        float_fields: config fields that it takes as floats only; JSON has one kind of number.
+        stream_axis: of what a layer hands on, the axis of its parallel streams; None for one
+            stream, `[B, T, H]`. `GraphOutputs.hidden` has streams behind the positions.
+    """
+
+    model_type: str
+    key_mapping: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, object] = field(default_factory=dict)
+    float_fields: frozenset[str] = frozenset()
+    stream_axis: int | None = None
+
+
+@dataclass(frozen=True)
 class Model:
     """One configured model of a family.
 
@@ -323,16 +345,21 @@ class Model:
         states: what recurrent layers hand from call to call.
         tokens_per_call: most tokens of one call of the graph, where a layer needs the one before to
             be finished; None for any number.
-        text_prefixes: where the text model may lie in a checkpoint, most specific first.
+        text_prefixes: where the text model may lie in a checkpoint, most specific first. Each with
+            the places where a key is looked for that is not there: a head lies beside the text
+            model, not inside it.
         unused: tensors that the original ignores, by key.
-        ignored_prefixes: other parts of a checkpoint that are left out (towers), with their name.
+        ignored_prefixes: what names of tensors begin with that belong to parts that are left out
+            (towers), with what the parts are called.
         eos_token_ids: ids that end a text, as far as the config says.
         without_cache: the same model, which reads rows again in place of keeping keys and values.
         published: shapes of published models, with the figures that their makers state.
         counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
             the difference of two rounded figures.
-        reference: makes the original from the checkpoint's tensors and its config; None where
-            `transformers` has it.
+        transformers: how `transformers` loads the original; None where it does not have it.
+        reference: else what makes the original from the checkpoint's tensors and its config.
+    Raises:
+        FamilyError: it has no original to be compared with, or two.
     """
 
     family: str
@@ -348,13 +375,22 @@ class Model:
     tokens_per_call: int | None = None
     unused: Mapping[str, Unused] = field(default_factory=dict)
     row_aliases: Mapping[int, int] = field(default_factory=dict)
-    text_prefixes: tuple[str, ...] = ("",)
+    text_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     without_cache: Model | None = None
     published: tuple[Published, ...] = ()
     counts_only_tables_out: bool = False
+    transformers: TransformersOriginal | None = None
     reference: MakeReference | None = None
+
+    def __post_init__(self) -> None:
+        if (self.transformers is None) == (self.reference is None):
+            found = "no original" if self.reference is None else "two originals"
+            raise FamilyError(
+                f"family `{self.family}` names {found} to be compared with; expected one",
+                hint="give its `Model` either `transformers` or `reference`",
+            )
 
     def with_cache(self, dtype: CacheDtype) -> Model:
         """The model that keeps keys and values in a dtype, or in none.
@@ -373,6 +409,11 @@ class Model:
                 hint="choose a cache dtype: fp32, fp16 or int8",
             )
         return self.without_cache
+
+    def ignored_part(self, name: str) -> str | None:
+        """The part that is left out and that has this tensor of a checkpoint; None for none."""
+        prefixes = self.ignored_prefixes.items()
+        return next((part for prefix, part in prefixes if name.startswith(prefix)), None)
 
     def table(self, name: str) -> Table:
         """The table called `name`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,77 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 def test_every_key_prefix_is_found(prefix: str, remake: Callable[..., Path]) -> None:
     matched = bind(remake(renamed("model.", prefix)))
     assert matched.prefix == prefix
+
+
+def with_head(prefix: str, name: str) -> Callable[[Tensors], Tensors]:
+    """The text model below a prefix, and a head of its own under a name."""
+
+    def change(tensors: Tensors) -> Tensors:
+        head = tensors["model.embed_tokens.weight"] + 1
+        return renamed("model.", prefix)(tensors) | {name: head}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("model.", "lm_head.weight"),
+        ("model.language_model.", "lm_head.weight"),
+        ("language_model.model.", "language_model.lm_head.weight"),
+        ("language_model.model.", "lm_head.weight"),
+        ("", "lm_head.weight"),
+    ],
+)
+def test_a_head_is_found_beside_the_text_model(
+    prefix: str, name: str, remake: Callable[..., Path]
+) -> None:
+    matched = bind(remake(with_head(prefix, name), tie_word_embeddings=False))
+    (head,) = (weight for weight in matched.model.weights if weight.precision == "head")
+    assert [entry.name for entry in matched.entries(head)] == [name]
+
+
+def test_a_head_elsewhere_is_not_the_models(remake: Callable[..., Path]) -> None:
+    folder = remake(with_head("model.", "heads.lm_head.weight"), tie_word_embeddings=False)
+    with pytest.raises(CheckpointError) as caught:
+        bind(folder)
+    assert "`model.lm_head.weight` is missing" in caught.value.message
+    assert "`heads.lm_head.weight` is used by nothing" in caught.value.message
+
+
+def test_where_parts_of_a_checkpoint_lie_is_the_familys_to_say(
+    remake: Callable[..., Path],
+) -> None:
+    def change(tensors: Tensors) -> Tensors:
+        tower = {"eyes.0.weight": np.ones((2, 3), np.float32)}
+        return with_head("decoder.", "heads.lm_head.weight")(tensors) | tower
+
+    source = Checkpoint(remake(change, tie_word_embeddings=False))
+    model = families.resolve(source)
+    with pytest.raises(CheckpointError, match=r"no tensor `embed_tokens.weight` under any of"):
+        MatchedModel(model, source)
+    matched = MatchedModel(
+        replace(
+            model, text_prefixes={"decoder.": ("heads.",)}, ignored_prefixes={"eyes.": "vision"}
+        ),
+        source,
+    )
+    assert matched.prefix == "decoder."
+    assert [(part.name, part.parameters) for part in matched.left_out] == [("vision", 6)]
+
+
+@pytest.mark.parametrize("place", ["model.", ""])
+def test_towers_are_left_out_wherever_they_lie(place: str, remake: Callable[..., Path]) -> None:
+    def add(tensors: Tensors) -> Tensors:
+        ones = np.ones((2, 3), np.float32)
+        names = ("vision_tower.0.weight", "embed_audio.weight")
+        return tensors | {place + name: ones for name in names}
+
+    parts = bind(remake(add)).left_out
+    assert {part.name for part in parts} == {"vision tower", "audio projection"}
+    # The control: a name that only begins alike is no tower.
+    with pytest.raises(CheckpointError, match="vision_towers"):
+        bind(remake(lambda tensors: tensors | {f"{place}vision_towers.0": np.ones(2)}))
 
 
 def test_a_repack_with_a_foreign_prefix_is_verified_too(

@@ -49,6 +49,11 @@ SCALAR = "layers.0.layer_scalar"
         (lambda m: with_forward(m, lambda o: replace(o, caches={})), "gives caches of layers"),
         (lambda m: replace(m, states=(State("0.x", (4,)),)), "gives states"),
         (lambda m: replace(m, vocab_size=m.vocab_size + 1), "gives logits of width"),
+        (lambda m: replace(m, transformers=None), "names no original to be compared with"),
+        (
+            lambda m: replace(m, reference=lambda tensors, config: None),
+            "names two originals to be compared with",
+        ),
         (
             lambda m: replace(
                 m, weights=(*m.weights, Weight("extra", (1,), key=SCALAR, is_buffer=True))
@@ -56,7 +61,17 @@ SCALAR = "layers.0.layer_scalar"
             "`extra` of family `gemma4` is declared and not used",
         ),
     ],
-    ids=["undeclared", "not a matrix", "hidden", "caches", "states", "vocabulary", "unused"],
+    ids=[
+        "undeclared",
+        "not a matrix",
+        "hidden",
+        "caches",
+        "states",
+        "vocabulary",
+        "no original",
+        "two",
+        "unused",
+    ],
 )
 def test_a_family_that_contradicts_itself_is_refused(
     contradict: Callable[[Model], Model],

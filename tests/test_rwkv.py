@@ -47,7 +47,7 @@ def test_logits_agree_with_the_reference(variant: Any, sizes: Any, tmp_path: Pat
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_half_precision_is_raised_before_anything_is_computed(
+def test_half_precision_is_widened_before_anything_is_computed(
     variant: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     path = rwkv(tmp_path / "model.pth", variant, dtype=dtype, **UNEVEN)

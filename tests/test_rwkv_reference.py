@@ -48,7 +48,7 @@ def kinds(variant: Variant) -> list[str]:
 
 
 def changed(tensors: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
-    """The tensors with one of them raised, at each element by up to the spread of its elements."""
+    """The tensors with one of them changed, at each element by up to the spread of its own."""
     tensor = tensors[key]
     share = torch.rand(tensor.shape, generator=torch.Generator().manual_seed(2))
     return {**tensors, key: tensor + share * tensor.std()}
@@ -149,8 +149,8 @@ def test_rwkv_reference_keeps_texts_apart(variant: Variant) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rwkv_reference_computes_in_float32(variant: Variant, dtype: torch.dtype) -> None:
     tensors = rwkv_tensors(variant, dtype=dtype)
-    raised = {key: tensor.float() for key, tensor in tensors.items()}
-    assert torch.equal(logits(tensors, TOKEN_IDS[:4]), logits(raised, TOKEN_IDS[:4]))
+    widened = {key: tensor.float() for key, tensor in tensors.items()}
+    assert torch.equal(logits(tensors, TOKEN_IDS[:4]), logits(widened, TOKEN_IDS[:4]))
 
 
 def test_rwkv_reference_of_the_hybrid_does_not_need_ln0() -> None:

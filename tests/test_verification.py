@@ -22,7 +22,8 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckFailed
 from pleexport.families import gemma
-from pleexport.parity.compare import check_text
+from pleexport.parity.greedy import check_greedy
+from pleexport.parity.metrics import logit_range
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime.blob import Blob
 from pleexport.show.html import write_html
@@ -219,7 +220,12 @@ def test_the_first_token_that_the_original_would_not_write_is_found(
             return logits
 
     prompt = [3, 4, 5]
-    check = check_text(pleexport.Runner(gemma4_bundle), Changed(), prompt, oracle.logits(prompt))
+    check = check_greedy(
+        pleexport.Runner(gemma4_bundle),
+        oracle=Changed(),
+        prompt=prompt,
+        logit_range=logit_range(oracle.logits(prompt)),
+    )
     assert check is not None
     assert (check.tokens, check.equal_tokens, check.near_tie) == (32, equal, near_tie)
 

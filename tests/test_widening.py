@@ -1,4 +1,4 @@
-"""Weights raised where they are used: the same results, and no table in float32."""
+"""Weights widened where they are used: the same results, and no table in float32."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 import pleexport
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity import widening
 from pleexport.parity.oracle import TransformersOracle
 
@@ -39,7 +38,9 @@ IDS = [(37 * i) % 89 for i in range(40)]
 
 def original(folder: Path) -> TransformersOracle:
     checkpoint = Checkpoint(folder)
-    return TransformersOracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    how = families.resolve(checkpoint).transformers
+    assert how is not None
+    return TransformersOracle(checkpoint, original=how)
 
 
 def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:
@@ -63,7 +64,7 @@ def plain(folder: Path, ids: list[int]) -> tuple[Any, list[Any]]:
     ids=["all kept", "none kept", "none kept, in blocks"],
 )
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_original_computes_what_it_computes_when_raised_as_a_whole(
+def test_the_original_computes_what_it_computes_when_widened_as_a_whole(
     name: str,
     kept_bytes: int,
     block_bytes: int,
@@ -157,7 +158,7 @@ def test_what_is_not_kept_stays_in_the_mapped_file(
 
     parameters = list(model.parameters())
     assert all(is_mapped(p) and p.dtype == torch.bfloat16 for p in parameters if p.ndim == 2)
-    assert not any(is_mapped(p) for p in parameters if p.ndim == 1), "norms are raised"
+    assert not any(is_mapped(p) for p in parameters if p.ndim == 1), "norms are widened"
 
 
 def test_weights_that_are_used_in_other_ways_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,10 +123,10 @@ class MatchedModel:
         return self._array(key)[rows].astype(np.float32, order="C")
 
     def _full_name(self, key: str) -> str:
-        for name in _candidates(self.prefix, key):
-            if name in self.checkpoint.entries:
-                return name
-        return self.prefix + key
+        # What is nowhere is missed where it belongs.
+        places = (self.prefix, *self.model.text_prefixes[self.prefix])
+        names = (place + key for place in places)
+        return next((n for n in names if n in self.checkpoint.entries), self.prefix + key)
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for table in self.model.tables:
@@ -145,7 +145,7 @@ class MatchedModel:
         for name, entry in entries.items():
             if name in expected or name in unused:
                 continue
-            tower = _tower(self.model, name)
+            tower = self.model.ignored_part(name)
             if tower is None:
                 unknown.append(name)
             else:
@@ -185,22 +185,12 @@ def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
             f"`{checkpoint.path}` holds no safetensors files",
             hint="`pleexport inspect` works without weights; a build needs them",
         )
-    near = _nearest(model.text_prefixes[0] + key, list(checkpoint.entries))
+    near = _nearest(next(iter(model.text_prefixes)) + key, list(checkpoint.entries))
     raise CheckpointError(
         f"`{checkpoint.path}` has no tensor `{key}` under any of the known prefixes "
         f"{', '.join(repr(p) for p in model.text_prefixes)}{near}",
         hint="rename the tensors as the model was published, or save it again",
     )
-
-
-def _candidates(prefix: str, key: str) -> tuple[str, ...]:
-    """Names that a key may have; a head lies beside the text model, not inside it."""
-    return prefix + key, prefix.removesuffix("model.") + key, key
-
-
-def _tower(model: Model, name: str) -> str | None:
-    parts = name.removeprefix("model.").split(".")
-    return model.ignored_prefixes.get(parts[0])
 
 
 def _nearest(name: str, candidates: list[str]) -> str:

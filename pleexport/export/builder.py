@@ -244,7 +244,8 @@ def _versions() -> dict[str, str]:
 
 
 def _verify(bundle: Bundle, matched: MatchedModel, progress: Progress) -> ParitySummary:
-    from pleexport.parity.verify import compare_with_original, write_report
+    from pleexport.parity.report import write_report
+    from pleexport.parity.verify import compare_with_original
 
     report = compare_with_original(bundle, matched, progress=progress)
     write_report(report, bundle.path / PARITY)

@@ -19,6 +19,7 @@ from pleexport.families.rope import inverse_frequencies
 from pleexport.model import (
     Cache,
     Table,
+    TransformersOriginal,
     Unused,
     Weight,
 )
@@ -28,16 +29,35 @@ if TYPE_CHECKING:
 
     from pleexport.families.layers import Parameters
 
-TEXT_PREFIXES = ("model.language_model.", "language_model.model.", "model.", "")
-LAYER_TYPES = ("sliding_attention", "full_attention")
-# Parts of multimodal checkpoints that are left out, by what follows "model." or nothing.
-TOWERS = {
-    "vision_tower": "vision tower",
-    "audio_tower": "audio tower",
-    "embed_vision": "vision projection",
-    "embed_audio": "audio projection",
+# Multimodal, repacked and text-only checkpoints, and a bare text model.
+TEXT_PREFIXES: dict[str, tuple[str, ...]] = {
+    "model.language_model.": ("",),
+    "language_model.model.": ("language_model.", ""),
+    "model.": ("",),
+    "": (),
 }
-
+LAYER_TYPES = ("sliding_attention", "full_attention")
+# Parts of multimodal checkpoints that are left out; repacks have them at the top.
+TOWERS = {
+    "model.vision_tower.": "vision tower",
+    "model.audio_tower.": "audio tower",
+    "model.embed_vision.": "vision projection",
+    "model.embed_audio.": "audio projection",
+    "vision_tower.": "vision tower",
+    "audio_tower.": "audio tower",
+    "embed_vision.": "vision projection",
+    "embed_audio.": "audio projection",
+}
+# What `transformers`' text model calls the keys of multimodal checkpoints and of repacks.
+KEY_MAPPING = {
+    r"^model\.language_model\.": "model.",
+    r"^language_model\.model\.": "model.",
+    r"^language_model\.lm_head\.": "lm_head.",
+}
+# Config fields that it refuses as integers; a JSON writer may put 30 for 30.0.
+FLOAT_FIELDS = frozenset(
+    {"attention_dropout", "final_logit_softcapping", "initializer_range", "rms_norm_eps"}
+)
 
 # What the top level of a multimodal config says of the other modalities.
 _MODALITIES = ("audio_", "image_", "mm_", "video_", "vision_")
@@ -97,6 +117,23 @@ class Attention:
     def cache(self) -> Cache:
         """The cache it writes."""
         return Cache(self.layer, self.kv_heads, self.head_dim, self.window)
+
+
+def transformers_original(
+    model_type: str, *, float_fields: frozenset[str] = frozenset(), stream_axis: int | None = None
+) -> TransformersOriginal:
+    """How `transformers` loads the original.
+
+    Args:
+        float_fields: those beside what all Gemmas have.
+    """
+    return TransformersOriginal(
+        model_type=model_type,
+        key_mapping=KEY_MAPPING,
+        inherited={"tie_word_embeddings": True},
+        float_fields=FLOAT_FIELDS | float_fields,
+        stream_axis=stream_axis,
+    )
 
 
 def caches(attentions: Sequence[Attention]) -> tuple[Cache, ...]:

@@ -105,6 +105,9 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         eos_token_ids=decoder.read_eos(config, text),
         published=PUBLISHED,
         counts_only_tables_out=True,
+        transformers=gemma.transformers_original(
+            "gemma3n_text", float_fields=frozenset({"altup_coef_clip"}), stream_axis=0
+        ),
     )
     text.finish()
     return model

@@ -79,6 +79,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         ignored_prefixes=gemma.TOWERS,
         eos_token_ids=decoder.read_eos(config, text),
         published=PUBLISHED,
+        transformers=gemma.transformers_original("gemma4_text"),
     )
     text.finish()
     return model

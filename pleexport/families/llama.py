@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pleexport.families.layers import Parameters
 
 INV_FREQ = "rotary_emb.inv_freq"
-PREFIXES = ("model.", "")
+PREFIXES: dict[str, tuple[str, ...]] = {"model.": ("",), "": ()}
 
 
 @dataclass(frozen=True)

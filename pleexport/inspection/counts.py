@@ -17,7 +17,7 @@ def find_towers(model: Model, matched: MatchedModel | None) -> tuple[list[Tower]
     scalars = {name for name, entry in entries.items() if not entry.shape}
     scalars_of: dict[str, int] = {}
     for name in scalars:
-        part = model.ignored_prefixes.get(name.removeprefix("model.").split(".")[0], "")
+        part = model.ignored_part(name) or ""
         scalars_of[part] = scalars_of.get(part, 0) + 1
     towers = [
         Tower(part.name, part.parameters - scalars_of.get(part.name, 0), part.nbytes)

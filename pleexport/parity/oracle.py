@@ -6,9 +6,9 @@ from the published math, in `pleexport/references`.
 
 from __future__ import annotations
 
-import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -18,18 +18,13 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import numpy_dtype, torch_name
 from pleexport.errors import CheckpointError, MissingDependencyError
-from pleexport.model import Reference
+from pleexport.model import Reference, TransformersOriginal
+from pleexport.progress import quiet
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-FLOAT_FIELDS = {
-    "altup_coef_clip",
-    "attention_dropout",
-    "final_logit_softcapping",
-    "initializer_range",
-    "rms_norm_eps",
-}
+_LOGGER = "transformers"
 
 
 class Oracle(Protocol):
@@ -43,9 +38,18 @@ class Oracle(Protocol):
         vectors: Mapping[str, NDArray[np.float32]] | None = None,
         *,
         keep: int = 0,
-    ) -> NDArray[np.float32]: ...
+    ) -> NDArray[np.float32]:
+        """Logits `[T, vocab]` of a text of T tokens, or of its last positions.
 
-    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]: ...
+        Args:
+            vectors: by graph input, T looked-up vectors to use in place of the model's own tables.
+            keep: how many of the last positions want logits; 0 for all.
+        """
+        ...
+
+    def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
+        """What each layer hands on: `[T, H]`, or `[T, S, H]` of S streams that run side by side."""
+        ...
 
 
 def open_oracle(matched: MatchedModel) -> Oracle:
@@ -55,10 +59,11 @@ def open_oracle(matched: MatchedModel) -> Oracle:
         MissingDependencyError: what it needs is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
-    if matched.model.reference is None:
-        return TransformersOracle(matched)
-    tensors = CheckpointTensors(matched.checkpoint)
-    return StepOracle(matched.model.reference(tensors, matched.checkpoint.config))
+    model, checkpoint = matched.model, matched.checkpoint
+    if model.transformers is not None:
+        return TransformersOracle(checkpoint, original=model.transformers)
+    assert model.reference is not None, "a model has one of the two"
+    return StepOracle(model.reference(CheckpointTensors(checkpoint), checkpoint.config))
 
 
 class CheckpointTensors(Mapping[str, "Tensor"]):
@@ -112,13 +117,13 @@ class StepOracle:
         *,
         keep: int = 0,
     ) -> NDArray[np.float32]:
-        """Logits `[T, vocab]` of a text, or `[keep, vocab]`; see `TransformersOracle.logits`."""
+        """See `Oracle.logits`."""
         first = len(token_ids) - keep if keep else 0
         steps = enumerate(self._steps(token_ids, vectors))
         return np.stack([logits.numpy() for i, (logits, _) in steps if i >= first])
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
-        """What each layer hands on: `[T, H]` float32."""
+        """See `Oracle.hidden`; one stream."""
         tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
         return [np.stack(layer) for layer in zip(*tokens, strict=True)]
 
@@ -143,18 +148,20 @@ class StepOracle:
 
 
 class TransformersOracle:
-    """`transformers`' implementation, loaded in the checkpoint's dtype and raised to float32.
+    """`transformers`' implementation, loaded in the checkpoint's dtype and widened to float32.
 
     The order matters: constants such as the embedding scale are rounded to the checkpoint's dtype
-    by the original, and stay so. Large weights stay in the mapped files, and are raised where they
-    are used.
+    by the original, and stay so. Large weights stay in the mapped files, and are widened where
+    they are used.
 
+    Args:
+        original: how the checkpoint's family says that it is loaded.
     Raises:
         MissingDependencyError: transformers is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
 
-    def __init__(self, matched: MatchedModel) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, original: TransformersOriginal) -> None:
         try:
             import torch
             import transformers
@@ -167,10 +174,8 @@ class TransformersOracle:
             ) from err
         self._torch = torch
         self.name = f"transformers {transformers.__version__}"
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-        logging.getLogger("transformers").setLevel(logging.ERROR)
-        self._model = self._load(matched).eval()
+        self._original = original
+        self._model = self._load(checkpoint).eval()
         widen_where_used(self._model)
         self._layers = self._model.get_decoder().layers
 
@@ -181,28 +186,25 @@ class TransformersOracle:
         *,
         keep: int = 0,
     ) -> NDArray[np.float32]:
-        """Logits `[T, vocab]` of a text, or `[keep, vocab]`.
-
-        Args:
-            vectors: looked-up vectors by graph input, to use in place of the model's own tables.
-            keep: how many of the last positions want logits; 0 for all.
-        """
-        with self._torch.no_grad():
+        """See `Oracle.logits`."""
+        with self._torch.no_grad(), quiet(_LOGGER):
             return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
-        """What each layer hands on: `[T, ...]` float32, AltUp streams on the second axis."""
+        """See `Oracle.hidden`."""
         found: list[NDArray[np.float32]] = []
+        stream_axis = self._original.stream_axis
 
         def record(_module: Any, _inputs: Any, output: Any) -> None:
             tensor: Tensor = output[0] if isinstance(output, tuple) else output
-            if tensor.ndim == 4:  # transformers stacks streams first
-                tensor = tensor.movedim(0, 2)
+            # Streams go behind the positions, where our graphs have them.
+            if stream_axis is not None:
+                tensor = tensor.movedim(stream_axis, 2)
             found.append(tensor[0].numpy(force=True).copy())
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            with self._torch.no_grad():
+            with self._torch.no_grad(), quiet(_LOGGER):
                 ids = self._torch.tensor([list(token_ids)])
                 self._model.get_decoder()(input_ids=ids, use_cache=False)
         finally:
@@ -223,30 +225,16 @@ class TransformersOracle:
         logits: NDArray[np.float32] = output.logits[0].numpy(force=True)
         return logits
 
-    def _load(self, matched: MatchedModel) -> Any:
+    def _load(self, checkpoint: Checkpoint) -> Any:
         """Load the text model alone, also of a multimodal checkpoint."""
         import transformers
 
-        checkpoint = matched.checkpoint
-        values = dict(checkpoint.text_config)
-        values.setdefault("tie_word_embeddings", checkpoint.config.get("tie_word_embeddings", True))
-        for name in FLOAT_FIELDS & values.keys():
-            if type(values[name]) is int:  # JSON knows one kind of number, transformers two
-                values[name] = float(values[name])
-        model_type = f"{matched.model.family}_text"
-        # The layouts of multimodal checkpoints and of repacks, as a text model names them.
-        key_mapping = {
-            r"^model\.language_model\.": "model.",
-            r"^language_model\.model\.": "model.",
-            r"^language_model\.lm_head\.": "lm_head.",
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = transformers.AutoConfig.for_model(**(values | {"model_type": model_type}))
+        with _quiet_transformers():
+            config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 config=config,
-                key_mapping=key_mapping,
+                key_mapping=dict(self._original.key_mapping),
                 dtype=getattr(self._torch, torch_name(checkpoint.dtype)),
                 local_files_only=True,
                 output_loading_info=True,
@@ -259,3 +247,36 @@ class TransformersOracle:
                 hint="build with `--no-verify`, or rename the tensors as transformers has them",
             )
         return model
+
+    def _config_fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """The text model's config, as its class in transformers wants it."""
+        original, fields = self._original, dict(checkpoint.text_config)
+        for name, default in original.inherited.items():
+            fields.setdefault(name, checkpoint.config.get(name, default))
+        for name in original.float_fields & fields.keys():
+            if type(fields[name]) is int:
+                fields[name] = float(fields[name])
+        return fields | {"model_type": original.model_type}
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Let transformers say errors only and draw no bars, and give it back as it was.
+
+    A hook on its bars, because switching them off is for everybody and has no way back to what an
+    environment variable says.
+    """
+    import transformers
+
+    def without_bar(
+        make_bar: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
+        return make_bar(*args, **options | {"disable": True})
+
+    hook_before = transformers.logging.set_tqdm_hook(without_bar)
+    try:
+        with quiet(_LOGGER), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers.logging.set_tqdm_hook(hook_before)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import msgspec
-
 from pleexport import families
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError
-from pleexport.parity.compare import ParityReport, compare
+from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
+from pleexport.parity.report import ParityReport
 from pleexport.progress import Progress
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
@@ -82,10 +81,4 @@ def compare_with_original(
         )
     rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
-        return compare(bundle, matched, oracle, text_ids=ids, progress=update)
-
-
-def write_report(report: ParityReport, path: Path) -> None:
-    """Write a report as JSON."""
-    encoded = msgspec.json.encode(msgspec.to_builtins(report) | {"passed": report.passed})
-    path.write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
+        return compare(bundle, matched=matched, oracle=oracle, text_ids=ids, progress=update)

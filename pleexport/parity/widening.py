@@ -1,8 +1,9 @@
-"""Raise a model's weights to float32 where they are used, not as a whole.
+"""Widen a model's weights to float32 where they are used, not as a whole.
 
-`transformers` hands out a checkpoint's tensors as views of the mapped files. Raised as a whole they
-would all be in memory, in twice the size of 16 bits. Here a lookup raises the rows that it takes, a
-matrix is multiplied a block of its rows at a time, and what is small is raised once and kept.
+`transformers` hands out a checkpoint's tensors as views of the mapped files. Widened as a whole
+they would all be in memory, in twice the size of 16 bits. Here a lookup widens the rows that it
+takes, a matrix is multiplied a block of its rows at a time, and what is small is widened once and
+kept.
 """
 
 from __future__ import annotations

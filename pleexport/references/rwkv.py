@@ -135,32 +135,32 @@ def recognise(keys: Iterable[str]) -> Variant:
 
 
 class Weights:
-    """The tensors below a prefix, in float32; each is raised when it is first used."""
+    """The tensors below a prefix, in float32; each is widened when it is first used."""
 
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
         prefix: str = "",
-        raised: dict[str, Tensor] | None = None,
+        widened: dict[str, Tensor] | None = None,
     ) -> None:
         self._tensors = tensors
         self._prefix = prefix
-        self._raised = {} if raised is None else raised
+        self._widened = {} if widened is None else widened
 
     def below(self, name: str) -> Weights:
         """The tensors whose names go on with `name` and a dot."""
-        return Weights(self._tensors, f"{self._prefix}{name}.", self._raised)
+        return Weights(self._tensors, f"{self._prefix}{name}.", self._widened)
 
     def __getitem__(self, name: str) -> Tensor:
         """A whole tensor; one of `[1, 1, C]` comes as `[C]`."""
         key = self._prefix + name
-        if key not in self._raised:
+        if key not in self._widened:
             tensor = self._tensors[key].detach().float()
-            self._raised[key] = tensor.flatten() if tensor.ndim == 3 else tensor
-        return self._raised[key]
+            self._widened[key] = tensor.flatten() if tensor.ndim == 3 else tensor
+        return self._widened[key]
 
     def row(self, table: str, token_id: int) -> Tensor:
-        """One row of a table; the table itself is neither raised nor kept."""
+        """One row of a table; the table itself is neither widened nor kept."""
         return self._tensors[f"{self._prefix}{table}.weight"][token_id].detach().float()
 
     def linear(self, name: str, x: Tensor) -> Tensor:

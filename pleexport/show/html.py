@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from pleexport.errors import MissingDependencyError
-from pleexport.parity.compare import EXACT_LOGITS, ParityReport
+from pleexport.parity.report import EXACT_LOGITS, ParityReport
 from pleexport.runtime.bundle import Bundle
 from pleexport.show.bundle import ROLES
 from pleexport.show.parity import row_verdict, verdict

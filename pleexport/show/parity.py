@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pleexport.parity.compare import EXACT_LOGITS, ParityReport, TableCheck
+from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck
 from pleexport.show.tables import aligned
 
 
