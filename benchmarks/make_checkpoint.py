@@ -35,7 +35,7 @@ def tensor_shapes(config: dict[str, object]) -> dict[str, tuple[int, ...]]:
     shapes = {k: shape for table in model.tables for k, shape in table.sources.items()}
     shapes |= {w.source_key: w.source_shape for w in model.weights if w.constant is None}
     shapes |= {key: unused.shape for key, unused in model.unused.items() if key != "lm_head.weight"}
-    return {model.text_prefixes[0] + key: shape for key, shape in shapes.items()}
+    return {next(iter(model.text_prefixes)) + key: shape for key, shape in shapes.items()}
 
 
 def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
