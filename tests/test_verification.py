@@ -104,7 +104,9 @@ def test_rows_shifted_by_one_token_fail_at_the_first_layer(
     assert not report.passed
     assert report.first_diverging_layer == 0
     assert "token id 0" in report.failures[0]
-    assert "layer 0 is the first that diverges" in describe_parity(report)
+    lines = describe_parity(report).splitlines()
+    assert "layer 0 is the first that diverges" in " ".join(" ".join(lines).split())
+    assert max(map(len, lines)) <= 100
 
 
 def test_a_swapped_segment_fails_at_its_layer(broken: Path, gemma4_checkpoint: Path) -> None:
