@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -97,6 +98,20 @@ def test_help_teaches_with_an_example(command: str) -> None:
     result = pleexport(command, "--help")
     assert result.returncode == 0
     assert f"Example: pleexport {command}" in " ".join(result.stdout.split())
+
+
+def test_python_dash_m_is_the_installed_command() -> None:
+    from pleexport import __main__, cli
+
+    assert __main__.main is cli.main  # and importing it ran nothing
+    (entry,) = importlib.metadata.entry_points(group="console_scripts", name="pleexport")
+    assert entry.load() is cli.main
+    assert pleexport("--version").stdout.strip() == importlib.metadata.version("pleexport")
+    help_text = pleexport("--help").stdout
+    assert help_text.startswith("Usage: python -m pleexport ")
+    for command in COMMANDS:
+        assert f" {command} " in help_text
+    assert pleexport("biuld").returncode == 2
 
 
 def test_targets_lists_and_shows() -> None:

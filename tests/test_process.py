@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
-from pleexport.process import memory, page_faults
+from pleexport.process import Memory, memory, page_faults
 
 STATUS = Path("/proc/self/status")
 
@@ -22,7 +24,31 @@ def from_proc(name: str) -> int:
 def test_memory_is_what_the_kernel_says() -> None:
     found = memory()
     assert found.anonymous == pytest.approx(from_proc("RssAnon"), rel=0.02)
-    assert found.file_backed == pytest.approx(from_proc("RssFile"), rel=0.02)
+    shared = from_proc("RssFile") + from_proc("RssShmem")
+    assert found.file_backed == pytest.approx(shared, rel=0.02)
+
+
+def test_memory_of_a_system_that_does_not_tell_the_kinds_apart_is_not_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Process:
+        def memory_info(self) -> SimpleNamespace:
+            return SimpleNamespace(rss=1 << 20, vms=1 << 30)  # as on macOS and Windows
+
+    monkeypatch.setattr(psutil, "Process", Process)
+    assert memory() == Memory(None, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the kinds apart")
+def test_what_is_mapped_is_file_backed(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(bytes(32 << 20))
+    before = memory()
+    mapped = np.memmap(tmp_path / "rows", mode="r")
+    assert mapped[::4096].sum() == 0
+    after = memory()
+    assert before.file_backed is not None
+    assert after.file_backed is not None
+    assert after.file_backed - before.file_backed >= 0.9 * mapped.nbytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell the kinds apart")

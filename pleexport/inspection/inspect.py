@@ -12,7 +12,7 @@ from pleexport.errors import CheckpointError
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import ModelInfo
+from pleexport.inspection.info import Counts, ModelInfo
 from pleexport.model import Model
 
 
@@ -29,17 +29,10 @@ def inspect(path: str | Path) -> ModelInfo:
         UnsupportedError: the model has no tables, or is of no known family.
     """
     checkpoint = Checkpoint(path)
-    model = families.resolve(checkpoint)
-    notes: list[str] = []
-    matched = _match(model, checkpoint, notes)
+    model, source = families.resolve(checkpoint), checkpoint.dtype
+    matched, unmatched_notes = _match(model, checkpoint)
     towers, scalars = find_towers(model, matched)
     counts = count_parameters(model, matched, towers, scalars)
-    _note_other_dtypes(matched, checkpoint, notes)
-    source = checkpoint.dtype
-    if scalars:
-        notes.append(f"{scalars:,} tensors without a dimension (single numbers) are in no count.")
-    if published := find_published(model, counts):
-        notes.append(published_note(published, counts))
     return ModelInfo(
         path=str(path),
         family=model.family,
@@ -55,37 +48,50 @@ def inspect(path: str | Path) -> ModelInfo:
         towers=towers,
         effective=effective_count(model, counts),
         targets=[estimate(model, targets.load(name), source) for name in targets.names()],
-        notes=notes,
+        notes=[
+            *unmatched_notes,
+            *_notes_on_dtypes(matched, checkpoint),
+            *_notes_on_counts(model, counts),
+        ],
     )
 
 
-def _match(model: Model, checkpoint: Checkpoint, notes: list[str]) -> MatchedModel | None:
-    """The matched, or None with a note why there is none."""
+def _match(model: Model, checkpoint: Checkpoint) -> tuple[MatchedModel | None, list[str]]:
+    """The model with its tensors, or None and a note why there is none."""
     if not checkpoint.files:
-        notes.append(
+        return None, [
             "No weights in the folder: the counts are those of a text-only checkpoint that fits "
             "config.json."
-        )
-        return None
+        ]
     try:
-        return MatchedModel(model, checkpoint)
+        return MatchedModel(model, checkpoint), []
     except CheckpointError as err:
-        notes.append(
+        return None, [
             "The weights do not fit the model, so a build would be refused; the counts are those "
             f"of a text-only checkpoint that does fit. {err.message}"
-        )
-        return None
+        ]
 
 
-def _note_other_dtypes(
-    matched: MatchedModel | None, checkpoint: Checkpoint, notes: list[str]
-) -> None:
-    """Say that tensors are stored in another dtype than config.json names."""
-    stored = set()
-    if matched and checkpoint.config:
-        stored = {e.dtype for t in matched.model.tables for e in matched.entries(t)}
-    if stored - {checkpoint.dtype}:
+def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> list[str]:
+    """That tensors are stored in another dtype than config.json names."""
+    if matched is None or not checkpoint.config:
+        return []
+    stored = {e.dtype for t in matched.model.tables for e in matched.entries(t)}
+    if stored <= {checkpoint.dtype}:
+        return []
+    return [
+        f"config.json says {torch_name(checkpoint.dtype)}, and the tables are stored as "
+        f"{', '.join(sorted(stored))}: they are rounded to it, as the original does."
+    ]
+
+
+def _notes_on_counts(model: Model, counts: Counts) -> list[str]:
+    """What is in no count, and what the makers of this shape count."""
+    notes = []
+    if counts.scalars:
         notes.append(
-            f"config.json says {torch_name(checkpoint.dtype)}, and the tables are stored as "
-            f"{', '.join(sorted(stored))}: they are rounded to it, as the original does."
+            f"{counts.scalars:,} tensors without a dimension (single numbers) are in no count."
         )
+    if published := find_published(model, counts):
+        notes.append(published_note(published, counts))
+    return notes

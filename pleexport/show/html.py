@@ -56,26 +56,28 @@ def _plot_sizes(bundle: Bundle) -> str:
     """Bytes by file, as SVG."""
     records = sorted(bundle.manifest.files, key=lambda record: record.size)
     figure, axes = _figure(height=0.35 * len(records) + 0.7)
-    axes.barh([r.name for r in records], [r.size / 1e6 for r in records])
-    axes.set_xlabel("MB")
+    axes.barh([r.name for r in records], [r.size for r in records])
+    axes.xaxis.set_major_formatter(lambda nbytes, _: size_text(round(nbytes)))
     return _svg(figure)
 
 
 def _figure(*, height: float) -> tuple[Any, Any]:
     try:
-        import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as err:
         raise MissingDependencyError(
             "an HTML report needs matplotlib", hint="pip install 'pleexport[export]'"
         ) from err
-    mpl.rcParams["svg.hashsalt"] = "pleexport"
     figure = Figure(figsize=(7.5, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def _svg(figure: Any) -> str:
+    import matplotlib as mpl
+
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    # Ids and the date would differ from one run to the next.
+    with mpl.rc_context({"svg.hashsalt": "pleexport"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck
-from pleexport.show.tables import aligned
+from pleexport.show.tables import aligned, paragraph
 
 
 def describe_parity(report: ParityReport) -> str:
@@ -43,7 +43,9 @@ def describe_parity(report: ParityReport) -> str:
     if report.passed:
         lines.append(f"PASSED: {verdict(report)}.")
     else:
-        lines += ["FAILED:", *(f"  - {failure}" for failure in report.failures)]
+        lines.append("FAILED:")
+        for failure in report.failures:
+            lines += paragraph(failure)
         if report.first_diverging_layer is not None:
             lines.append(f"  First diverging layer: {report.first_diverging_layer}")
     return "\n".join(lines)
