@@ -8,10 +8,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import onnxruntime as ort
 import pytest
+from checkpoints import gemma4
+from conftest import SAMPLES
+from family_checkpoints import embformer, lckv
+from rwkv_checkpoints import rwkv
 
 import pleexport
+from pleexport import contract, families, targets
+from pleexport.backends import registry
+from pleexport.backends.describe import describe
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.export.options import BuildOptions
+from pleexport.runtime import bundle as bundle_module
 
 DEFAULTS: dict[str, Any] = {
     "table_dtype": "int8",
@@ -273,3 +284,88 @@ def test_the_steps_of_the_design_are_functions_that_exist() -> None:
         for name in parts[length:]:
             found = getattr(found, name)
         assert callable(found)
+
+
+# docs/graph-contract.md and docs/bundle-format.md.
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (gemma4, {"table_dtype": "source"}),
+        (gemma4, {"table_dtype": "int8", "cache_dtype": "int8"}),
+        (lambda folder: rwkv(folder / "model.pth", "7b", **RWKV_SIZES), {}),
+        (lckv, {}),
+        (embformer, {"cache_dtype": "none"}),
+    ],
+    ids=["gemma4", "gemma4 int8", "rwkv7b", "lckv", "embformer without a cache"],
+)
+def test_the_minimal_runner_of_the_graph_contract_writes_the_same_text(
+    make: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    (code,) = code_blocks(read("graph-contract.md"), "python")
+    assert "pleexport" not in code.replace("pleexport.decoder/1", "").replace("pleexport-blob", "")
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    bundle = pleexport.build(
+        make(tmp_path / "checkpoint"), tmp_path / "bundle", **(DEFAULTS | options)
+    )
+    prompt = [(7 * i) % 60 for i in range(100)]
+    runner = pleexport.Runner(bundle)
+    expected = [t.id for t in runner.generate(prompt, max_new_tokens=12, ignore_eos=True)]
+    assert namespace["generate"](bundle.path, prompt, 12, piece=33) == expected
+
+    graph = ort.InferenceSession(bundle.path / "model.onnx", providers=["CPUExecutionProvider"])
+    assert undocumented([v.name for v in graph.get_inputs()], "## Inputs") == []
+    assert undocumented([v.name for v in graph.get_outputs()], "## Outputs") == []
+
+
+def undocumented(names: list[str], heading: str) -> list[str]:
+    """Names of inputs or outputs that a section of the graph contract does not have."""
+    told = re.findall(r"`([a-z_.{}]+)`", section(read("graph-contract.md"), heading))
+    patterns = [re.escape(n).replace(r"\{i\}", r"\d+").replace(r"\{name\}", r"\w+") for n in told]
+    return [name for name in names if not any(re.fullmatch(p, name) for p in patterns)]
+
+
+def test_an_input_that_the_contract_does_not_have_is_found() -> None:
+    names = ["inputs_embeds", "past_key_values.3.key", "past_state.0.att_x", "attention_mask"]
+    assert undocumented(names, "## Inputs") == ["attention_mask"]
+
+
+STRUCTS = (
+    bundle_module.Manifest,
+    contract.Artifact,
+    contract.GraphContract,
+    contract.LookupInput,
+    contract.CacheInput,
+    contract.StateInput,
+    bundle_module.ParitySummary,
+    bundle_module.FileRecord,
+)
+
+
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
+def test_the_bundle_format_lists_the_fields_of_the_manifest(struct: Any) -> None:
+    text = section(read("bundle-format.md"), f"### {struct.__name__}")
+    assert first_column(text) == list(struct.__struct_fields__)
+
+
+def test_the_bundle_format_says_which_fields_may_be_missing() -> None:
+    told = re.search(r"All fields have to be there but (.*?), which", read("bundle-format.md"))
+    assert told is not None
+    optional = {f.name for s in STRUCTS for f in msgspec.structs.fields(s) if not f.required}
+    assert set(re.findall(r"`(\w+)`", told.group(1))) == optional
+
+
+def test_the_manifest_of_the_bundle_format_is_that_of_the_sample() -> None:
+    page = read("bundle-format.md")
+    assert page.startswith(f"# The bundle format, schema {bundle_module.SCHEMA}\n")
+    (block,) = code_blocks(page, "json")
+    shown = msgspec.json.decode(block, type=bundle_module.Manifest)
+    assert shown.schema == bundle_module.SCHEMA
+    assert shown.target in targets.names()
+    graph = shown.graphs[bundle_module.DECODER]
+    model = families.resolve(Checkpoint(SAMPLES / "gemma4-kjv")).with_cache(shown.cache_dtype)
+    real = describe(model, registry.load(graph.backend).conventions)
+    assert [c for c in real.caches if c in graph.contract.caches] == graph.contract.caches != []
+    assert msgspec.structs.replace(graph.contract, caches=real.caches) == real
