@@ -6,7 +6,7 @@ import ast
 import importlib
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import msgspec
 import onnxruntime as ort
@@ -369,3 +369,32 @@ def test_the_manifest_of_the_bundle_format_is_that_of_the_sample() -> None:
     real = describe(model, registry.load(graph.backend).conventions)
     assert [c for c in real.caches if c in graph.contract.caches] == graph.contract.caches != []
     assert msgspec.structs.replace(graph.contract, caches=real.caches) == real
+
+
+# docs/adding-a-target.md.
+
+
+def test_the_kiosk_of_the_page_on_targets_is_a_target(tmp_path: Path) -> None:
+    (block,) = code_blocks(read("adding-a-target.md"), "toml")
+    (tmp_path / "kiosk.toml").write_text(block, encoding="utf-8")
+    kiosk = targets.load(str(tmp_path / "kiosk.toml"))
+    assert kiosk.name == "kiosk"
+    assert kiosk.limits.largest_file_bytes
+
+
+def test_the_page_on_targets_lists_their_fields() -> None:
+    page = read("adding-a-target.md")
+    rows = table(section(page, "## Fields"))
+    told = {row[0].strip("`"): row for row in rows}
+    fields = {field.name: field for field in msgspec.structs.fields(targets.Target)}
+    assert told.keys() == fields.keys()
+    for name, field in fields.items():
+        default, value = told[name][1], told[name][2]
+        # The name is required by the type, and comes from the file's name.
+        assert (default == "required") == (field.required and name != "name"), name
+        if not field.required and isinstance(field.default, str | int):
+            assert default.strip("`") == str(field.default)
+        if get_origin(field.type) is not None:
+            choices = [c for c in get_args(field.type) if isinstance(c, str | int)]
+            assert all(str(choice) in value for choice in choices), name
+    assert first_column(section(page, "## Limits")) == list(targets.Limits.__struct_fields__)
