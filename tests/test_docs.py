@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import importlib
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -12,16 +14,18 @@ import msgspec
 import onnxruntime as ort
 import pytest
 from checkpoints import gemma4
-from conftest import SAMPLES
+from conftest import SAMPLES, check_every_way_to_feed
 from family_checkpoints import embformer, lckv
 from rwkv_checkpoints import rwkv
 
 import pleexport
-from pleexport import contract, families, targets
-from pleexport.backends import registry
+from pleexport import backends, contract, families, targets
+from pleexport.backends import base, registry
 from pleexport.backends.describe import describe
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.export.options import BuildOptions
+from pleexport.parity.oracle import open_oracle
 from pleexport.runtime import bundle as bundle_module
 
 DEFAULTS: dict[str, Any] = {
@@ -398,3 +402,72 @@ def test_the_page_on_targets_lists_their_fields() -> None:
             choices = [c for c in get_args(field.type) if isinstance(c, str | int)]
             assert all(str(choice) in value for choice in choices), name
     assert first_column(section(page, "## Limits")) == list(targets.Limits.__struct_fields__)
+
+
+# docs/adding-a-backend.md.
+
+
+def members(protocol: type) -> set[str]:
+    """Methods and attributes that a protocol asks for."""
+    return {n for n in {*vars(protocol), *protocol.__annotations__} if not n.startswith("_")}
+
+
+def test_the_page_on_adding_a_backend_answers_for_every_member() -> None:
+    page = read("adding-a-backend.md")
+    answers = section(page, "## 2. What each method answers")
+    assert set(first_column(answers)) == members(base.Backend)
+    for protocol in (base.WeightStorage, base.Session):
+        for name in members(protocol):
+            assert f"`{name}`" in page, name
+    for name in ("exported", "contract", "arguments", "results", "hidden"):
+        assert name in section(page, "## What is yours, and what is given")
+
+
+def test_the_page_on_adding_a_backend_lists_our_operators() -> None:
+    source = (PACKAGE / "operators.py").read_text(encoding="utf-8")
+    defined = re.findall(r'custom_op\("(pleexport::\w+)"', source)
+    listed = first_column(section(read("adding-a-backend.md"), "### Operators of our own"))
+    assert listed == defined != []
+
+
+@pytest.fixture
+def eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The backend that the page makes, as a part of the package; its modules' sources."""
+    blocks = code_blocks(read("adding-a-backend.md"), "python")
+    folder = tmp_path / "backends" / "eager"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text('"""Traced programs, run by torch."""\n', encoding="utf-8")
+    for name, block in zip(("backend", "lower", "session"), blocks, strict=True):
+        (folder / f"{name}.py").write_text(block, encoding="utf-8")
+    monkeypatch.setattr(backends, "__path__", [*backends.__path__, str(folder.parent)])
+    for module in (registry, bundle_module):
+        monkeypatch.setattr(module, "NAMES", ("onnx", "eager"))
+    yield blocks
+    for name in [name for name in sys.modules if name.startswith("pleexport.backends.eager")]:
+        del sys.modules[name]
+    delattr(backends, "eager")
+
+
+def test_the_backend_of_the_page_computes_what_the_original_does(
+    eager: list[str], gemma4_checkpoint: Path, tmp_path: Path
+) -> None:
+    bundle = pleexport.build(
+        gemma4_checkpoint,
+        tmp_path / "bundle",
+        backend="eager",
+        weight_dtype="fp32",
+        table_dtype="source",
+        context=512,
+    )
+    assert bundle.manifest.parity.passed
+    graph = bundle.decoder
+    assert (graph.backend, graph.files) == ("eager", ["model.pt2"])
+    checkpoint = Checkpoint(gemma4_checkpoint)
+    matched = MatchedModel(families.resolve(checkpoint), checkpoint)
+    check_every_way_to_feed(bundle, open_oracle(matched).logits)
+
+
+def test_the_backend_of_the_page_is_as_long_as_it_says(eager: list[str]) -> None:
+    importlib.import_module("pleexport.backends.eager.backend")
+    (row,) = [r for r in table(read("adding-a-backend.md")) if r[0] == "the backend"]
+    assert int(row[2]) == sum(len(block.splitlines()) for block in eager)
