@@ -404,6 +404,92 @@ def test_the_page_on_targets_lists_their_fields() -> None:
     assert first_column(section(page, "## Limits")) == list(targets.Limits.__struct_fields__)
 
 
+# docs/adding-a-family.md.
+
+
+def parts_named(source: str, *names: str) -> Iterator[str]:
+    """The text of top-level definitions, and of a table's entries, that begin with a name."""
+    lines = source.splitlines()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            for key, value in zip(node.value.keys, node.value.values, strict=True):
+                if isinstance(key, ast.Constant) and str(key.value).startswith(names):
+                    yield "\n".join(lines[key.lineno - 1 : value.end_lineno])
+        name = getattr(node, "name", None) or ast.unparse(getattr(node, "target", ast.Name("")))
+        if name.lower() in names:
+            yield "\n".join(lines[node.lineno - 1 : node.end_lineno])
+
+
+def test_the_page_on_adding_a_family_shows_the_real_one() -> None:
+    source = (PACKAGE / "families" / "llama_value_embeddings.py").read_text(encoding="utf-8")
+    blocks = code_blocks(read("adding-a-family.md"), "python")
+    assert len(blocks) == 4
+    assert all(block in source for block in blocks)
+
+
+def test_the_page_on_adding_a_family_counts_its_lines() -> None:
+    rows = table(read("adding-a-family.md"))
+    told = {row[1].strip("`"): int(row[2].split(",")[0]) for row in rows}
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in told}
+    family, register, reference, checkpoints, variations = told
+    named = ("llama_value_embeddings", "llama value embeddings")
+    for name in (family, reference):
+        assert told[name] == len(texts[name].splitlines())
+    assert told[register] == sum(named[0] in line for line in texts[register].splitlines())
+    for name in (checkpoints, variations):
+        parts = [part.splitlines() for part in parts_named(texts[name], *named)]
+        assert told[name] == sum(map(len, parts)) > 0
+
+
+def families_named(source: str) -> set[str]:
+    """Names of families in a source, comments and docstrings left out."""
+    tree, texts = ast.parse(source), set()
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node) is not None:
+            node.body = node.body[1:]
+    for node in ast.walk(tree):
+        texts |= {value for _, value in ast.iter_fields(node) if isinstance(value, str)}
+    return set(re.findall("gemma|rwkv|embformer|lckv|llama", " ".join(texts).lower()))
+
+
+@pytest.mark.parametrize("module", our_modules())
+def test_nothing_asks_which_family_a_model_is_of(module: str) -> None:
+    if unit_of(module) in ("families", "references"):
+        return
+    found = families_named(our_modules()[module].read_text(encoding="utf-8"))
+    # What the page lists: the World tokenizer, and text for people.
+    told = {"pleexport.runtime.world_tokenizer": {"rwkv"}, "pleexport.cli": {"rwkv"}}
+    assert found <= told.get(module, set())
+
+
+def test_a_family_that_is_asked_for_is_found() -> None:
+    assert families_named("if model.family == 'gemma4': pass") == {"gemma"}
+    assert families_named("from pleexport.families import lckv") == {"lckv"}
+    assert families_named('"""Gemma."""\n\ndef f():\n    """Llama."""\n    # rwkv') == set()
+
+
+def family_errors(source: str) -> list[str]:
+    """The fixed parts of what a source says of families that contradict themselves."""
+    texts = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] == "FamilyError":
+            parts = [p for p in ast.walk(node.args[0]) if isinstance(p, ast.Constant)]
+            texts += [str(part.value).replace("`", "").strip() for part in parts]
+    return [text for text in texts if len(text) > 7]
+
+
+def test_the_page_on_adding_a_family_lists_every_contradiction() -> None:
+    rows = table(section(read("adding-a-family.md"), "## 8. What you are told"))
+    told = " ".join(row[1] for row in rows).replace("`", "")
+    errors = [e for path in our_modules().values() for e in family_errors(path.read_text("utf-8"))]
+    assert len(errors) >= 5
+    assert [error for error in errors if error not in told] == []
+    assert family_errors("raise FamilyError(f'family {x} forgets its rows')") == [
+        "forgets its rows"
+    ]
+
+
 # docs/adding-a-backend.md.
 
 
