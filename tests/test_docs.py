@@ -557,3 +557,15 @@ def test_the_backend_of_the_page_is_as_long_as_it_says(eager: list[str]) -> None
     importlib.import_module("pleexport.backends.eager.backend")
     (row,) = [r for r in table(read("adding-a-backend.md")) if r[0] == "the backend"]
     assert int(row[2]) == sum(len(block.splitlines()) for block in eager)
+
+
+# docs/security.md.
+
+
+def test_the_page_on_security_names_tests_that_exist() -> None:
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", read("security.md"))
+    rows = table(section(read("security.md"), "## What is checked"))
+    assert len(named) == len(rows) > 10
+    for file, name in named:
+        tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
+        assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, name
