@@ -12,7 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.codes import pack_nibbles
+from pleexport.codes import pack_codes
 from pleexport.dtypes import bits, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.export.segments import row_stride
@@ -132,7 +132,7 @@ def _encode(
             hint="`--table-dtype source` keeps the values as they are",
         ) from err
     assert first.scale_offset is not None
-    slots[..., : first.code_bytes] = codes.view(np.uint8) if code_bits == 8 else pack_nibbles(codes)
+    slots[..., : first.code_bytes] = pack_codes(codes, bits=code_bits)
     begin = first.scale_offset - first.offset
     slots[..., begin:] = scales.view(np.uint8).reshape(*scales.shape[:-1], -1)
 

@@ -16,8 +16,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pleexport.codes import dequantize_rows, unpack_nibbles
-from pleexport.dtypes import QUANTIZED, TABLE_DTYPES, numpy_dtype
+from pleexport.codes import dequantize_rows, unpack_codes
+from pleexport.dtypes import QUANTIZED, TABLE_DTYPES, bits, numpy_dtype
 from pleexport.errors import BlobError, CheckFailed, InputError
 from pleexport.runtime.blob_layout import (
     CHECKSUM_CHUNK_BYTES,
@@ -201,11 +201,7 @@ class Blob:
         else:
             assert segment.scale_offset is not None
             raw = np.ascontiguousarray(slots[..., segment.scale_offset - segment.offset :])
-            signed = (
-                codes.view(np.int8)
-                if segment.dtype == "int8"
-                else unpack_nibbles(codes, width=segment.width)
-            )
+            signed = unpack_codes(codes, bits=bits(segment.dtype), width=segment.width)
             values = dequantize_rows(signed, raw.view(np.float16), group_size=segment.group_size)
         values *= np.float32(segment.multiplier)
         return values if run.per_layer else values[:, 0]
