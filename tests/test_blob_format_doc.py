@@ -1,6 +1,6 @@
 """docs/blob-format.md tells the truth: its hexdump, its decoder, and the test vectors.
 
-Run as a script, this file writes the vectors anew and prints the generated parts of the document.
+Run as a script, this file writes the vectors and the generated parts of the document anew.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def render_header(path: Path) -> str:
         lines.append('    ]",')
     lines[-1] = lines[-1].removesuffix(",")
     lines.append("  },")
-    for name in ("rows", "checksums"):
+    for name in ("header_checksum", "rows", "checksums"):
         lines.append(f"  {json.dumps(name)}: {json.dumps(header[name])},")
     lines[-1] = lines[-1].removesuffix(",")
     return "\n".join([*lines, "}"])
@@ -144,11 +144,13 @@ def render_header(path: Path) -> str:
 def render_hexdump(path: Path) -> str:
     """Every byte of a small blob, one line for each field."""
     data, blob = path.read_bytes(), Blob(path)
-    json_end = data.rindex(b"}", 0, blob.rows_offset) + 1
+    length = int.from_bytes(data[:8], "little")
+    json_end = data.rindex(b"}", 0, 8 + length) + 1
     lines = [
-        _line(data, 0, 8, f"header length: {int.from_bytes(data[:8], 'little')}"),
+        _line(data, 0, 8, f"header length: {length}"),
         _line(data, 8, json_end, "header: JSON"),
-        _line(data, json_end, blob.rows_offset, "header: spaces up to the page"),
+        _line(data, json_end, 8 + length, "header: spaces up to the checksum"),
+        _line(data, 8 + length, blob.rows_offset, "xxh3-64 of the header"),
     ]
     for row in range(blob.num_rows):
         lines.append("")
@@ -159,7 +161,9 @@ def render_hexdump(path: Path) -> str:
                 lines.append(_gap(data, position, begin + first))
                 lines.append(_line(data, begin + first, begin + end, text))
                 position = begin + end
-        lines.append(_gap(data, position, begin + blob.row_stride))
+        end = begin + blob.row_stride
+        lines.append(_gap(data, position, end - 8))
+        lines.append(_line(data, end - 8, end, f"xxh3-64 of row {row}"))
     lines.append("")
     for chunk, at in enumerate(range(blob.rows_offset + blob.rows.nbytes, len(data), 8)):
         lines.append(_line(data, at, at + 8, f"xxh3-64 of chunk {chunk}"))
@@ -226,7 +230,8 @@ def test_document_shows_the_hexdump_of_the_example(tmp_path: Path) -> None:
 
 def test_document_states_every_rule_that_the_reader_cites() -> None:
     package = Path(sys.modules["pleexport"].__path__[0])
-    reader = (package / "runtime" / "blob.py").read_text(encoding="utf-8")
+    modules = ("blob", "blob_header", "blob_layout")
+    reader = "".join((package / "runtime" / f"{m}.py").read_text(encoding="utf-8") for m in modules)
     stated = re.findall(r"^- \*\*(B-\d\d)\*\*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"B-\d\d", reader)) <= set(stated)
     assert stated == [f"B-{i:02}" for i in range(1, len(stated) + 1)]
@@ -291,11 +296,12 @@ def test_vector_opens_as_safetensors(name: str) -> None:
     from safetensors.numpy import load_file
 
     tensors = load_file(VECTORS / f"{name}.safetensors")
-    assert {n: str(t.dtype) for n, t in tensors.items()} == {"rows": "uint8", "checksums": "uint64"}
+    dtypes = {"header_checksum": "uint64", "rows": "uint8", "checksums": "uint64"}
+    assert {n: str(t.dtype) for n, t in tensors.items()} == dtypes
 
 
 def main() -> None:
-    """Write the vectors anew, and print the header and the hexdump of the document."""
+    """Write the vectors anew, and the header and the hexdump of the document."""
     VECTORS.mkdir(exist_ok=True)
     for name, (make, table_dtype) in VECTOR_SOURCES.items():
         path = VECTORS / f"{name}.safetensors"
@@ -307,7 +313,11 @@ def main() -> None:
         path.with_suffix(".json").write_text(json.dumps(described) + "\n", encoding="utf-8")
     path = VECTORS / "example.safetensors"
     write(example(), path, "int4")
-    print(render_header(path), render_hexdump(path), sep="\n\n")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    old = [f"```text\n{block}\n```" for block in code_blocks("text")]
+    for block, new in zip(old, (render_header(path), render_hexdump(path)), strict=True):
+        text = text.replace(block, f"```text\n{new}\n```")
+    DOCUMENT.write_text(text, encoding="utf-8")
     path.unlink()
 
 

@@ -20,14 +20,17 @@ from pleexport.model import Model, Table
 from pleexport.parallel import map_in_order
 from pleexport.quantize import quantize_rows
 from pleexport.runtime.blob_layout import (
+    CHECKSUM_BYTES,
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
     FORMAT,
+    HEADER_CHECKSUM,
     ROWS,
     VERSION,
     Segment,
+    row_checksums,
 )
-from pleexport.sizes import align
+from pleexport.sizes import align, groups
 
 _BATCH_BYTES = 2 << 20
 
@@ -35,8 +38,8 @@ _BATCH_BYTES = 2 << 20
 def blob_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
     """Size of the file that `write_blob` writes."""
     rows = model.num_rows * row_stride(segments)
-    header = _header_bytes(model, segments, page_size)
-    return header + rows + 8 * -(-rows // CHECKSUM_CHUNK_BYTES)
+    chunks = groups(rows, CHECKSUM_CHUNK_BYTES)
+    return _rows_offset(model, segments, page_size) + rows + CHECKSUM_BYTES * chunks
 
 
 def write_blob(
@@ -62,7 +65,6 @@ def write_blob(
     model = matched.model
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
-    header_bytes = _header_bytes(model, segments, page_size)
     checksums = _Checksums()
     digests = {table.name: xxhash.xxh3_128() for table in model.tables}
     own = {t.name: [s for s in segments if s.table == t.name] for t in model.tables}
@@ -74,10 +76,13 @@ def write_blob(
         for table in model.tables:
             sources[table.name] = source = _source_rows(matched, table, ids)
             _encode(batch, source, table, own[table.name])
+        batch[:, -CHECKSUM_BYTES:] = (
+            row_checksums(batch).astype("<u8").view(np.uint8).reshape(-1, 8)
+        )
         return batch, sources
 
     with path.open("wb") as file:
-        file.seek(header_bytes)
+        file.seek(_rows_offset(model, segments, page_size))
         for batch, sources in map_in_order(encode, range(0, model.num_rows, batch_rows)):
             for name, source in sources.items():
                 digests[name].update(np.ascontiguousarray(source).view(np.uint8).data)
@@ -87,7 +92,7 @@ def write_blob(
         file.write(checksums.finish().tobytes())
         digest = "xxh3-128:" + "".join(digests[t.name].hexdigest() for t in model.tables)
         file.seek(0)
-        file.write(_header(model, segments, page_size, digest))
+        file.write(_head(model, segments, page_size, digest))
     return digest
 
 
@@ -104,11 +109,11 @@ def _encode(
 ) -> None:
     """Write one table's segments of a batch of rows; all segments of a table are alike."""
     first, count = own[0], len(own)
-    pitch = own[1].offset - first.offset if count > 1 else align(first.end - first.offset, 16)
-    area = batch[:, first.offset : first.offset + pitch * count]
-    # The last segment of a row may end before a full pitch; a strided view stays inside the batch.
+    pitch = own[1].offset - first.offset if count > 1 else 0
     slots = np.lib.stride_tricks.as_strided(
-        area, (len(batch), count, first.end - first.offset), (batch.strides[0], pitch, 1)
+        batch[:, first.offset :],
+        (len(batch), count, first.end - first.offset),
+        (batch.strides[0], pitch, 1),
     )
     values = source.reshape(len(batch), count, table.width)
     if first.group_size is None:
@@ -166,35 +171,46 @@ class _Checksums:
         self._filled = 0
 
 
-def _header_bytes(model: Model, segments: list[Segment], page_size: int) -> int:
+def _rows_offset(model: Model, segments: list[Segment], page_size: int) -> int:
+    """Byte of the file at which row 0 begins."""
     digest = "xxh3-128:" + "0" * 32 * len(model.tables)
-    return len(_header(model, segments, page_size, digest))
+    return len(_head(model, segments, page_size, digest))
 
 
-def _header(model: Model, segments: list[Segment], page_size: int, source_digest: str) -> bytes:
-    """The safetensors header, padded so that the rows begin at a multiple of the page size."""
+def _head(model: Model, segments: list[Segment], page_size: int, source_digest: str) -> bytes:
+    """What comes before the rows, which begin at a multiple of the page size.
+
+    The header and its checksum: of the header's length, its JSON, and the spaces behind it.
+    """
+    raw = json.dumps(_header(model, segments, page_size, source_digest), separators=(",", ":"))
+    length = align(8 + len(raw) + CHECKSUM_BYTES, page_size) - CHECKSUM_BYTES - 8
+    header = length.to_bytes(8, "little") + raw.encode().ljust(length)
+    return header + xxhash.xxh3_64_intdigest(header).to_bytes(CHECKSUM_BYTES, "little")
+
+
+def _header(
+    model: Model, segments: list[Segment], page_size: int, source_digest: str
+) -> dict[str, object]:
     row_bytes = model.num_rows * row_stride(segments)
-    chunks = -(-row_bytes // CHECKSUM_CHUNK_BYTES)
-    header = {
-        "__metadata__": {
-            "format": FORMAT,
-            "version": VERSION,
-            "page_size": str(page_size),
-            "row_aliases": json.dumps(sorted([i, row] for i, row in model.row_aliases.items())),
-            "segments": msgspec.json.encode(segments).decode(),
-            "source_digest": source_digest,
-        },
-        ROWS: {
-            "dtype": "U8",
-            "shape": [model.num_rows, row_stride(segments)],
-            "data_offsets": [0, row_bytes],
-        },
-        CHECKSUMS: {
-            "dtype": "U64",
-            "shape": [chunks],
-            "data_offsets": [row_bytes, row_bytes + 8 * chunks],
-        },
+    chunks = groups(row_bytes, CHECKSUM_CHUNK_BYTES)
+    metadata = {
+        "format": FORMAT,
+        "version": VERSION,
+        "page_size": str(page_size),
+        "first_row": "0",
+        "num_rows_total": str(model.num_rows),
+        "row_aliases": json.dumps(sorted([i, row] for i, row in model.row_aliases.items())),
+        "segments": msgspec.json.encode(segments).decode(),
+        "source_digest": source_digest,
     }
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw = raw.ljust(align(8 + len(raw), page_size) - 8)
-    return len(raw).to_bytes(8, "little") + raw
+    header: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for name, dtype, shape, nbytes in (
+        (HEADER_CHECKSUM, "U64", [1], CHECKSUM_BYTES),
+        (ROWS, "U8", [model.num_rows, row_stride(segments)], row_bytes),
+        (CHECKSUMS, "U64", [chunks], CHECKSUM_BYTES * chunks),
+    ):
+        end = position + nbytes
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    return header

@@ -6,11 +6,18 @@ from collections.abc import Iterable
 
 from pleexport.dtypes import TableDtype, packed_bytes
 from pleexport.model import Table
-from pleexport.runtime.blob_layout import ROW_ALIGNMENT, SCALE_DTYPE, SEGMENT_ALIGNMENT, Segment
+from pleexport.runtime.blob_layout import (
+    CHECKSUM_BYTES,
+    ROW_ALIGNMENT,
+    SEGMENT_ALIGNMENT,
+    Segment,
+    scale_bytes,
+)
 from pleexport.sizes import align
 
 # Values of a row that share a scale.
 _GROUP_SIZES = {"int8": 128, "int4": 32}
+_SCALE_DTYPE = "fp16"
 
 
 def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str) -> list[Segment]:
@@ -34,8 +41,10 @@ def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str)
                 width=table.width,
                 dtype=dtype,
                 group_size=group_size,
-                scale_dtype=SCALE_DTYPE if group_size else None,
-                scale_offset=align(position + packed_bytes(table.width, dtype), 2)
+                scale_dtype=_SCALE_DTYPE if group_size else None,
+                scale_offset=align(
+                    position + packed_bytes(table.width, dtype), scale_bytes(_SCALE_DTYPE)
+                )
                 if group_size
                 else None,
                 multiplier=table.multiplier,
@@ -46,5 +55,5 @@ def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str)
 
 
 def row_stride(segments: list[Segment]) -> int:
-    """Bytes from one row to the next."""
-    return align(max(segment.end for segment in segments), ROW_ALIGNMENT)
+    """Bytes from one row to the next; the last hold the row's checksum."""
+    return align(max(segment.end for segment in segments) + CHECKSUM_BYTES, ROW_ALIGNMENT)
