@@ -6,10 +6,25 @@ axis.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 Scales = NDArray[np.float16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows of a table as a quantized checkpoint holds them.
+
+    Attributes:
+        codes: `[n, segments, W]`.
+        scales: `[n, segments, groups]`.
+    """
+
+    codes: NDArray[np.int8]
+    scales: Scales
 
 
 def dequantize_rows(

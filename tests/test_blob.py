@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from attacks import write_raw
+from blob_sources import PAGE_SIZE, VECTOR_SOURCES, phone_source
+from blob_sources import write as write_made
 from resealed import CHUNK, change_header, change_rows, checksum
 from safetensors.numpy import load_file
 
@@ -17,7 +19,8 @@ from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import BlobError, CheckFailed, CheckpointError, InputError
-from pleexport.export.blob_writer import write_blob
+from pleexport.export import blob_writer
+from pleexport.export.blob_writer import blob_bytes, write_blob
 from pleexport.export.segments import plan_segments
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import CHECKSUM_CHUNK_BYTES
@@ -191,6 +194,59 @@ def test_values_too_large_for_a_narrower_float_are_refused(
     monkeypatch.setattr(matched.checkpoint, "array", lambda name: real(name).astype("f4") * 1e6)
     with pytest.raises(CheckpointError, match="holds values that are not finite in fp16"):
         write(matched, tmp_path / "blob.safetensors", "fp16", page_size=16384)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8", "int4"])
+def test_a_quantized_table_is_widened_where_another_dtype_is_asked_for(
+    dtype: str, tmp_path: Path
+) -> None:
+    made = phone_source()
+    write_made(made, tmp_path / "blob", dtype)
+    blob = Blob(tmp_path / "blob")
+    assert {segment.dtype for segment in blob.segments} == {dtype}
+    found = blob.lookup(np.arange(blob.num_rows))
+    for table in made.model.tables:
+        expected = made.vectors(table.name) * np.float32(table.multiplier)
+        bound = {"fp32": 0, "int8": 0.01, "int4": 0.12}[dtype] * np.abs(expected).max()
+        got = found[table.name].reshape(expected.shape)
+        assert np.abs(got - expected).max() <= bound
+
+
+def test_scales_of_a_checkpoint_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    made = phone_source()
+    made.tensors["per_layer"].scales[2, 1] = np.nan
+    with pytest.raises(CheckpointError, match="table `per_layer` has scales that are not finite"):
+        write_made(made, tmp_path / "blob", "source")
+
+
+def test_the_digest_of_a_quantized_source_sees_codes_and_scales(tmp_path: Path) -> None:
+    def digest(change: Any) -> str:
+        made = phone_source()
+        change(made.tensors["per_layer"])
+        write_made(made, tmp_path / "blob", "int8")
+        return Blob(tmp_path / "blob").source_digest
+
+    def flip_code(rows: Any) -> None:
+        rows.codes[0, 0, 0] ^= 1
+
+    def turn_scale(rows: Any) -> None:
+        rows.scales[0, 0, 0] *= -1
+
+    assert len({digest(change) for change in (lambda rows: None, flip_code, turn_scale)}) == 3
+
+
+@pytest.mark.parametrize("name", VECTOR_SOURCES)
+def test_sizes_are_known_before_and_batches_leave_no_trace(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, dtype = VECTOR_SOURCES[name]
+    made, (whole, batched) = make(), (tmp_path / "whole", tmp_path / "batched")
+    write_made(made, whole, dtype)
+    segments = plan_segments(made.model.tables, dtype, made.dtype)
+    assert whole.stat().st_size == blob_bytes(made.model, segments, PAGE_SIZE)
+    monkeypatch.setattr(blob_writer, "_BATCH_BYTES", 2 * Blob(whole).row_stride)
+    write_made(made, batched, dtype)
+    assert whole.read_bytes() == batched.read_bytes()
 
 
 @pytest.mark.parametrize("name", BROKEN)
