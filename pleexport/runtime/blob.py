@@ -135,6 +135,8 @@ class Blob:
 
         Args:
             tables: those wanted; all by default.
+        Raises:
+            CheckFailed: a row does not match its checksum; the token id is named.
         """
         gathered = self.rows[row_ids]
         self._check_rows(row_ids, gathered)
