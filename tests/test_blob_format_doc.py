@@ -16,11 +16,13 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from blob_sources import VECTOR_SOURCES, example, write
+from blob_sources import VECTOR_SOURCES, example, table, write
 from numpy.typing import NDArray
 
 from pleexport.codes import unpack_codes
 from pleexport.dtypes import CODED, bits
+from pleexport.export.segments import plan_segments, row_stride
+from pleexport.model import Codes
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import Segment
 
@@ -172,6 +174,23 @@ def test_document_shows_the_example(tmp_path: Path) -> None:
     write(example(), path, "source")
     assert code_blocks("text") == [render_header(path), render_hexdump(path)]
     assert f"\n\n{render_element(path)}\n\n" in DOCUMENT.read_text(encoding="utf-8")
+
+
+def test_document_states_the_sizes_of_rows() -> None:
+    def stride(dtype: Any, *codes: Codes | None) -> str:
+        main, layers = codes or (None, None)
+        tables = (
+            table("main", width=1536, layers=None, multiplier=1, rows=1, codes=main),
+            table("layers", width=256, layers=35, multiplier=1, rows=1, codes=layers),
+        )
+        return f"{row_stride(plan_segments(tables, dtype, 'bf16')):,}"
+
+    phone = stride("source", Codes("int2", 1536, "fp32"), Codes("int4", 256, "fp32"))
+    stated = (
+        f"A row of Gemma 4 E2B has {stride('source')} bytes in bf16, {stride('int8')} in int8, "
+        f"{stride('int4')} in int4, and {phone} with the codes"
+    )
+    assert stated in " ".join(DOCUMENT.read_text(encoding="utf-8").split())
 
 
 def test_vectors_hold_all_that_can_be_told_apart() -> None:
