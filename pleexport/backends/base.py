@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 # The argument of a traced program that says which positions want logits.
 LOGIT_POSITIONS = "logit_positions"
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,28 @@ class Backend(Protocol):
     name: str
     conventions: Conventions
 
+    def require(self) -> None:
+        """Refuse to go on where packages that it needs beside its own are not installed.
+
+        Raises:
+            MissingDependencyError: names them, and the command that installs them.
+        """
+        ...
+
+    def check(self, model: Model, request: WeightRequest) -> None:
+        """Refuse what it cannot store or compute, before any work.
+
+        Raises:
+            TargetError: another choice of dtypes would do.
+            UnsupportedError: it cannot compute such a model.
+        """
+        ...
+
     def storage(self, request: WeightRequest) -> WeightStorage:
         """How it stores the weights of a build."""
         ...
 
-    def bounds(self, context: int) -> dict[str, int]:
+    def bounds(self, contract: GraphContract, *, context: int) -> dict[str, int]:
         """By dynamic dimension of its graphs, the largest size; of those that are limited."""
         ...
 

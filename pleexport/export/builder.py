@@ -79,6 +79,7 @@ def build(
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
     plan = make_plan(matched.model, settings, source=matched.dtype)
+    plan.backend.require()
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), plan)
     matched.check_tied_head()
     plan.check()
@@ -212,7 +213,7 @@ def _write_model(
             )
 
         with beside(write_rows, work) as rows:
-            program = trace(plan.model, plan.contract, bounds=plan.backend.bounds(plan.context))
+            program = trace(plan.model, plan.contract)
             artifact = plan.backend.lower(
                 program,
                 matched,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import Conventions, Program, WeightStorage
-from pleexport.contract import Artifact
+from pleexport.backends.base import MOST_THREADS, Conventions, Program, WeightStorage
+from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pleexport.model import Model
     from pleexport.weights import WeightRequest
 
-MOST_THREADS = 256
 _PACKAGES = ("torch", "onnx-ir", "onnxscript")
 
 
@@ -30,13 +29,19 @@ class OnnxBackend:
     name = "onnx"
     conventions = Conventions(contract_id="pleexport.decoder/1", slot_axis=2)
 
+    def require(self) -> None:
+        """What builds is of the extra `export`, and what runs comes with this package."""
+
+    def check(self, model: Model, request: WeightRequest) -> None:
+        """Every model and dtype goes."""
+
     def storage(self, request: WeightRequest) -> WeightStorage:
         """How weights are stored."""
         from pleexport.backends.onnx.storage import OnnxStorage
 
         return OnnxStorage(request)
 
-    def bounds(self, context: int) -> dict[str, int]:
+    def bounds(self, contract: GraphContract, *, context: int) -> dict[str, int]:
         """Any size goes."""
         return {}
 
