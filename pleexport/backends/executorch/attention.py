@@ -134,10 +134,13 @@ def _attend_causal(query_BQND: Tensor, keys: Tensor, values: Tensor, ids_Q: Tens
         return found
 
     def one(query: Tensor, keys: Tensor, values: Tensor, first: Tensor) -> Tensor:
-        rows = query.reshape(1, shared, -1, size).transpose(1, 2)
+        tokens = query.shape[1]
+        grouped = query.reshape(1, tokens, shared, repeats, size).transpose(2, 3)
+        rows = grouped.reshape(1, tokens * repeats, shared, size)
         start = first.item() + 1 - repeats
         found = llama.custom_sdpa(rows, keys, values, start, None, 0.0, False, 1.0)
-        joined: Tensor = found.transpose(1, 2).reshape(1, -1, heads, size)
+        split = found.reshape(1, tokens, repeats, shared, size).transpose(2, 3)
+        joined: Tensor = split.reshape(1, tokens, heads, size)
         return joined
 
     if repeats == 1:
