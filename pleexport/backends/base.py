@@ -67,6 +67,19 @@ class Program:
     hidden: list[str]
 
 
+@dataclass(frozen=True)
+class Original:
+    """What a bundle was built from, for a backend that has to build from it once more.
+
+    Attributes:
+        trace: traces the model.
+    """
+
+    matched: MatchedModel
+    storage: WeightStorage
+    trace: Callable[[], Program]
+
+
 class WeightStorage(Protocol):
     """How a backend stores dense weights."""
 
@@ -109,10 +122,16 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """One runtime format."""
+    """One runtime format.
+
+    Attributes:
+        hidden_values_build: hidden values take as long as a build, since the file that ships cannot
+            be made to give them.
+    """
 
     name: str
     conventions: Conventions
+    hidden_values_build: bool
 
     def require(self) -> None:
         """Refuse to go on where packages that it needs beside its own are not installed.
@@ -190,6 +209,8 @@ class Backend(Protocol):
         artifact: Artifact,
         vectors: Mapping[str, NDArray[np.float32]],
         count: int,
+        *,
+        original: Original,
     ) -> list[NDArray[np.float32]]:
         """By layer, what it hands on, `[T, ...]`, for a text from its start.
 

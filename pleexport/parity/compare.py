@@ -9,22 +9,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.backends.base import Original
 from pleexport.backends.registry import load
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.dtypes import LOSSLESS
+from pleexport.dtypes import LOSSLESS, WeightDtype
 from pleexport.errors import InputError
+from pleexport.export.trace import trace
 from pleexport.model import Table
 from pleexport.parity.oracle import Oracle
 from pleexport.quantize import group_scales
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle, ParitySummary
 from pleexport.runtime.runner import Runner
+from pleexport.weights import BlockSize, WeightRequest
 
 # Largest logit error of an exact bundle, as a share of the range of the logits.
 EXACT_LOGITS = 1e-4
@@ -44,6 +47,7 @@ _REPEATED = 64
 _FIDELITY_TOKENS = 4096
 _LOGITS_BYTES = 128 << 20
 _LEAST_COMPARED = 128
+_LARGE_GRAPH_BYTES = 64 << 20
 _SEED = 20_240_517
 
 
@@ -129,7 +133,8 @@ class ParityReport(msgspec.Struct):
 
     Attributes:
         exact: the bundle is held to float32 noise instead of a KL limit.
-        layer_errors: by layer, relative error of what it hands on (root mean square).
+        layer_errors: by layer, relative error of what it hands on (root mean square). Empty where
+            logits agree and hidden values of so large a bundle would take another build.
         first_diverging_layer: None where none is beyond the limit.
         original_perplexity: of the original, on the tokens that `fidelity` was measured on; None
             where these are random.
@@ -211,7 +216,10 @@ def compare(
     if not exact:
         _measure_fidelity(report, runner, matched, oracle, _windows(text_ids or ids, compared))
     del runner  # else the dense weights are in memory twice
-    report.layer_errors = layer_errors(bundle, blob, oracle, ids)
+    report.failures = _failures(report, bundle)
+    if report.passed and _is_costly(bundle):
+        return report
+    report.layer_errors = layer_errors(bundle, matched, blob, oracle, ids)
     limit = EXACT_LAYER if exact else QUANTIZED_LAYER
     diverging = (i for i, error in enumerate(report.layer_errors) if not error <= limit)
     report.first_diverging_layer = next(diverging, None)
@@ -337,11 +345,19 @@ def check_text(
     return TextCheck(tokens=count, equal_tokens=equal, near_tie=near_tie)
 
 
-def layer_errors(bundle: Bundle, blob: Blob, oracle: Oracle, ids: Sequence[int]) -> list[float]:
+def layer_errors(
+    bundle: Bundle, matched: MatchedModel, blob: Blob, oracle: Oracle, ids: Sequence[int]
+) -> list[float]:
     """By layer, the relative error of what it hands on to the next."""
     graph, rows = bundle.decoder, blob.lookup(blob.row_ids(ids))
     vectors = {lookup.name: rows[lookup.table] for lookup in graph.contract.lookup_inputs}
-    got = load(graph.backend).hidden_values(bundle.path, graph, vectors, len(ids))
+    backend = load(graph.backend)
+    original = Original(
+        matched=matched,
+        storage=backend.storage(_weight_request(bundle)),
+        trace=lambda: trace(matched.model, graph.contract),
+    )
+    got = backend.hidden_values(bundle.path, graph, vectors, len(ids), original=original)
     expected = oracle.hidden(ids)
     return [
         float(np.sqrt(np.mean((a - b) ** 2)) / max(np.sqrt(np.mean(a**2)), 1e-30))
@@ -374,6 +390,26 @@ def correlation(reference: NDArray[np.float32], got: NDArray[np.float32]) -> flo
         first += float(a @ a)
         second += float(b @ b)
     return float(both / max(np.sqrt(first * second), 1e-30))
+
+
+def _weight_request(bundle: Bundle) -> WeightRequest:
+    """How a bundle's build wanted dense weights to be stored."""
+    manifest = bundle.manifest
+    return WeightRequest(
+        cast(WeightDtype, manifest.weight_dtype),
+        cast(BlockSize, manifest.block_size),
+        manifest.symmetric,
+        cast(WeightDtype, manifest.head_dtype),
+    )
+
+
+def _is_costly(bundle: Bundle) -> bool:
+    """Whether hidden values would take long to get."""
+    graph, sizes = bundle.decoder, {r.name: r.size for r in bundle.manifest.files}
+    if not load(graph.backend).hidden_values_build:
+        return False
+    files = (sizes.get(n) or (bundle.path / n).stat().st_size for n in graph.files)
+    return sum(files) > _LARGE_GRAPH_BYTES
 
 
 def _computing_dtypes(bundle: Bundle) -> set[str]:

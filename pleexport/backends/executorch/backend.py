@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import MOST_THREADS, Conventions, Program, WeightStorage
+from pleexport.backends.base import (
+    MOST_THREADS,
+    Conventions,
+    Original,
+    Program,
+    WeightStorage,
+)
 from pleexport.backends.executorch.bounds import bounds
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.contract import Artifact, GraphContract
@@ -33,6 +40,7 @@ class ExecutorchBackend:
 
     name = "executorch"
     conventions = Conventions(contract_id="pleexport.executorch/1", slot_axis=1)
+    hidden_values_build = True
 
     def require(self) -> None:
         """See `Backend.require`."""
@@ -163,9 +171,33 @@ class ExecutorchBackend:
         artifact: Artifact,
         vectors: Mapping[str, NDArray[np.float32]],
         count: int,
+        *,
+        original: Original,
     ) -> list[NDArray[np.float32]]:
-        """By layer, what it hands on."""
-        raise NotImplementedError
+        """By layer, what it hands on: of a second program, whose outputs are these.
+
+        Its weights are rounded alike, unless a text was measured for that.
+        """
+        from pleexport.backends.executorch.lower import lower
+        from pleexport.backends.executorch.session import ExecutorchSession
+
+        assert isinstance(original.storage, ExecutorchStorage)
+        program = original.trace()
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / PROGRAM
+            lower(
+                program,
+                original.matched,
+                original.storage,
+                path,
+                results=program.hidden,
+                importance={},
+                progress=lambda _: None,
+            )
+            session = ExecutorchSession(
+                path, artifact.contract, context=count, outputs=len(program.hidden)
+            )
+            return session.hidden(vectors, count)
 
 
 BACKEND = ExecutorchBackend()

@@ -7,7 +7,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import MOST_THREADS, Conventions, Program, WeightStorage
+from pleexport.backends.base import (
+    MOST_THREADS,
+    Conventions,
+    Original,
+    Program,
+    WeightStorage,
+)
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError
 
@@ -28,6 +34,7 @@ class OnnxBackend:
 
     name = "onnx"
     conventions = Conventions(contract_id="pleexport.decoder/1", slot_axis=2)
+    hidden_values_build = False
 
     def require(self) -> None:
         """What builds is of the extra `export`, and what runs comes with this package."""
@@ -110,6 +117,8 @@ class OnnxBackend:
         artifact: Artifact,
         vectors: Mapping[str, NDArray[np.float32]],
         count: int,
+        *,
+        original: Original,
     ) -> list[NDArray[np.float32]]:
         """By layer, what it hands on."""
         from pleexport.backends.onnx.hidden import hidden_values
