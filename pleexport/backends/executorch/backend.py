@@ -17,6 +17,7 @@ from pleexport.backends.base import (
 )
 from pleexport.backends.executorch.bounds import bounds
 from pleexport.backends.executorch.storage import ExecutorchStorage
+from pleexport.backends.executorch.surroundings import undisturbed
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError, MissingDependencyError, TargetError, UnsupportedError
 
@@ -49,11 +50,9 @@ class ExecutorchBackend:
         except importlib.metadata.PackageNotFoundError:
             found = None
         if found != VERSION:
-            held = "is not installed" if found is None else f"has version {found}"
+            what = "which is not installed" if found is None else f"and {found} is installed"
             raise MissingDependencyError(
-                f"this backend needs executorch {VERSION}, which {held}"
-                if found is None
-                else f"this backend needs executorch {VERSION}, and {found} is installed",
+                f"this backend needs executorch {VERSION}, {what}",
                 hint="pip install 'pleexport[executorch]'",
             )
 
@@ -114,8 +113,9 @@ class ExecutorchBackend:
         progress: Callable[[int], object],
     ) -> Artifact:
         """Write `model.pte`, and open it."""
-        from pleexport.backends.executorch.lower import lower
-        from pleexport.backends.executorch.session import ExecutorchSession
+        with undisturbed():
+            from pleexport.backends.executorch.lower import lower
+        from pleexport.backends.executorch.program import check_loads
 
         assert isinstance(storage, ExecutorchStorage)
         path = folder / PROGRAM
@@ -128,8 +128,7 @@ class ExecutorchBackend:
             importance=importance,
             progress=progress,
         )
-        # Some of what XNNPACK refuses is found when a program is loaded, not when it is written.
-        ExecutorchSession(path, program.contract, context=1)
+        check_loads(path)
         return Artifact(
             backend=self.name,
             contract=program.contract,
@@ -178,7 +177,8 @@ class ExecutorchBackend:
 
         Its weights are rounded alike, unless a text was measured for that.
         """
-        from pleexport.backends.executorch.lower import lower
+        with undisturbed():
+            from pleexport.backends.executorch.lower import lower
         from pleexport.backends.executorch.session import ExecutorchSession
 
         assert isinstance(original.storage, ExecutorchStorage)

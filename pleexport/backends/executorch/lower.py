@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 
 from pleexport.backends.base import Program
+from pleexport.backends.executorch.program import METHOD
 from pleexport.backends.executorch.rewrite import rewrite
 from pleexport.backends.executorch.storage import ExecutorchStorage
-from pleexport.backends.executorch.store import WeightStore, asked_by_visitors
+from pleexport.backends.executorch.store import WeightSource, WeightStore, asked_by_visitors
+from pleexport.backends.executorch.surroundings import undisturbed
 from pleexport.backends.executorch.visitors import Partitioner
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.progress import quiet
 
 
 def lower(
@@ -49,30 +48,39 @@ def lower(
     Raises:
         CheckpointError: a weight holds values that cannot be stored.
     """
-    with _undisturbed():
+    with undisturbed():
         exported = rewrite(program, matched, results=results)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".weights-") as folder:
         store = WeightStore(
             matched, storage, Path(folder), importance=importance, progress=progress
         )
-        with asked_by_visitors(store), _undisturbed():
-            edge = to_edge_transform_and_lower(
-                {"forward": exported},
-                partitioner=[Partitioner()],
-                compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
-            )
-            drop_cache_outputs(edge.exported_program("forward"))
-            finished = edge.to_executorch(
-                ExecutorchBackendConfig(
-                    # Inputs are the caller's: caches of its own size, written in place.
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
-                    sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
-                    extract_delegate_segments=True,
-                )
-            )
-        with path.open("wb") as file:
-            finished.write_to_file(file)
+        write_program(exported, store, path)
     return store.digest
+
+
+def write_program(exported: ExportedProgram, store: WeightSource, path: Path) -> None:
+    """Write a program over `operators` and ATen as a `.pte`.
+
+    Args:
+        store: has the weights that its operators name.
+    """
+    with asked_by_visitors(store), undisturbed(), torch.no_grad():
+        edge = to_edge_transform_and_lower(
+            {METHOD: exported},
+            partitioner=[Partitioner()],
+            compile_config=EdgeCompileConfig(_check_ir_validity=False, _skip_dim_order=True),
+        )
+        drop_cache_outputs(edge.exported_program(METHOD))
+        finished = edge.to_executorch(
+            ExecutorchBackendConfig(
+                # Inputs are the caller's: caches of its own size, written in place.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False),
+                sym_shape_eval_pass=ConstraintBasedSymShapeEvalPass(),
+                extract_delegate_segments=True,
+            )
+        )
+    with path.open("wb") as file:
+        finished.write_to_file(file)
 
 
 def drop_cache_outputs(exported: ExportedProgram) -> None:
@@ -95,15 +103,3 @@ def drop_cache_outputs(exported: ExportedProgram) -> None:
         if node.op == "call_function" and not node.users and "aten.copy" in str(node.target):
             graph.erase_node(node)
     exported.graph_module.recompile()
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep what other packages say and set to themselves."""
-    with (
-        warnings.catch_warnings(),
-        quiet("executorch", "torch.export", "torch.fx", "root"),
-        torch.no_grad(),
-    ):
-        warnings.simplefilter("ignore")
-        yield

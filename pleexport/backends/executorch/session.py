@@ -9,19 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import executorch.extension.llm.custom_ops.custom_ops  # noqa: F401  registers kernels
 import numpy as np
 import torch
-from executorch.extension.pybindings import portable_lib
 from numpy.typing import NDArray
 
+from pleexport.backends.executorch import program
 from pleexport.backends.executorch.bounds import LOGITS_PER_CALL, TOKENS_PER_CALL
 from pleexport.contract import GraphContract, pieces
 from pleexport.dtypes import numpy_dtype
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime.blob_layout import align
 
-METHOD = "forward"
 _FIRST_POSITIONS = 256
 
 
@@ -49,7 +47,7 @@ class ExecutorchSession:
         _THREADS.use(threads, self)
         self._contract = contract
         # The program must live as long as its method.
-        self._program, self._method = _open(path)
+        self._program, self._method = program.load(path)
         _check(self._method.method_meta(), contract, outputs=outputs, where=str(path))
         self.chunk = min(TOKENS_PER_CALL, contract.tokens_per_call or TOKENS_PER_CALL)
         self._caches = _Caches(contract, context=context, chunk=self.chunk)
@@ -159,8 +157,8 @@ class _Caches:
 class _Threads:
     """The one pool of threads that all programs of a process share.
 
-    A program that is open keeps the pool that it was opened with, so the pool is not exchanged
-    under it.
+    A program whose pool is exchanged under it fails at its next call, so that waits until none is
+    open.
     """
 
     def __init__(self) -> None:
@@ -169,44 +167,26 @@ class _Threads:
         self._sessions: weakref.WeakSet[ExecutorchSession] = weakref.WeakSet()
 
     def use(self, threads: int, session: ExecutorchSession) -> None:
-        """Give a new session so many threads, 0 for one a core.
+        """Give a new session so many threads; 0 for those of open sessions, else one a core.
 
         Raises:
             InputError: other sessions are open with another number.
         """
-        wanted = threads or os.cpu_count() or 1
         with self._lock:
+            wanted = threads or (self._count if self._sessions else os.cpu_count()) or 1
             if wanted != self._count:
-                if len(self._sessions):
+                if self._sessions:
                     raise InputError(
                         f"an open ExecuTorch bundle has {self._count} threads, and this one asks "
                         f"for {wanted}; all of a process share them",
                         hint="ask for the same number, or close the other bundle first",
                     )
-                portable_lib._unsafe_reset_threadpool(wanted)
+                program.runtime()._unsafe_reset_threadpool(wanted)
                 self._count = wanted
             self._sessions.add(session)
 
 
 _THREADS = _Threads()
-
-
-def _open(path: Path) -> tuple[Any, Any]:
-    """A program and its method.
-
-    Raises:
-        BundleError: it cannot be loaded.
-    """
-    try:
-        if not path.is_file():
-            raise RuntimeError("there is no such file")
-        program = portable_lib._load_program(str(path))
-        return program, program.load_method(METHOD)
-    except RuntimeError as err:
-        raise BundleError(
-            f"`{path}` cannot be loaded: {err}",
-            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
-        ) from err
 
 
 def _check(meta: Any, contract: GraphContract, *, outputs: int | None, where: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -43,8 +44,20 @@ class StoredMatrix:
     scales: bytes
 
 
+class WeightSource(Protocol):
+    """What visitors ask for weights by name."""
+
+    def vector(self, name: str) -> NDArray[np.float32]:
+        """A weight in float32, of those that are small."""
+        ...
+
+    def matrix(self, name: str) -> StoredMatrix:
+        """A matrix in its stored form."""
+        ...
+
+
 class WeightStore:
-    """What visitors ask for weights by name.
+    """The weights of a checkpoint, each made when it is first asked for.
 
     Args:
         importance: by weight, see `round_matrix`; none for those that were not measured.
@@ -154,11 +167,11 @@ class WeightStore:
 
 # ExecuTorch makes visitors itself and hands them nothing of ours: this is how the one lowering that
 # runs tells them where its weights are.
-_ACTIVE: ContextVar[WeightStore] = ContextVar("pleexport_weight_store")
+_ACTIVE: ContextVar[WeightSource] = ContextVar("pleexport_weight_store")
 
 
 @contextmanager
-def asked_by_visitors(store: WeightStore) -> Iterator[None]:
+def asked_by_visitors(store: WeightSource) -> Iterator[None]:
     """Let visitors that run in the body ask this store."""
     token = _ACTIVE.set(store)
     try:
@@ -167,6 +180,6 @@ def asked_by_visitors(store: WeightStore) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def active_store() -> WeightStore:
+def active_store() -> WeightSource:
     """The store of the lowering that runs."""
     return _ACTIVE.get()
