@@ -6,10 +6,11 @@ import gc
 import hashlib
 import importlib.metadata
 import json
+import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ def original_of(folder: Path) -> Any:
     return open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other slow small models down tenfold where tests run abreast."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "cpu_count", lambda: 1)
+        yield
+
+
 @pytest.fixture(scope="module")
 def bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact bundle of `gemma4_checkpoint`; read only."""
@@ -109,23 +118,20 @@ def test_a_wrong_row_is_found_at_its_layer(broken: Path, gemma4_checkpoint: Path
 
 
 @pytest.mark.parametrize(("weight_dtype", "most"), [("int8", 4e-4), ("int4", 4e-3)])
-def test_rounded_weights_cost_what_they_cost_with_onnx(
+def test_rounded_weights_cost_little_and_have_the_planned_size(
     weight_dtype: str, most: float, tmp_path: Path
 ) -> None:
-    checkpoint, divergences = SAMPLES / "gemma4-kjv", {}
-    for backend in registry.NAMES:
-        pleexport.build(
-            checkpoint,
-            tmp_path / backend,
-            backend=backend,
-            table_dtype="source",
-            weight_dtype=weight_dtype,
-            block_size=64,
-        )
-        report = json.loads((tmp_path / backend / "parity.json").read_text())
-        divergences[backend] = next(f["kl"] for f in report["fidelity"] if f["what"] == "dense")
-    assert divergences["executorch"] < most
-    assert divergences["executorch"] < 2 * divergences["onnx"]
+    options = {"table_dtype": "source", "weight_dtype": weight_dtype, "block_size": 64}
+    made = build(SAMPLES / "gemma4-kjv", tmp_path / "bundle", verify=True, **options)
+    report = json.loads((made.path / "parity.json").read_text())
+    divergence = next(f["kl"] for f in report["fidelity"] if f["what"] == "dense")
+    # The control: something was rounded.
+    assert most / 100 < divergence < most
+    source = Checkpoint(SAMPLES / "gemma4-kjv")
+    settings = resolve({"backend": "executorch", **options})
+    planned = make_plan(families.resolve(source), settings, source="bf16").sizes["model.pte"]
+    # The program's structure comes on top, and constants in steps of 16 bytes.
+    assert 0 < (made.path / "model.pte").stat().st_size - planned < 500_000
 
 
 def test_a_text_continues_as_with_onnx(bundle: Path, gemma4_bundle: Path) -> None:
@@ -150,20 +156,6 @@ def test_two_builds_are_the_same_bytes(
     ]
     assert digests[0] == digests[1]
     assert digests[0] != digests[2]
-
-
-def test_the_planned_size_is_that_of_the_weights(gemma4_checkpoint: Path, tmp_path: Path) -> None:
-    source = Checkpoint(gemma4_checkpoint)
-    model = families.resolve(source)
-    sizes = {}
-    for weight_dtype in ("fp32", "int8"):
-        settings = resolve({"backend": "executorch", "weight_dtype": weight_dtype})
-        sizes[weight_dtype] = make_plan(model, settings, source="bf16").sizes["model.pte"]
-        made = build(gemma4_checkpoint, tmp_path / weight_dtype, weight_dtype=weight_dtype)
-        written = (made.path / "model.pte").stat().st_size
-        # The program's structure, and constants in 16-byte steps.
-        assert 0 < written - sizes[weight_dtype] < 400_000
-    assert sizes["int8"] < sizes["fp32"] / 2
 
 
 def test_the_contract_says_what_the_program_takes(bundle: Path) -> None:
