@@ -162,6 +162,10 @@ class Backend(Protocol):
         """Bytes of its large files by name."""
         ...
 
+    def working_bytes(self, model: Model, storage: WeightStorage) -> int:
+        """Bytes on the disk that `lower` takes beside its files, and gives back."""
+        ...
+
     def lower(
         self,
         program: Program,

@@ -142,7 +142,8 @@ def _calibration_ids(
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:
-    free, needed = shutil.disk_usage(folder).free, plan.nbytes + _OVERHEAD_BYTES
+    working = plan.backend.working_bytes(plan.model, plan.storage)
+    free, needed = shutil.disk_usage(folder).free, plan.nbytes + working + _OVERHEAD_BYTES
     if free < needed:
         raise PleexportError(
             f"`{folder.parent}` has {size_text(free)} free; the bundle needs {size_text(needed)}",

@@ -58,6 +58,10 @@ class OnnxBackend:
 
         return {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in model.weights)}
 
+    def working_bytes(self, model: Model, storage: WeightStorage) -> int:
+        """None: weights are written where they stay."""
+        return 0
+
     def lower(
         self,
         program: Program,
