@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pleexport import families
 from pleexport.backends.executorch.rounding import join_offset_nibbles, round_matrix
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.backends.onnx.blocks import quantize_blocks
+from pleexport.backends.onnx.storage import OnnxStorage
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.model import Weight
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
@@ -56,6 +61,17 @@ def test_sizes_are_those_of_codes_and_scales(inputs: int, most: int, dtype: str,
     codes, width = (join_offset_nibbles(rounded.codes), 2) if bits == 4 else (rounded.codes, 4)
     assert storage.file_bytes(weight) == codes.nbytes + width * rounded.scales.size
     assert storage.resident_bytes(weight) >= storage.file_bytes(weight)
+
+
+def test_widened_matrices_are_said(gemma4_checkpoint: Path) -> None:
+    model = families.resolve(Checkpoint(gemma4_checkpoint))
+    (note,) = ExecutorchStorage(WeightRequest("int4")).notes(model)
+    assert note == (
+        "3 matrices are stored in int8, `layers.0.mlp.down_proj.weight` first: XNNPACK takes int4 "
+        "in groups of 32 weights or a multiple up to 256, and none divides 48 inputs"
+    )
+    assert ExecutorchStorage(WeightRequest("int8")).notes(model) == []
+    assert OnnxStorage(WeightRequest("int4")).notes(model) == []
 
 
 def test_other_weights_stay_in_float32() -> None:

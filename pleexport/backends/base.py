@@ -95,6 +95,10 @@ class WeightStorage(Protocol):
         """Bytes in memory once loaded."""
         ...
 
+    def notes(self, model: Model) -> list[str]:
+        """What it stores otherwise than was asked for, a sentence each."""
+        ...
+
 
 class Session(Protocol):
     """An open graph with the caches and states of one text.

@@ -173,7 +173,7 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    for note in plan.delivery:
+    for note in (*plan.storage.notes(plan.model), *plan.delivery):
         progress.note(f"note: {note}")
 
 

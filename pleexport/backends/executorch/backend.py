@@ -68,9 +68,9 @@ class ExecutorchBackend:
                 "XNNPACK multiplies float32 by weights in fp32, int8 or int4, not fp16",
                 hint="choose one of these, or build with `--backend onnx`",
             )
-        if cast := {cache.dtype for cache in model.caches} - {"fp32"}:
+        if narrow := {cache.dtype for cache in model.caches} - {"fp32"}:
             raise TargetError(
-                f"ExecuTorch's attention takes keys and values in fp32 only, not {cast.pop()}",
+                f"ExecuTorch's attention takes keys and values in fp32 only, not {narrow.pop()}",
                 hint="add `--cache-dtype fp32`, or build with `--backend onnx`",
             )
         if any(table.whole_text for table in model.tables):

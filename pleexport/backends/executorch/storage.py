@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.dtypes import WeightDtype, packed_bytes
-from pleexport.model import Weight
+from pleexport.model import Model, Weight
 from pleexport.weights import WeightRequest
 
 # XNNPACK's kernels take groups of this many weights, or of a multiple.
@@ -43,6 +43,18 @@ class ExecutorchStorage:
         dtype = self.dtype_of(weight)
         sums = 4 * weight.shape[0] if dtype in ("int8", "int4") else 0
         return self.file_bytes(weight) + sums
+
+    def notes(self, model: Model) -> list[str]:
+        """The matrices that are stored in int8 for want of a group."""
+        wide = [w for w in model.weights if self.dtype_of(w) != self._request.dtype_of(w)]
+        if not wide:
+            return []
+        first, inputs = wide[0].name, wide[0].shape[1]
+        return [
+            f"{len(wide)} matrices are stored in int8, `{first}` first: XNNPACK takes int4 in "
+            f"groups of {GROUP_STEP} weights or a multiple up to {self._request.block_size}, and "
+            f"none divides {inputs} inputs"
+        ]
 
     def _group(self, weight: Weight) -> int:
         """The largest group of int4 codes that a matrix can have; 0 for none."""
