@@ -21,6 +21,7 @@ from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
 from family_checkpoints import embformer, lckv, llama_value_embeddings
 from rwkv_checkpoints import rwkv
 from test_parity import VARIATIONS
+from test_verification import break_blob, swap_layers
 
 import pleexport
 from pleexport import families
@@ -37,7 +38,9 @@ from pleexport.errors import (
 )
 from pleexport.export.options import resolve
 from pleexport.export.plan import make_plan
+from pleexport.parity import compare
 from pleexport.parity.oracle import open_oracle
+from pleexport.show.report import write_html
 
 pytest.importorskip("executorch", reason="pip install 'pleexport[executorch]'")
 
@@ -108,13 +111,23 @@ def test_a_build_passes_parity_layer_by_layer(
     assert (made.path / blob).read_bytes() == (gemma3n_bundle / blob).read_bytes()
 
 
-def test_a_wrong_row_is_found_at_its_layer(broken: Path, gemma4_checkpoint: Path) -> None:
-    from test_verification import break_blob, swap_layers
+def test_hidden_values_of_large_bundles_are_looked_at_where_logits_differ(
+    broken: Path, gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "_LARGE_GRAPH_BYTES", 0)
+    report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
+    assert report is not None
+    assert report.passed
+    assert report.layer_errors == []
+    write_html(report, broken, tmp_path / "report.html")
+    assert "<h2>Layers</h2>" not in (tmp_path / "report.html").read_text()
 
     break_blob(broken, lambda rows: swap_layers(rows, broken, 2, 4))
     report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
     assert report is not None
     assert report.first_diverging_layer == 2
+    write_html(report, broken, tmp_path / "report.html")
+    assert "<h2>Layers</h2>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(("weight_dtype", "most"), [("int8", 4e-4), ("int4", 4e-3)])
@@ -134,15 +147,18 @@ def test_rounded_weights_cost_little_and_have_the_planned_size(
     assert 0 < (made.path / "model.pte").stat().st_size - planned < 500_000
 
 
-def test_a_text_continues_as_with_onnx(bundle: Path, gemma4_bundle: Path) -> None:
-    texts = []
+def test_logits_and_text_are_those_of_onnx(bundle: Path, gemma4_bundle: Path) -> None:
+    blob = "embeddings.safetensors"
+    assert (bundle / blob).read_bytes() == (gemma4_bundle / blob).read_bytes()
+    texts, logits, prompt = [], [], [5, 17, 40, 3]
     for path in (bundle, gemma4_bundle):
         runner = pleexport.Runner(path)
-        prompt = [5, 17, 40, 3]
+        logits.append(runner.logits([(7 * i) % 120 for i in range(80)]))
         texts.append([t.id for t in runner.generate(prompt, max_new_tokens=40, ignore_eos=True)])
         again = [t.id for t in runner.generate(prompt, max_new_tokens=40, ignore_eos=True)]
         assert again == texts[-1]
     assert texts[0] == texts[1]
+    assert 0 < relative_error(*logits) < TOLERANCE
 
 
 def test_two_builds_are_the_same_bytes(
@@ -266,7 +282,7 @@ def test_a_missing_or_damaged_program_is_an_error(broken: Path) -> None:
     path = broken / "model.pte"
     whole = path.read_bytes()
     for damaged in (None, b"", whole[:100], whole[: len(whole) // 2], b"\0" * len(whole)):
-        path.unlink()
+        path.unlink(missing_ok=True)
         if damaged is not None:
             path.write_bytes(damaged)
         with pytest.raises(BundleError, match=r"model\.pte` cannot be loaded"):
