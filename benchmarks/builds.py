@@ -23,12 +23,15 @@ from page import Section, Table
 from peer import resident_bytes
 from shapes import SHAPES
 
+from pleexport.backends.registry import NAMES
+
 SAMPLING_SECONDS = 0.02
 
 
-def build(checkpoint: Path, out: Path, target: str) -> dict[str, Any]:
+def build(checkpoint: Path, out: Path, target: str, backend: str) -> dict[str, Any]:
     """Build in a process of its own; seconds, and the largest memory seen, in bytes."""
     command = [sys.executable, "-m", "pleexport.cli", "build", checkpoint, "--target", target]
+    command += ["--backend", backend]
     started = time.perf_counter()
     process = subprocess.Popen([*command, "--out", out, "--overwrite", "--no-verify"])
     peak = {"RssAnon": 0, "RssFile": 0}
@@ -51,11 +54,11 @@ def copy_seconds(source: Path, copy: Path) -> float:
     return seconds
 
 
-def measure(shape: str, folder: Path, target: str) -> dict[str, Any]:
+def measure(shape: str, folder: Path, target: str, backend: str) -> dict[str, Any]:
     """Build, copy, and remove both."""
     checkpoint, out = made_checkpoint(shape, folder), folder / "build-test"
-    result = {"shape": shape, "target": target, "machine": describe(folder, threads=2)}
-    result |= build(checkpoint, out, target)
+    result = {"shape": shape, "target": target, "backend": backend}
+    result |= {"machine": describe(folder, threads=2)} | build(checkpoint, out, target, backend)
     for name, source in (("copy_checkpoint_seconds", checkpoint), ("copy_bundle_seconds", out)):
         result[name] = copy_seconds(source, folder / "copy-test")
     shutil.rmtree(out)
@@ -74,7 +77,8 @@ def sections(result: dict[str, Any]) -> list[Section]:
         ("largest anonymous memory", f"{result['peak_bytes']['RssAnon'] / 1e9:.2f} GB"),
         ("largest file-backed memory", f"{result['peak_bytes']['RssFile'] / 1e9:.2f} GB"),
     ]
-    text = f"For {result['target']}, without verifying; file-backed memory can be taken back."
+    text = f"For {result['target']} with {result['backend']}, without verifying."
+    text += " File-backed memory can be taken back."
     return [Section(f"{result['shape']}: a build", text, [Table(("", ""), rows)])]
 
 
@@ -85,9 +89,10 @@ def main() -> None:
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--out", type=Path, help="folder; build/benchmarks/SHAPE by default")
     parser.add_argument("--target", default="android")
+    parser.add_argument("--backend", choices=NAMES, default="onnx")
     arguments = parser.parse_args()
     folder: Path = arguments.out or Path("build/benchmarks") / arguments.shape
-    result = measure(arguments.shape, folder, arguments.target)
+    result = measure(arguments.shape, folder, arguments.target, arguments.backend)
     (folder / "builds.json").write_text(json.dumps(result, indent=2))
     for label, value in sections(result)[0].tables[0].rows:
         print(f"{label}: {value}")

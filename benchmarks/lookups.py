@@ -38,6 +38,7 @@ from pleexport.dtypes import TABLE_DTYPES
 from pleexport.export.blob_writer import write_blob
 from pleexport.export.segments import plan_segments
 from pleexport.runtime.blob import Blob
+from pleexport.runtime.blob_layout import VERSION
 
 BATCHES = (1, 16, 512)
 Lookup = Callable[[NDArray[np.int64]], object]
@@ -59,7 +60,7 @@ def open_blobs(matched: MatchedModel, folder: Path) -> dict[str, Blob]:
     """A blob for each dtype, written if it is not there."""
     blobs = {}
     for dtype in TABLE_DTYPES:
-        path = folder / f"lookups-{dtype}.safetensors"
+        path = folder / f"lookups-{dtype}-v{VERSION}.safetensors"
         if not path.exists():
             segments = plan_segments(matched.model.tables, dtype, matched.dtype)
             write_blob(matched, path, segments=segments, page_size=16_384)

@@ -14,6 +14,7 @@ import msgspec
 import typer
 
 from pleexport import errors
+from pleexport.backends.registry import NAMES
 from pleexport.progress import Progress
 
 app = typer.Typer(
@@ -125,7 +126,7 @@ def build(
         typer.Option(help="Largest number of positions.", show_default="the target's"),
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="onnx, the only one so far.", show_default="the target's")
+        str | None, typer.Option(help=f"{', '.join(NAMES)}.", show_default="the target's")
     ] = None,
     calibrate: Annotated[
         Path | None,

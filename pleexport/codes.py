@@ -1,17 +1,34 @@
 """Codes and scales of rows, as docs/blob-format.md stores them, and the values they stand for.
 
-value = code * scale, with codes in [-127, 127] (int8) or [-7, 7] (int4), and a scale for each group
-along the last axis.
+value = code * scale, with signed codes of 8, 4 or 2 bits, and a scale for each group along the last
+axis.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
+Scales = NDArray[np.float16] | NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Rows of a table as a quantized checkpoint holds them.
+
+    Attributes:
+        codes: `[n, segments, W]`.
+        scales: `[n, segments, groups]`.
+    """
+
+    codes: NDArray[np.int8]
+    scales: Scales
+
 
 def dequantize_rows(
-    codes: NDArray[np.int8], scales: NDArray[np.float16], *, group_size: int
+    codes: NDArray[np.int8], scales: Scales, *, group_size: int
 ) -> NDArray[np.float32]:
     """The values that codes `[..., W]` and scales `[..., groups]` stand for."""
     width = codes.shape[-1]
@@ -24,26 +41,45 @@ def dequantize_rows(
     return values
 
 
-def pack_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two int4 codes a byte, each plus 8, the first in the low nibble; an odd end is padded."""
-    nibbles = (codes + 8).astype(np.uint8)
-    if nibbles.shape[-1] % 2:
-        nibbles = np.concatenate((nibbles, np.full_like(nibbles[..., :1], 8)), axis=-1)
-    return join_nibbles(nibbles)
+def pack_codes(codes: NDArray[np.int8], *, bits: int) -> NDArray[np.uint8]:
+    """Signed codes `[..., W]` as bytes, the first in the lowest bits.
+
+    Codes of 8 bits stay as they are; others are stored plus 2**(bits - 1), and zeros fill up the
+    last byte.
+    """
+    if bits == 8:
+        return codes.view(np.uint8)
+    missing = -codes.shape[-1] % (8 // bits)
+    if missing:
+        zeros = np.zeros((*codes.shape[:-1], missing), dtype=np.int8)
+        codes = np.concatenate((codes, zeros), axis=-1)
+    return join_codes((codes + np.int8(2 ** (bits - 1))).view(np.uint8), bits=bits)
 
 
-def unpack_nibbles(packed: NDArray[np.uint8], *, width: int) -> NDArray[np.int8]:
-    """The `width` codes that `pack_nibbles` packed."""
-    return (_split_nibbles(packed).view(np.int8) - np.int8(8))[..., :width]
+def unpack_codes(packed: NDArray[np.uint8], *, bits: int, width: int) -> NDArray[np.int8]:
+    """The `width` codes that `pack_codes` packed."""
+    if bits == 8:
+        return packed.view(np.int8)[..., :width]
+    return _CODES_OF_A_BYTE[bits].take(packed).view(np.int8)[..., :width]
 
 
-def join_nibbles(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pairs along the last axis as bytes, the first in the low nibble."""
-    return (nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)).astype(np.uint8)
+def join_codes(codes: NDArray[np.uint8], *, bits: int) -> NDArray[np.uint8]:
+    """Unsigned codes of 4 or 2 bits as bytes, the first in the lowest bits."""
+    joined = codes[..., :: 8 // bits].copy()
+    for place in range(1, 8 // bits):
+        joined |= codes[..., place :: 8 // bits] << np.uint8(place * bits)
+    return joined
 
 
-def _split_nibbles(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    nibbles = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), dtype=np.uint8)
-    nibbles[..., 0::2] = packed & 0x0F
-    nibbles[..., 1::2] = packed >> 4
-    return nibbles
+def _codes_of_a_byte(bits: int) -> NDArray[np.unsignedinteger]:
+    """For each byte, the codes in it side by side: a word that one `take` copies.
+
+    Taking shifts and masks apart costs twice as much.
+    """
+    codes = np.arange(256)[:, None] >> np.arange(0, 8, bits) & (2**bits - 1)
+    signed = (codes - 2 ** (bits - 1)).astype(np.int8)
+    words: NDArray[np.unsignedinteger] = signed.view(f"u{8 // bits}")[:, 0]
+    return words
+
+
+_CODES_OF_A_BYTE = {bits: _codes_of_a_byte(bits) for bits in (4, 2)}

@@ -13,6 +13,7 @@ TOKENS = "sequence_length"
 ALL_TOKENS = "total_sequence_length"
 CONTEXT_CAPACITY = "context_capacity"
 WINDOW_CAPACITY = "window_capacity"
+NUM_LOGITS = "num_logits"
 POSITION_IDS = "position_ids"
 LOGITS_OUTPUT = "logits"
 
@@ -63,12 +64,13 @@ class StateInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shape: list[int]
 
 
-class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """What a runner must know of the graph.
 
     Attributes:
         id: names the meaning of every input and output.
         tokens_per_call: most tokens of one call; None for any number.
+        bounds: by dynamic dimension, the largest size; of those that are limited.
     """
 
     id: str
@@ -78,6 +80,7 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_call: Annotated[int, msgspec.Meta(ge=1)] | None
     vocab_size: int
     num_layers: int
+    bounds: dict[str, int] = {}
 
     @property
     def held(self) -> list[CacheInput | StateInput]:

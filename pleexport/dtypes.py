@@ -49,6 +49,7 @@ _ROWS = (
     Dtype("int16", 16, np.dtype(np.int16), "I16", "int16"),
     Dtype("int8", 8, np.dtype(np.int8), "I8", "int8"),
     Dtype("int4", 4, None, None, None),
+    Dtype("int2", 2, None, None, None),
     Dtype("uint64", 64, np.dtype(np.uint64), "U64", "uint64"),
     Dtype("uint32", 32, np.dtype(np.uint32), "U32", "uint32"),
     Dtype("uint16", 16, np.dtype(np.uint16), "U16", "uint16"),
@@ -65,6 +66,8 @@ COMPUTED = ("fp32", "fp16", "bf16")
 FLOATS = (*COMPUTED, "fp64")
 # What rows and matrices are rounded to, with a scale for each group of values.
 QUANTIZED = ("int8", "int4")
+# Codes that a blob's segments hold; those of 2 bits come from checkpoints that were trained for it.
+CODED = (*QUANTIZED, "int2")
 # By dtype, the floating-point dtypes that hold all its values.
 LOSSLESS = {"fp32": ("fp32",), "fp16": ("fp16", "fp32"), "bf16": ("bf16", "fp32")}
 

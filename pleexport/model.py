@@ -48,6 +48,21 @@ class Fold:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """How a table's segments are quantized: value = code * scale.
+
+    Attributes:
+        dtype: of the codes, one of `CODED`.
+        group_size: elements of a segment that share a scale.
+        scale_dtype: "fp16" or "fp32".
+    """
+
+    dtype: str
+    group_size: int
+    scale_dtype: str
+
+
+@dataclass(frozen=True)
 class Table:
     """A lookup table: for each token id a row `[layers * width]`, layer-major.
 
@@ -63,6 +78,7 @@ class Table:
         outside: what ids >= rows select; "row 0", or "error" where the original fails on them.
         fold: how rows are computed, where they are not the tensors' own.
         whole_text: each call gets the vectors of all tokens so far, not of the new ones only.
+        codes: how the checkpoint holds it, where it is quantized.
     """
 
     name: str
@@ -75,6 +91,7 @@ class Table:
     outside: Literal["row 0", "error"] = "error"
     fold: Fold | None = None
     whole_text: bool = False
+    codes: Codes | None = None
 
     @property
     def row_width(self) -> int:

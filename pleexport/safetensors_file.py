@@ -107,7 +107,7 @@ class SafetensorsFile:
         except OSError as err:
             raise self._fail(f"cannot be read: {err.strerror}") from err
         try:
-            header = json.loads(raw, object_pairs_hook=_unique_pairs)
+            header = json.loads(raw, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError) as err:
             raise self._fail(f"has a header that is not valid JSON ({err})") from err
         if not isinstance(header, dict):
@@ -156,7 +156,12 @@ class SafetensorsFile:
             raise self._fail(f"has {self.file_bytes - position} bytes that belong to no tensor")
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs of a JSON object, for `json.loads`.
+
+    Raises:
+        ValueError: a key appears twice.
+    """
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")

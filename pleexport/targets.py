@@ -63,7 +63,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
     name: Name
     description: Text
-    backend: Literal["onnx"]
+    backend: Literal["onnx", "executorch"]
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
     table_dtype: TableDtype
     weight_dtype: WeightDtype

@@ -1,6 +1,6 @@
 """docs/blob-format.md tells the truth: its hexdump, its decoder, and the test vectors.
 
-Run as a script, this file writes the vectors anew and prints the generated parts of the document.
+Run as a script, this file writes the vectors and the generated parts of the document anew.
 """
 
 from __future__ import annotations
@@ -8,116 +8,40 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
+import xxhash
+from blob_sources import VECTOR_SOURCES, example, table, write
 from numpy.typing import NDArray
 
-from pleexport.export.blob_writer import write_blob
-from pleexport.export.segments import plan_segments
-from pleexport.model import Table
+from pleexport.codes import unpack_codes
+from pleexport.dtypes import CODED, bits
+from pleexport.export.segments import plan_segments, row_stride
+from pleexport.model import Codes
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import Segment
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "blob-format.md"
 VECTORS = Path(__file__).with_name("vectors")
-PAGE_SIZE = 16_384
 LARGEST_VECTOR = 32 * 1024
 Decoder = Callable[[Path, int], dict[str, NDArray[np.float32]]]
+# XXH3-64 of inputs of these lengths, whose byte i is 131 i + 17: around the lengths at which the
+# algorithm changes, and those of rows, headers and chunks.
+HASHES = VECTORS / "xxh3-64.json"
+HASHED_LENGTHS = (
+    *(0, 1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 32, 33, 56, 64, 65, 96, 97, 120, 128, 129, 160, 184),
+    *(239, 240, 241, 255, 256, 257, 512, 1023, 1024, 1025, 1032, 2040, 5944, 10_680, 16_376),
+    *(65_536, 1_048_576),
+)
 
 
-class Model(NamedTuple):
-    tables: tuple[Table, ...]
-    num_rows: int
-    row_aliases: dict[int, int]
-
-
-@dataclass(frozen=True)
-class Source:
-    """What `write_blob` needs of a model whose tensors were found in a checkpoint."""
-
-    model: Model
-    tensors: dict[str, NDArray[Any]]
-
-    @property
-    def dtype(self) -> str:
-        names = {np.dtype(np.float32): "fp32", np.dtype(ml_dtypes.bfloat16): "bf16"}
-        (dtype,) = {names[tensor.dtype] for tensor in self.tensors.values()}
-        return dtype
-
-    def rows(self, table: Table, rows: NDArray[np.int64] | slice) -> NDArray[Any]:
-        return self.tensors[table.name][rows]
-
-
-def table(name: str, *, width: int, layers: int | None, multiplier: float, rows: int) -> Table:
-    return Table(name, (f"{name}.weight",), rows, layers, width, name, multiplier)
-
-
-def values(rows: int, width: int, *, seed: int) -> NDArray[np.float32]:
-    """Fixed numbers in [-2, 2) that no random generator has to reproduce."""
-    counter = np.arange(rows * width, dtype=np.uint64) + np.uint64(seed)
-    mixed = counter * np.uint64(0x9E3779B97F4A7C15) >> np.uint64(48)
-    return ((mixed.astype(np.float32) - 32768) / 16384).reshape(rows, width)
-
-
-def source(
-    *, rows: int, width: int, layers: int, layer_width: int, aliases: dict[int, int]
-) -> Source:
-    tables = (
-        table("embed_tokens", width=width, layers=None, multiplier=39.25, rows=rows),
-        table("per_layer", width=layer_width, layers=layers, multiplier=2.828125, rows=rows),
-    )
-    tensors = {t.name: values(rows, t.row_width, seed=i) for i, t in enumerate(tables)}
-    return Source(Model(tables, rows, aliases), tensors)
-
-
-def bf16_source() -> Source:
-    plain = source(rows=5, width=20, layers=2, layer_width=8, aliases={4: 1})
-    tensors = {name: v.astype(ml_dtypes.bfloat16) for name, v in plain.tensors.items()}
-    special = [0.0, -0.0, 1e-40, 3.0e36, -1.0 / 3.0]
-    tensors["embed_tokens"][2, : len(special)] = np.array(special, dtype=ml_dtypes.bfloat16)
-    return Source(plain.model, tensors)
-
-
-def int4_source() -> Source:
-    made = source(rows=6, width=72, layers=3, layer_width=32, aliases={})
-    made.tensors["embed_tokens"][1] = 0  # a group of zeros has the scale 0
-    made.tensors["per_layer"][2] *= 1e-7  # scales that float16 holds as subnormal numbers
-    return made
-
-
-VECTOR_SOURCES: dict[str, tuple[Callable[[], Source], str]] = {
-    "int8": (
-        lambda: source(rows=5, width=200, layers=2, layer_width=12, aliases={3: 0, 4: 0}),
-        "int8",
-    ),
-    "int4": (int4_source, "int4"),
-    "odd-width": (
-        lambda: source(rows=4, width=33, layers=2, layer_width=7, aliases={}),
-        "int4",
-    ),
-    "bf16-source": (bf16_source, "source"),
-}
-
-
-def example() -> Source:
-    """The blob of the hexdump: three token ids, the last an alias of the first."""
-    tables = (
-        table("embed_tokens", width=5, layers=None, multiplier=2.25, rows=3),
-        table("per_layer", width=3, layers=2, multiplier=1.75, rows=3),
-    )
-    tensors = {t.name: values(3, t.row_width, seed=i) for i, t in enumerate(tables)}
-    return Source(Model(tables, 3, {2: 0}), tensors)
-
-
-def write(made: Source, path: Path, table_dtype: str) -> None:
-    segments = plan_segments(made.model.tables, table_dtype, made.dtype)  # type: ignore[arg-type]
-    write_blob(made, path, segments=segments, page_size=PAGE_SIZE)  # type: ignore[arg-type]
+def hashed_bytes(length: int) -> bytes:
+    return ((np.arange(length) * 131 + 17) % 256).astype(np.uint8).tobytes()
 
 
 def render_header(path: Path) -> str:
@@ -135,7 +59,7 @@ def render_header(path: Path) -> str:
         lines.append('    ]",')
     lines[-1] = lines[-1].removesuffix(",")
     lines.append("  },")
-    for name in ("rows", "checksums"):
+    for name in ("header_checksum", "rows", "checksums"):
         lines.append(f"  {json.dumps(name)}: {json.dumps(header[name])},")
     lines[-1] = lines[-1].removesuffix(",")
     return "\n".join([*lines, "}"])
@@ -144,11 +68,13 @@ def render_header(path: Path) -> str:
 def render_hexdump(path: Path) -> str:
     """Every byte of a small blob, one line for each field."""
     data, blob = path.read_bytes(), Blob(path)
-    json_end = data.rindex(b"}", 0, blob.rows_offset) + 1
+    length = int.from_bytes(data[:8], "little")
+    json_end = data.rindex(b"}", 0, 8 + length) + 1
     lines = [
-        _line(data, 0, 8, f"header length: {int.from_bytes(data[:8], 'little')}"),
+        _line(data, 0, 8, f"header length: {length}"),
         _line(data, 8, json_end, "header: JSON"),
-        _line(data, json_end, blob.rows_offset, "header: spaces up to the page"),
+        _line(data, json_end, 8 + length, "header: spaces up to the checksum"),
+        _line(data, 8 + length, blob.rows_offset, "xxh3-64 of the header"),
     ]
     for row in range(blob.num_rows):
         lines.append("")
@@ -159,7 +85,9 @@ def render_hexdump(path: Path) -> str:
                 lines.append(_gap(data, position, begin + first))
                 lines.append(_line(data, begin + first, begin + end, text))
                 position = begin + end
-        lines.append(_gap(data, position, begin + blob.row_stride))
+        end = begin + blob.row_stride
+        lines.append(_gap(data, position, end - 8))
+        lines.append(_line(data, end - 8, end, f"xxh3-64 of row {row}"))
     lines.append("")
     for chunk, at in enumerate(range(blob.rows_offset + blob.rows.nbytes, len(data), 8)):
         lines.append(_line(data, at, at + 8, f"xxh3-64 of chunk {chunk}"))
@@ -183,16 +111,39 @@ def _gap(data: bytes, begin: int, end: int) -> str:
 
 
 def _fields(blob: Blob, segment: Segment, row: int) -> Iterator[tuple[int, int, str]]:
-    raw = blob.rows[row]
+    raw, wide = blob.rows[row], bits(segment.dtype)
     codes_end = segment.offset + segment.code_bytes
-    packed = raw[segment.offset : codes_end].tolist()
-    nibbles = [n - 8 for byte in packed for n in (byte & 15, byte >> 4)]
-    codes = " ".join(str(n) for n in nibbles[: segment.width])
-    pad = ", pad" if segment.width % 2 else ""
-    yield segment.offset, codes_end, f"row {row}, {segment.name}: codes {codes}{pad}"
+    codes = unpack_codes(raw[segment.offset : codes_end], bits=wide, width=segment.width)
+    listed = " ".join(map(str, codes.tolist()))
+    pad = ", pad" if segment.width * wide % 8 else ""
+    yield segment.offset, codes_end, f"row {row}, {segment.name}: codes {listed}{pad}"
+    scales = ", ".join(str(float(scale)) for scale in _scales(blob, segment, row))
     assert segment.scale_offset is not None
-    scale = raw[segment.scale_offset : segment.end].view("<f2")
-    yield segment.scale_offset, segment.end, f"scale {float(scale[0])}"
+    yield segment.scale_offset, segment.end, f"scales {scales}"
+
+
+def _scales(blob: Blob, segment: Segment, rows: int | slice) -> NDArray[Any]:
+    assert segment.scale_offset is not None
+    assert segment.scale_dtype is not None
+    dtype = {"fp16": "<f2", "fp32": "<f4"}[segment.scale_dtype]
+    raw = blob.rows[rows][..., segment.scale_offset : segment.end]
+    return np.ascontiguousarray(raw).view(dtype)
+
+
+def render_element(path: Path) -> str:
+    """How the first element of the example comes about."""
+    blob = Blob(path)
+    segment, byte = blob.segments[0], int(blob.rows[0, 0])
+    code, scale = byte % 4 - 2, float(_scales(blob, segment, 0)[0])
+    value = np.float32(code) * np.float32(scale)
+    vector = value * np.float32(segment.multiplier)
+    assert vector == blob.lookup(np.array([0]))[segment.table][0, 0]
+    text = (
+        f"Token id 0, `{segment.table}`, element 0: byte `{byte:02x}`, lowest two bits {byte % 4}, "
+        f"code {byte % 4} - 2 = {code}; value {code} * {scale} = {float(value)}; "
+        f"vector {float(value)} * {segment.multiplier} = {float(vector)}."
+    )
+    return textwrap.fill(text, 100)
 
 
 def code_blocks(language: str) -> list[str]:
@@ -200,8 +151,7 @@ def code_blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def decode() -> Decoder:
+def documents_decoder() -> Decoder:
     """The decoder that the document prints."""
     (block,) = code_blocks("python")
     assert "pleexport" not in re.sub(r'"pleexport-blob"', "", block)
@@ -210,23 +160,79 @@ def decode() -> Decoder:
     return namespace["decode"]
 
 
+@pytest.fixture(scope="module")
+def decode() -> Decoder:
+    return documents_decoder()
+
+
 def expected_of(path: Path) -> dict[str, Any]:
     return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
 
 
-def test_document_shows_the_header_of_the_example(tmp_path: Path) -> None:
-    write(example(), tmp_path / "blob", "int4")
-    assert render_header(tmp_path / "blob") in code_blocks("text")
+def test_document_shows_the_example(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    write(example(), path, "source")
+    assert code_blocks("text") == [render_header(path), render_hexdump(path)]
+    assert f"\n\n{render_element(path)}\n\n" in DOCUMENT.read_text(encoding="utf-8")
 
 
-def test_document_shows_the_hexdump_of_the_example(tmp_path: Path) -> None:
-    write(example(), tmp_path / "blob", "int4")
-    assert render_hexdump(tmp_path / "blob") in code_blocks("text")
+def test_document_states_the_sizes_of_rows() -> None:
+    def stride(dtype: Any, *codes: Codes | None) -> str:
+        main, layers = codes or (None, None)
+        tables = (
+            table("main", width=1536, layers=None, multiplier=1, rows=1, codes=main),
+            table("layers", width=256, layers=35, multiplier=1, rows=1, codes=layers),
+        )
+        return f"{row_stride(plan_segments(tables, dtype, 'bf16')):,}"
+
+    phone = stride("source", Codes("int2", 1536, "fp32"), Codes("int4", 256, "fp32"))
+    stated = (
+        f"A row of Gemma 4 E2B has {stride('source')} bytes in bf16, {stride('int8')} in int8, "
+        f"{stride('int4')} in int4, and {phone} with the codes"
+    )
+    assert stated in " ".join(DOCUMENT.read_text(encoding="utf-8").split())
+
+
+def test_vectors_hold_all_that_can_be_told_apart() -> None:
+    """Every dtype, every code of 2 and 4 bits, -128, both kinds of scales, and bytes filled up."""
+    codes: dict[str, set[int]] = {dtype: set() for dtype in CODED}
+    kinds, padded = set(), set()
+    for path in VECTORS.glob("*.safetensors"):
+        blob = Blob(path)
+        for segment in blob.segments:
+            kinds.add((segment.dtype, segment.scale_dtype))
+            if segment.dtype not in CODED:
+                continue
+            wide = bits(segment.dtype)
+            raw = blob.rows[:, segment.offset : segment.offset + segment.code_bytes]
+            found = unpack_codes(np.ascontiguousarray(raw), bits=wide, width=segment.width)
+            codes[segment.dtype] |= set(found.reshape(-1).tolist())
+            padded.add((segment.dtype, segment.width * wide % 8))
+    assert codes["int2"] == set(range(-2, 2))
+    assert codes["int4"] == set(range(-8, 8))
+    assert {-128, -127, 127} <= codes["int8"]
+    assert kinds == {
+        ("int8", "fp16"), ("int8", "fp32"), ("int4", "fp16"), ("int4", "fp32"), ("int2", "fp16"),
+        ("int2", "fp32"), ("bf16", None), ("fp16", None), ("fp32", None),
+    }  # fmt: skip
+    assert {("int4", 4), ("int2", 2), ("int2", 4)} <= padded
+
+
+def test_vectors_of_the_hash_are_right() -> None:
+    described = json.loads(HASHES.read_text(encoding="utf-8"))
+    assert [length for length, _ in described["hashes"]] == list(HASHED_LENGTHS)
+    for length, digest in described["hashes"]:
+        assert xxhash.xxh3_64_hexdigest(hashed_bytes(length)) == digest
+
+
+def test_the_folder_holds_no_other_vectors() -> None:
+    assert {path.stem for path in VECTORS.glob("*.safetensors")} == set(VECTOR_SOURCES)
 
 
 def test_document_states_every_rule_that_the_reader_cites() -> None:
     package = Path(sys.modules["pleexport"].__path__[0])
-    reader = (package / "runtime" / "blob.py").read_text(encoding="utf-8")
+    modules = ("blob", "blob_header", "blob_layout")
+    reader = "".join((package / "runtime" / f"{m}.py").read_text(encoding="utf-8") for m in modules)
     stated = re.findall(r"^- \*\*(B-\d\d)\*\*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"B-\d\d", reader)) <= set(stated)
     assert stated == [f"B-{i:02}" for i in range(1, len(stated) + 1)]
@@ -263,6 +269,19 @@ def test_vector_read_by_the_documents_decoder_has_its_values(name: str, decode: 
             np.testing.assert_array_equal(np.stack(own), expected)
 
 
+def test_the_documents_decoder_refuses_damage(decode: Decoder, tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    write(example(), path, "source")
+    decode(path, 1)
+    sound = path.read_bytes()
+    for position, problem in ((9000, r"\Z"), (16384 + 64, "a damaged row")):
+        changed = bytearray(sound)
+        changed[position] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(AssertionError, match=problem):
+            decode(path, 1)
+
+
 @pytest.mark.parametrize("name", VECTOR_SOURCES)
 def test_vector_is_within_half_a_step_of_its_source(name: str) -> None:
     make, table_dtype = VECTOR_SOURCES[name]
@@ -270,17 +289,17 @@ def test_vector_is_within_half_a_step_of_its_source(name: str) -> None:
     found = blob.lookup(np.arange(blob.num_rows))
     for segment in blob.segments:
         layer = segment.layer or 0
-        shape = (blob.num_rows, -1, segment.width)
-        wanted = made.tensors[segment.table].astype(np.float32).reshape(shape)[:, layer]
-        got = found[segment.table].reshape(shape)[:, layer] / np.float32(segment.multiplier)
-        if table_dtype == "source":
-            np.testing.assert_allclose(got, wanted, rtol=1e-6)
+        wanted = made.vectors(segment.table)[:, layer]
+        got = found[segment.table].reshape(blob.num_rows, -1, segment.width)[:, layer]
+        if table_dtype == "source" or table_dtype in ("fp32", "bf16"):
+            np.testing.assert_array_equal(got, wanted * np.float32(segment.multiplier))
             continue
-        assert segment.scale_offset is not None
-        assert segment.group_size is not None
-        raw = np.ascontiguousarray(blob.rows[:, segment.scale_offset : segment.end])
-        steps = np.repeat(raw.view("<f2").astype(np.float32), segment.group_size, axis=-1)
-        steps = steps[:, : segment.width]
+        got = got / np.float32(segment.multiplier)
+        if segment.group_size is None:
+            np.testing.assert_allclose(got, wanted, rtol=2.0**-10)
+            continue
+        scales = _scales(blob, segment, slice(None)).astype(np.float32)
+        steps = np.repeat(scales, segment.group_size, axis=-1)[:, : segment.width]
         within = np.abs(got - wanted) <= 0.5001 * steps
         clipped = (np.abs(got) > 6.99 * steps) & (np.abs(wanted) > np.abs(got))
         assert np.all(within | (clipped & (segment.dtype == "int4")))
@@ -291,11 +310,12 @@ def test_vector_opens_as_safetensors(name: str) -> None:
     from safetensors.numpy import load_file
 
     tensors = load_file(VECTORS / f"{name}.safetensors")
-    assert {n: str(t.dtype) for n, t in tensors.items()} == {"rows": "uint8", "checksums": "uint64"}
+    dtypes = {"header_checksum": "uint64", "rows": "uint8", "checksums": "uint64"}
+    assert {n: str(t.dtype) for n, t in tensors.items()} == dtypes
 
 
 def main() -> None:
-    """Write the vectors anew, and print the header and the hexdump of the document."""
+    """Write the vectors anew, and the header and the hexdump of the document."""
     VECTORS.mkdir(exist_ok=True)
     for name, (make, table_dtype) in VECTOR_SOURCES.items():
         path = VECTORS / f"{name}.safetensors"
@@ -305,9 +325,18 @@ def main() -> None:
         tables = {n: v.astype(np.float64).tolist() for n, v in found.items()}
         described = {"row_aliases": blob.row_aliases, "tables": tables}
         path.with_suffix(".json").write_text(json.dumps(described) + "\n", encoding="utf-8")
+    hashes = [(n, xxhash.xxh3_64_hexdigest(hashed_bytes(n))) for n in HASHED_LENGTHS]
+    described = {"input": "byte i is (131 i + 17) mod 256", "seed": 0, "hashes": hashes}
+    HASHES.write_text(json.dumps(described) + "\n", encoding="utf-8")
     path = VECTORS / "example.safetensors"
-    write(example(), path, "int4")
-    print(render_header(path), render_hexdump(path), sep="\n\n")
+    write(example(), path, "source")
+    text = DOCUMENT.read_text(encoding="utf-8")
+    old = [f"```text\n{block}\n```" for block in code_blocks("text")]
+    for block, new in zip(old, (render_header(path), render_hexdump(path)), strict=True):
+        text = text.replace(block, f"```text\n{new}\n```")
+    element = re.compile(r"^Token id 0, .*?\n\n", re.MULTILINE | re.DOTALL)
+    text = element.sub(f"{render_element(path)}\n\n", text, count=1)
+    DOCUMENT.write_text(text, encoding="utf-8")
     path.unlink()
 
 

@@ -374,11 +374,11 @@ def test_table_sizes_count_scales(tmp_path: Path) -> None:
     assert per_layer.stored[0].table_bytes == 4_697_620_480
     assert per_layer.stored[0].segment_dtype == "bf16"
     assert [blob.row_stride for blob in info.blobs] == [
-        20_992,
-        41_984,
-        20_992,
-        20_992,
-        11_136,
+        21_056,
+        42_048,
+        21_056,
+        21_056,
+        10_688,
         5952,
     ]
     for blob in info.blobs:
@@ -427,7 +427,7 @@ def test_estimate_that_does_not_fit_says_the_number(tmp_path: Path) -> None:
     result = estimate(model, small, "bf16")
     assert not result.fits
     assert result.problems == [
-        "`embeddings.safetensors` has 2.92 GB, and the largest file is 2.00 GB",
+        "`embeddings.safetensors` has 2.80 GB, and the largest file is 2.00 GB",
         "1.44 GB have to stay in memory, and the budget is 1.00 GB",
     ]
     info = msgspec.structs.replace(inspect(folder), targets=[result])

@@ -9,7 +9,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx_ir.passes import PostconditionError, PreconditionError
 
-from pleexport.backends.base import Argument
 from pleexport.backends.onnx.expansion import DOMAIN, Expand
 from pleexport.backends.onnx.passes import (
     CountLogits,
@@ -18,6 +17,7 @@ from pleexport.backends.onnx.passes import (
     MergeReshapes,
     NameDimensions,
 )
+from pleexport.program import Argument
 
 
 def model(

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from pleexport.backends.onnx.blocks import Blocks, quantize_blocks
-from pleexport.codes import dequantize_rows, pack_nibbles, unpack_nibbles
+from pleexport.codes import dequantize_rows, join_codes, pack_codes, unpack_codes
 from pleexport.quantize import quantize_rows
 
 VALUES = st.floats(-1e5, 1e5, width=32)
@@ -73,11 +73,71 @@ def test_values_beyond_the_scales_are_refused(value: float) -> None:
         quantize_rows(np.full((1, 4), value, dtype=np.float32), bits=8, group_size=4)
 
 
-@given(codes=arrays(np.int8, st.integers(1, 33), elements=st.integers(-8, 7)))
-def test_nibbles_survive_packing(codes: NDArray[np.int8]) -> None:
-    packed = pack_nibbles(codes)
-    assert len(packed) == -(-len(codes) // 2)
-    np.testing.assert_array_equal(unpack_nibbles(packed, width=len(codes)), codes)
+CODES = st.sampled_from([8, 4, 2]).flatmap(
+    lambda bits: st.tuples(
+        st.just(bits),
+        arrays(
+            np.int8,
+            st.tuples(st.integers(1, 3), st.integers(1, 33)),
+            elements=st.integers(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1),
+        ),
+    )
+)
+
+
+@given(case=CODES)
+def test_codes_survive_packing(case: tuple[int, NDArray[np.int8]]) -> None:
+    bits, codes = case
+    packed = pack_codes(codes, bits=bits)
+    width = codes.shape[-1]
+    assert packed.shape == (len(codes), -(-width * bits // 8))
+    np.testing.assert_array_equal(unpack_codes(packed, bits=bits, width=width), codes)
+
+
+@given(case=CODES)
+def test_packed_codes_lie_where_the_specification_says(
+    case: tuple[int, NDArray[np.int8]],
+) -> None:
+    bits, codes = case
+    offset = 0 if bits == 8 else 2 ** (bits - 1)
+    for row, packed in zip(codes.tolist(), pack_codes(codes, bits=bits).tolist(), strict=True):
+        stored = int.from_bytes(packed, "little")
+        for i in range(8 * len(packed) // bits):
+            code = row[i] if i < len(row) else 0
+            assert stored >> (bits * i) & (2**bits - 1) == (code + offset) % 2**bits
+
+
+def test_unpacking_with_the_wrong_bits_is_not_the_same() -> None:
+    codes = np.array([[1, -2, 0, -1]], dtype=np.int8)
+    packed = pack_codes(codes, bits=2)
+    assert packed.tolist() == [[0b01_10_00_11]]
+    assert unpack_codes(packed, bits=4, width=2).tolist() != codes[:, :2].tolist()
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_unsigned_codes_are_joined_from_the_lowest_bits(bits: int) -> None:
+    codes = np.arange(2**bits, dtype=np.uint8)
+    joined = int.from_bytes(join_codes(codes, bits=bits).tobytes(), "little")
+    assert [joined >> (bits * i) & (2**bits - 1) for i in codes.tolist()] == codes.tolist()
+
+
+@given(
+    width=st.integers(1, 40),
+    group_size=st.integers(1, 40),
+    kind=st.sampled_from([np.float16, np.float32]),
+    seed=st.integers(0, 99),
+)
+def test_each_code_is_multiplied_by_the_scale_of_its_group(
+    width: int, group_size: int, kind: Any, seed: int
+) -> None:
+    generator = np.random.default_rng(seed)
+    codes = generator.integers(-128, 128, (2, width)).astype(np.int8)
+    scales = generator.random((2, -(-width // group_size))).astype(kind)
+    got = dequantize_rows(codes, scales, group_size=group_size)
+    for row in range(2):
+        for e in range(width):
+            scale = np.float32(scales[row, e // group_size])
+            assert got[row, e] == np.float32(codes[row, e]) * scale
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import weakref
@@ -15,6 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import gemma4
+from resealed import change_header, change_rows
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
@@ -59,23 +61,7 @@ def test_an_exact_bundle_passes_every_level(
 
 def break_blob(bundle: Path, change: Callable[[Any], None]) -> None:
     """Change the rows of a blob, and make its checksums and the manifest fit again."""
-    import hashlib
-
-    import xxhash
-    from safetensors.numpy import load_file
-
-    path = bundle / "embeddings.safetensors"
-    raw = bytearray(path.read_bytes())
-    tensors = load_file(path)
-    rows, offset = tensors["rows"], Blob(path).rows_offset
-    change(rows)
-    raw[offset : offset + rows.nbytes] = rows.tobytes()
-    sums = [
-        xxhash.xxh3_64_intdigest(rows.tobytes()[i : i + (1 << 20)])
-        for i in range(0, rows.nbytes, 1 << 20)
-    ]
-    raw[offset + rows.nbytes :] = np.array(sums, dtype="<u8").tobytes()
-    path.write_bytes(raw)
+    change_rows(bundle / "embeddings.safetensors", change)
     manifest = json.loads((bundle / "manifest.json").read_text())
     for record in manifest["files"]:
         data = (bundle / record["name"]).read_bytes()
@@ -125,16 +111,15 @@ def test_a_swapped_segment_fails_at_its_layer(broken: Path, gemma4_checkpoint: P
 
 def test_a_scale_applied_twice_fails(broken: Path, gemma4_checkpoint: Path) -> None:
     path = broken / "embeddings.safetensors"
-    raw = path.read_bytes()
-    multiplier = str(Blob(path).segments[-1].multiplier).encode()
-    squared = str(Blob(path).segments[-1].multiplier ** 2).encode()
-    header = int.from_bytes(raw[:8], "little")
-    text = raw[8 : 8 + header].rstrip()
-    parts = text.split(b'\\"multiplier\\":' + multiplier)
-    # Only the per-layer segments have this multiplier.
-    assert len(parts) == 7
-    text = (b'\\"multiplier\\":' + squared).join(parts)
-    path.write_bytes(raw[:8] + text.ljust(header) + raw[8 + header :])
+
+    def square(header: dict[str, Any]) -> None:
+        listed = json.loads(header["__metadata__"]["segments"])
+        for segment in listed:
+            if segment["table"] == "embed_tokens_per_layer":
+                segment["multiplier"] **= 2
+        header["__metadata__"]["segments"] = json.dumps(listed)
+
+    change_header(path, square)
     break_blob(broken, lambda rows: None)
     report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
     assert report is not None

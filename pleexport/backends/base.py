@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Protocol
 from numpy.typing import NDArray
 
 from pleexport.contract import Artifact, GraphContract
+from pleexport.program import Program
 
 if TYPE_CHECKING:
     import numpy as np
-    from torch.export import ExportedProgram
 
     from pleexport.checkpoint.matching import MatchedModel
     from pleexport.model import Model, Weight
     from pleexport.weights import WeightRequest
 
-# The argument of a traced program that says which positions want logits.
-LOGIT_POSITIONS = "logit_positions"
+MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -42,28 +41,16 @@ class Conventions:
 
 
 @dataclass(frozen=True)
-class Argument:
-    """An argument of a traced program; dynamic dimensions by name."""
-
-    name: str
-    shape: list[int | str]
-    dtype: str
-
-
-@dataclass(frozen=True)
-class Program:
-    """A traced model, its weights by name and without values.
+class Original:
+    """What a bundle was built from, for a backend that has to build from it once more.
 
     Attributes:
-        results: names of its results up to the hidden values.
-        hidden: names of what the layers hand on, its last results.
+        trace: traces the model.
     """
 
-    exported: ExportedProgram
-    contract: GraphContract
-    arguments: list[Argument]
-    results: list[str]
-    hidden: list[str]
+    matched: MatchedModel
+    storage: WeightStorage
+    trace: Callable[[], Program]
 
 
 class WeightStorage(Protocol):
@@ -79,6 +66,10 @@ class WeightStorage(Protocol):
 
     def resident_bytes(self, weight: Weight) -> int:
         """Bytes in memory once loaded."""
+        ...
+
+    def notes(self, model: Model) -> list[str]:
+        """What it stores otherwise than was asked for, a sentence each."""
         ...
 
 
@@ -108,21 +99,48 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """One runtime format."""
+    """One runtime format.
+
+    Attributes:
+        hidden_values_build: hidden values take as long as a build, since the file that ships cannot
+            be made to give them.
+    """
 
     name: str
     conventions: Conventions
+    hidden_values_build: bool
+
+    def require(self) -> None:
+        """Refuse to go on where packages that it needs beside its own are not installed.
+
+        Raises:
+            MissingDependencyError: names them, and the command that installs them.
+        """
+        ...
+
+    def check(self, model: Model, request: WeightRequest) -> None:
+        """Refuse what it cannot store or compute, before any work.
+
+        Raises:
+            TargetError: another choice of dtypes would do.
+            UnsupportedError: it cannot compute such a model.
+        """
+        ...
 
     def storage(self, request: WeightRequest) -> WeightStorage:
         """How it stores the weights of a build."""
         ...
 
-    def bounds(self, context: int) -> dict[str, int]:
+    def bounds(self, contract: GraphContract, *, context: int) -> dict[str, int]:
         """By dynamic dimension of its graphs, the largest size; of those that are limited."""
         ...
 
     def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
         """Bytes of its large files by name."""
+        ...
+
+    def working_bytes(self, model: Model, storage: WeightStorage) -> int:
+        """Bytes on the disk that `lower` takes beside its files, and gives back."""
         ...
 
     def lower(
@@ -172,6 +190,8 @@ class Backend(Protocol):
         artifact: Artifact,
         vectors: Mapping[str, NDArray[np.float32]],
         count: int,
+        *,
+        original: Original,
     ) -> list[NDArray[np.float32]]:
         """By layer, what it hands on, `[T, ...]`, for a text from its start.
 

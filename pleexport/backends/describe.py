@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pleexport.backends.base import Conventions
+import msgspec
+
+from pleexport.backends.base import Backend, Conventions
 from pleexport.contract import (
     ALL_TOKENS,
     CONTEXT_CAPACITY,
@@ -16,9 +18,10 @@ from pleexport.contract import (
 from pleexport.model import Cache, CacheBuffer, Model, Table
 
 
-def describe(model: Model, conventions: Conventions) -> GraphContract:
-    """The contract of a model's dense graph under a backend's conventions."""
-    return GraphContract(
+def describe(model: Model, backend: Backend, *, context: int) -> GraphContract:
+    """The contract of a model's dense graph, as a backend writes it for so many positions."""
+    conventions = backend.conventions
+    contract = GraphContract(
         id=conventions.contract_id,
         lookup_inputs=[LookupInput(t.graph_input, t.name, _lookup_shape(t)) for t in model.tables],
         caches=[
@@ -39,6 +42,7 @@ def describe(model: Model, conventions: Conventions) -> GraphContract:
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
     )
+    return msgspec.structs.replace(contract, bounds=backend.bounds(contract, context=context))
 
 
 def _lookup_shape(table: Table) -> list[int | str]:

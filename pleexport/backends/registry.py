@@ -7,7 +7,7 @@ from typing import cast
 
 from pleexport.backends.base import Backend
 
-NAMES = ("onnx",)
+NAMES = ("onnx", "executorch")
 
 
 def load(name: str) -> Backend:

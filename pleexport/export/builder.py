@@ -79,6 +79,7 @@ def build(
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
     plan = make_plan(matched.model, settings, source=matched.dtype)
+    plan.backend.require()
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), plan)
     matched.check_tied_head()
     plan.check()
@@ -141,7 +142,8 @@ def _calibration_ids(
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:
-    free, needed = shutil.disk_usage(folder).free, plan.nbytes + _OVERHEAD_BYTES
+    working = plan.backend.working_bytes(plan.model, plan.storage)
+    free, needed = shutil.disk_usage(folder).free, plan.nbytes + working + _OVERHEAD_BYTES
     if free < needed:
         raise PleexportError(
             f"`{folder.parent}` has {size_text(free)} free; the bundle needs {size_text(needed)}",
@@ -171,7 +173,7 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    for note in plan.delivery:
+    for note in (*plan.storage.notes(plan.model), *plan.delivery):
         progress.note(f"note: {note}")
 
 
@@ -189,7 +191,7 @@ def _write_model(
     """
     try:
         from pleexport.export.calibration import importance
-        from pleexport.export.trace import trace
+        from pleexport.families.trace import trace
     except ImportError as err:
         raise MissingDependencyError(
             f"building needs {err.name}", hint="pip install 'pleexport[export]'"
@@ -212,7 +214,7 @@ def _write_model(
             )
 
         with beside(write_rows, work) as rows:
-            program = trace(plan.model, plan.contract, bounds=plan.backend.bounds(plan.context))
+            program = trace(plan.model, plan.contract)
             artifact = plan.backend.lower(
                 program,
                 matched,

@@ -27,7 +27,7 @@ class BuildOptions(TypedDict, total=False):
 
     Attributes:
         target: name of a target, or path of a target file; "laptop" by default.
-        backend: "onnx"; the target's by default.
+        backend: "onnx" or "executorch"; the target's by default.
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
             by default.
         weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.

@@ -72,7 +72,8 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
         model: with the cache that the settings ask for.
         source: the checkpoint's dtype, which the table dtype "source" means.
     Raises:
-        TargetError: a context beyond the model's.
+        TargetError: a context beyond the model's, or dtypes that the backend lacks.
+        UnsupportedError: the backend cannot compute such a model.
     """
     target = settings.target
     if settings.context is not None and not 1 <= settings.context <= model.max_context:
@@ -83,6 +84,7 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
         )
     context = settings.context or min(target.context, model.max_context)
     backend = registry.load(settings.backend)
+    backend.check(model, settings.weights)
     storage = backend.storage(settings.weights)
     segments = plan_segments(model.tables, settings.table_dtype, source)
     sizes = backend.planned_files(model, storage) | {
@@ -95,7 +97,7 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
         settings=settings,
         backend=backend,
         storage=storage,
-        contract=describe(model, backend.conventions),
+        contract=describe(model, backend, context=context),
         context=context,
         segments=segments,
         sizes=sizes,

@@ -5,12 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from pleexport.dtypes import TableDtype, packed_bytes
-from pleexport.model import Table
-from pleexport.runtime.blob_layout import ROW_ALIGNMENT, SCALE_DTYPE, SEGMENT_ALIGNMENT, Segment
+from pleexport.model import Codes, Table
+from pleexport.runtime.blob_layout import (
+    CHECKSUM_BYTES,
+    ROW_ALIGNMENT,
+    SEGMENT_ALIGNMENT,
+    Segment,
+    scale_bytes,
+)
 from pleexport.sizes import align
 
 # Values of a row that share a scale.
 _GROUP_SIZES = {"int8": 128, "int4": 32}
+_SCALE_DTYPE = "fp16"
 
 
 def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str) -> list[Segment]:
@@ -18,26 +25,24 @@ def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str)
 
     Args:
         table_dtype: what a build asks for.
-        source: the checkpoint's dtype, which "source" means.
+        source: the checkpoint's dtype, which "source" means but for tables with codes.
     """
     segments: list[Segment] = []
     position = 0
     for table in tables:
+        codes = _segment_codes(table, table_dtype)
         dtype = table.source_dtype(source) if table_dtype == "source" else table_dtype
         for layer in range(table.layers or 1):
-            group_size = min(_GROUP_SIZES[dtype], table.width) if dtype in _GROUP_SIZES else None
             segment = Segment(
                 name=table.name if table.layers is None else f"{table.name}.{layer}",
                 table=table.name,
                 layer=None if table.layers is None else layer,
                 offset=position,
                 width=table.width,
-                dtype=dtype,
-                group_size=group_size,
-                scale_dtype=SCALE_DTYPE if group_size else None,
-                scale_offset=align(position + packed_bytes(table.width, dtype), 2)
-                if group_size
-                else None,
+                dtype=codes.dtype if codes else dtype,
+                group_size=codes.group_size if codes else None,
+                scale_dtype=codes.scale_dtype if codes else None,
+                scale_offset=_scale_offset(position, table.width, codes) if codes else None,
                 multiplier=table.multiplier,
             )
             segments.append(segment)
@@ -45,6 +50,19 @@ def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str)
     return segments
 
 
+def _segment_codes(table: Table, table_dtype: TableDtype) -> Codes | None:
+    """How a table's segments are quantized; None where they hold floating-point numbers."""
+    if table_dtype == "source":
+        return table.codes
+    if table_dtype not in _GROUP_SIZES:
+        return None
+    return Codes(table_dtype, min(_GROUP_SIZES[table_dtype], table.width), _SCALE_DTYPE)
+
+
+def _scale_offset(codes_begin: int, width: int, codes: Codes) -> int:
+    return align(codes_begin + packed_bytes(width, codes.dtype), scale_bytes(codes.scale_dtype))
+
+
 def row_stride(segments: list[Segment]) -> int:
-    """Bytes from one row to the next."""
-    return align(max(segment.end for segment in segments), ROW_ALIGNMENT)
+    """Bytes from one row to the next; the last hold the row's checksum."""
+    return align(max(segment.end for segment in segments) + CHECKSUM_BYTES, ROW_ALIGNMENT)

@@ -7,12 +7,13 @@ by how far its predictions move: the KL divergence from the original, in nats pe
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import LOSSLESS
 from pleexport.parity.fidelity import NOTHING_ROUNDED, measure_fidelity
 from pleexport.parity.greedy import check_greedy
-from pleexport.parity.layers import first_diverging_layer, layer_errors
+from pleexport.parity.layers import first_diverging_layer, layer_errors, takes_a_build
 from pleexport.parity.logits import check_logits, compared_positions, feed_modes, parity_ids
 from pleexport.parity.metrics import logit_range
 from pleexport.parity.oracle import Oracle
@@ -68,7 +69,17 @@ def compare(
         )
     del runner  # layers open a session of their own, and dense weights are in memory once
 
-    errors = layer_errors(bundle, blob=blob, oracle=oracle, ids=ids)
+    find = partial(
+        find_failures,
+        exact=exact,
+        tables=tables,
+        logits=logits,
+        greedy=greedy,
+        computing_dtypes=computing_dtypes,
+    )
+    errors: tuple[float, ...] = ()
+    if not takes_a_build(bundle) or find(first_diverging_layer=None):
+        errors = layer_errors(bundle, matched=matched, blob=blob, oracle=oracle, ids=ids)
     diverging = first_diverging_layer(errors, exact=exact)
     return ParityReport(
         oracle=oracle.name,
@@ -81,14 +92,7 @@ def compare(
         original_perplexity=cost.original_perplexity,
         fidelity=cost.entries,
         fidelity_tokens=cost.tokens,
-        failures=find_failures(
-            exact=exact,
-            tables=tables,
-            logits=logits,
-            greedy=greedy,
-            first_diverging_layer=diverging,
-            computing_dtypes=computing_dtypes,
-        ),
+        failures=find(first_diverging_layer=diverging),
     )
 
 

@@ -104,7 +104,8 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         exact: the bundle is held to float32 noise instead of a KL limit.
-        layer_errors: by layer, relative error of what it hands on (root mean square).
+        layer_errors: by layer, relative error of what it hands on (root mean square). Empty where
+            logits agree and hidden values of so large a bundle would take another build.
         first_diverging_layer: None where none is beyond the limit.
         original_perplexity: of the original, on the tokens that `fidelity` was measured on; None
             where these are random.

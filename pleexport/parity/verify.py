@@ -53,7 +53,8 @@ def verify(
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
     matched = MatchedModel(model, source)
     graph = opened.decoder
-    if describe(model, load(graph.backend).conventions) != graph.contract:
+    context = opened.manifest.context
+    if describe(model, load(graph.backend), context=context) != graph.contract:
         raise CheckpointError(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
             hint="pass the checkpoint that the bundle was built from",

@@ -10,6 +10,7 @@ ROLES = {
     "model.onnx.data": "dense weights, read at every token",
     BLOB: "rows of all tables, looked up by token id",
     "model.onnx": "dense graph",
+    "model.pte": "dense graph and weights, read at every token",
     "tokenizer.json": "tokenizer",
     "parity.json": "parity with the original",
 }

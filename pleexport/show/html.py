@@ -33,7 +33,7 @@ def write_html(report: ParityReport, bundle: Path, path: Path) -> None:
         verdict=verdict(report),
         row_verdict=row_verdict,
         exact_limit=EXACT_LOGITS,
-        layers_plot=_plot_layers(report),
+        layers_plot=_plot_layers(report) if report.layer_errors else None,
         sizes_plot=_plot_sizes(opened),
     )
     path.write_text(page, encoding="utf-8")

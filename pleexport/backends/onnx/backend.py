@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import Conventions, Program, WeightStorage
-from pleexport.contract import Artifact
+from pleexport.backends.base import MOST_THREADS, Conventions, Original, WeightStorage
+from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError
+from pleexport.program import Program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from pleexport.model import Model
     from pleexport.weights import WeightRequest
 
-MOST_THREADS = 256
 _PACKAGES = ("torch", "onnx-ir", "onnxscript")
 
 
@@ -29,6 +29,13 @@ class OnnxBackend:
 
     name = "onnx"
     conventions = Conventions(contract_id="pleexport.decoder/1", slot_axis=2)
+    hidden_values_build = False
+
+    def require(self) -> None:
+        """What builds is of the extra `export`, and what runs comes with this package."""
+
+    def check(self, model: Model, request: WeightRequest) -> None:
+        """Every model and dtype goes."""
 
     def storage(self, request: WeightRequest) -> WeightStorage:
         """How weights are stored."""
@@ -36,7 +43,7 @@ class OnnxBackend:
 
         return OnnxStorage(request)
 
-    def bounds(self, context: int) -> dict[str, int]:
+    def bounds(self, contract: GraphContract, *, context: int) -> dict[str, int]:
         """Any size goes."""
         return {}
 
@@ -45,6 +52,10 @@ class OnnxBackend:
         from pleexport.backends.onnx.files import GRAPH_DATA
 
         return {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in model.weights)}
+
+    def working_bytes(self, model: Model, storage: WeightStorage) -> int:
+        """None: weights are written where they stay."""
+        return 0
 
     def lower(
         self,
@@ -105,6 +116,8 @@ class OnnxBackend:
         artifact: Artifact,
         vectors: Mapping[str, NDArray[np.float32]],
         count: int,
+        *,
+        original: Original,
     ) -> list[NDArray[np.float32]]:
         """By layer, what it hands on."""
         from pleexport.backends.onnx.hidden import hidden_values

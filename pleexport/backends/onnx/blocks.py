@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.codes import join_nibbles
+from pleexport.codes import join_codes
 from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
 from pleexport.sizes import groups
 
@@ -75,7 +75,7 @@ def quantize_blocks(
         rounded = round_to_codes(grouped, scales[rows], lowest, highest)
         codes[rows] = np.add(rounded, zero, out=rounded)
     if bits == 4:
-        codes = join_nibbles(codes)
+        codes = join_codes(codes, bits=4)
     return Blocks(codes, scales, None if symmetric else _pack_zero_points(zero_points, bits))
 
 
@@ -99,4 +99,4 @@ def _pack_zero_points(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.u
         return zero_points
     if zero_points.shape[-1] % 2:
         zero_points = np.concatenate((zero_points, np.zeros_like(zero_points[:, :1])), axis=-1)
-    return join_nibbles(zero_points)
+    return join_codes(zero_points, bits=4)

@@ -12,7 +12,6 @@ from onnx_ir.passes import common as passes
 from onnxscript.values import Opset
 
 import pleexport.operators  # noqa: F401  registers torch.ops.pleexport
-from pleexport.backends.base import LOGIT_POSITIONS, Program
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
 from pleexport.backends.onnx.expansion import OPSET, Expand
 from pleexport.backends.onnx.passes import (
@@ -24,6 +23,7 @@ from pleexport.backends.onnx.passes import (
 )
 from pleexport.backends.onnx.recurrence import WKV7
 from pleexport.backends.onnx.rotation import ROTATE
+from pleexport.program import LOGIT_POSITIONS, Program
 from pleexport.progress import quiet
 
 _onnx = Opset("", OPSET)

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
-from pleexport.backends.base import Argument
 from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
+from pleexport.program import Argument
 
 
 class NameDimensions(InPlacePass):

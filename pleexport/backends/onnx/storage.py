@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.dtypes import QUANTIZED, bits, packed_bytes
-from pleexport.model import Weight
+from pleexport.model import Model, Weight
 from pleexport.sizes import groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
@@ -43,6 +43,10 @@ class OnnxStorage:
         """Bytes in memory: ONNX Runtime widens fp16 weights to fp32 when it loads them."""
         factor = 2 if self.dtype_of(weight) == "fp16" else 1
         return factor * self.file_bytes(weight)
+
+    def notes(self, model: Model) -> list[str]:
+        """Every matrix can be stored as asked for."""
+        return []
 
     def _block_bytes(self, weight: Weight, block_size: int) -> int:
         """Bytes of a matrix in blocks of a given size."""

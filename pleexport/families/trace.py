@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from pleexport.backends.base import LOGIT_POSITIONS, Argument, Program
 from pleexport.contract import (
     ALL_TOKENS,
     CONTEXT_CAPACITY,
     LOGITS_OUTPUT,
+    NUM_LOGITS,
     POSITION_IDS,
     TOKENS,
     WINDOW_CAPACITY,
@@ -21,10 +21,10 @@ from pleexport.dtypes import torch_name
 from pleexport.errors import FamilyError
 from pleexport.families.layers import Parameters
 from pleexport.model import GraphInputs, GraphOutputs, Model
+from pleexport.program import LOGIT_POSITIONS, Argument, Program
 
-_LOGITS = "num_logits"
 # Sizes used while tracing; any that differ from each other and from 0 and 1 will do.
-_EXAMPLE = {TOKENS: 5, ALL_TOKENS: 11, _LOGITS: 3, CONTEXT_CAPACITY: 37, WINDOW_CAPACITY: 29}
+_EXAMPLE = {TOKENS: 5, ALL_TOKENS: 11, NUM_LOGITS: 3, CONTEXT_CAPACITY: 37, WINDOW_CAPACITY: 29}
 
 
 class _Dense(nn.Module):
@@ -74,17 +74,16 @@ def arguments(contract: GraphContract) -> list[Argument]:
         Argument(POSITION_IDS, [1, TOKENS], "int64"),
         *(Argument(c.input, c.shape, c.dtype) for c in contract.caches),
         *(Argument(s.input, [*s.shape], "fp32") for s in contract.states),
-        Argument(LOGIT_POSITIONS, [_LOGITS], "int64"),
+        Argument(LOGIT_POSITIONS, [NUM_LOGITS], "int64"),
     ]
 
 
-def trace(model: Model, contract: GraphContract, *, bounds: dict[str, int]) -> Program:
+def trace(model: Model, contract: GraphContract) -> Program:
     """Export a model with dynamic lengths; no weight is allocated.
 
-    Args:
-        bounds: by dynamic dimension, the largest size; any size by default.
     Source: torch.export's documentation of fake tensors.
     """
+    bounds = contract.bounds
     dims = {name: torch.export.Dim(name, min=1, max=bounds.get(name)) for name in _EXAMPLE}
     given = arguments(contract)
     dynamic = tuple(

@@ -1,0 +1,70 @@
+"""A `.pte` file and ExecuTorch's runtime for it. The one module that loads their binding."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pleexport.errors import BundleError, CheckFailed
+
+METHOD = "forward"
+_CHECK = """import sys
+sys.path[:] = {paths!r}
+from pathlib import Path
+from pleexport.backends.executorch.program import load
+load(Path({path!r}))
+"""
+
+
+@functools.cache
+def runtime() -> Any:
+    """ExecuTorch's Python binding, with the kernels for caches and attention."""
+    # Not through `portable_lib`, which is this and imports all that lowers: two seconds more.
+    binding = importlib.import_module("executorch.extension.pybindings._C")
+    folder = Path(binding.__file__ or "").parents[1] / "llm" / "custom_ops"
+    (library,) = folder.glob("*custom_ops_aot_lib.*")
+    torch.ops.load_library(str(library))
+    return binding
+
+
+def load(path: Path) -> tuple[Any, Any]:
+    """A program and its method; the program has to live as long.
+
+    Raises:
+        BundleError: it cannot be loaded.
+    """
+    try:
+        if not path.is_file():
+            raise RuntimeError("there is no such file")
+        program = runtime()._load_program(str(path))
+        return program, program.load_method(METHOD)
+    except RuntimeError as err:
+        raise BundleError(
+            f"`{path}` cannot be loaded: {err}",
+            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+        ) from err
+
+
+def check_loads(path: Path) -> None:
+    """Load a program that was just written, in a process of its own.
+
+    XNNPACK refuses some things only then, and copies all weights into memory. Neither that memory
+    nor a crash is this process's.
+
+    Raises:
+        CheckFailed: it does not load.
+    """
+    code = _CHECK.format(paths=sys.path, path=str(path))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if done.returncode:
+        why = (done.stderr.strip().splitlines() or ["the process crashed"])[-1]
+        raise CheckFailed(
+            f"`{path.name}` was written and cannot be loaded: {why}",
+            hint="this is an error of pleexport; `--backend onnx` may work meanwhile",
+        )
