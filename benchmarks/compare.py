@@ -13,6 +13,7 @@ medians. Run nothing else meanwhile: the threads of all engines spin while they 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -40,6 +41,14 @@ ENVIRONMENTS = Path("build/benchmarks")
 LITERT_RECIPES = {"LiteRT-LM int4": "gemma4_mixed48", "LiteRT-LM int8": "dynamic_wi8_afp32"}
 
 
+EXECUTORCH = "pleexport, ExecuTorch"
+_FOLDERS = {
+    "pleexport": "android",
+    "pleexport, int4 head": "android-int4-head",
+    EXECUTORCH: "android-executorch",
+}
+
+
 @dataclass(frozen=True)
 class Peer:
     """Another engine: what it loads, and the script that times it, with its interpreter."""
@@ -52,15 +61,18 @@ class Peer:
 def make_bundles(shape: str, folder: Path) -> dict[str, Path]:
     """The checkpoint, and bundles by name; those that are there are kept."""
     checkpoint = made_checkpoint(shape, folder)
-    bundles = {
-        "pleexport": folder / "android",
-        "pleexport, int4 head": folder / "android-int4-head",
+    options: dict[str, pleexport.BuildOptions] = {
+        "pleexport": {},
+        "pleexport, int4 head": {"head_dtype": "int4"},
+        EXECUTORCH: {"backend": "executorch"},
     }
-    for bundle, head_dtype in zip(bundles.values(), (None, "int4"), strict=True):
+    if importlib.util.find_spec("executorch") is None:
+        tqdm.write(f"left out: {EXECUTORCH}; `pip install 'pleexport[executorch]'`")
+        del options[EXECUTORCH]
+    bundles = {name: folder / _FOLDERS[name] for name in options}
+    for name, bundle in bundles.items():
         if not bundle.exists():
-            pleexport.build(
-                checkpoint, bundle, target="android", head_dtype=head_dtype, verify=False
-            )
+            pleexport.build(checkpoint, bundle, target="android", verify=False, **options[name])
     return bundles
 
 
@@ -309,7 +321,8 @@ def _number(quantity: str, value: float) -> str:
 
 
 def _weight_bytes(bundle: Path) -> int:
-    return (bundle / "model.onnx.data").stat().st_size
+    files = pleexport.Bundle(bundle).decoder.files
+    return max((bundle / name).stat().st_size for name in files)
 
 
 def _run(python: Path, *arguments: object) -> None:

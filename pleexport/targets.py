@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Literal, cast, get_args, get_origin
 
 import msgspec
 
@@ -20,6 +20,7 @@ from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
 
+Backend = Literal["onnx", "executorch"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
 Name = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -43,12 +44,28 @@ class Limits(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     largest_delivery_bytes: Positive | None = None
 
 
+class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What a target wants otherwise with one backend; None is as the target says.
+
+    Attributes:
+        runtime: packages that execute such a bundle there, with the oldest version to use.
+    """
+
+    table_dtype: TableDtype | None = None
+    weight_dtype: WeightDtype | None = None
+    block_size: BlockSize | None = None
+    head_dtype: WeightDtype | None = None
+    cache_dtype: CacheDtype | None = None
+    runtime: dict[str, str] | None = None
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A device profile.
 
     Attributes:
         name: the file's name without `.toml`, unless the file gives another.
         description: one line.
+        backend: what bundles are written for unless the build says otherwise.
         page_size: bytes, a power of two; the blob's rows begin at a multiple of it.
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
@@ -59,11 +76,12 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         opset: version of the ONNX operators.
         runtime: packages that execute a bundle there, with the oldest version to use.
         packaging: what to do with a bundle's files on that platform.
+        backends: by backend, what the target wants otherwise.
     """
 
     name: Name
     description: Text
-    backend: Literal["onnx", "executorch"]
+    backend: Backend
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
     table_dtype: TableDtype
     weight_dtype: WeightDtype
@@ -75,10 +93,17 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     runtime: dict[str, str]
     packaging: list[Text]
     limits: Limits = Limits()
+    backends: dict[Backend, Overrides] = {}
 
     def __post_init__(self) -> None:
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"`page_size` is {self.page_size}; expected a power of two")
+
+    def with_backend(self, backend: str) -> Target:
+        """The target as it is with one backend, its overrides in place."""
+        own = next((o for name, o in self.backends.items() if name == backend), Overrides())
+        wanted = {n: v for n, v in msgspec.structs.asdict(own).items() if v is not None}
+        return msgspec.structs.replace(self, backend=cast(Backend, backend), **wanted)
 
 
 def load(name_or_path: str) -> Target:

@@ -410,6 +410,8 @@ def test_the_page_on_targets_lists_their_fields() -> None:
             choices = [c for c in get_args(field.type) if isinstance(c, str | int)]
             assert all(str(choice) in value for choice in choices), name
     assert first_column(section(page, "## Limits")) == list(targets.Limits.__struct_fields__)
+    otherwise = section(page, "## What a backend wants otherwise")
+    assert first_column(otherwise) == list(targets.Overrides.__struct_fields__)
 
 
 # docs/adding-a-family.md.

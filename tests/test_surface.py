@@ -28,6 +28,10 @@ NAMES = [
 # What a process that only runs a bundle has no business with.
 BUILDS = ("checkpoint", "export", "families", "inspection", "parity", "references", "show")
 HEAVY = {"torch", "transformers", "onnx", "onnx_ir", "safetensors", "matplotlib", "rich", "typer"}
+FORMATS = {
+    "onnx": {"onnx", "onnx_ir", "onnxruntime", "onnxscript"},
+    "executorch": {"executorch", "torchao"},
+}
 GROUND = ("codes", "contract", "dtypes", "errors", "process", "safetensors_file", "sizes")
 
 
@@ -91,10 +95,10 @@ def imports_of(source: str) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
 def test_a_runtime_format_is_known_to_its_backend_alone(path: Path) -> None:
-    if path.is_relative_to(PACKAGE / "backends" / "onnx"):
-        return
     roots = {name.split(".")[0] for name in imports_of(path.read_text(encoding="utf-8"))}
-    assert roots.isdisjoint({"onnx", "onnx_ir", "onnxruntime", "onnxscript"})
+    for backend, packages in FORMATS.items():
+        if not path.is_relative_to(PACKAGE / "backends" / backend):
+            assert roots.isdisjoint(packages)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 
 from pleexport import targets
 from pleexport.errors import TargetError
+from pleexport.export.options import resolve
 from pleexport.show.targets import describe_target
 
 NAMES = ["android", "ios", "laptop", "raspberry-pi", "web"]
@@ -55,6 +56,43 @@ def test_load_shipped_target_is_complete(name: str) -> None:
     assert target.runtime
     assert all(step.endswith(".") for step in target.packaging)
     assert msgspec.to_builtins(target)["backend"] == "onnx"
+
+
+def test_a_backend_may_have_settings_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(
+        OWN + '[backends.executorch]\nblock_size = 64\nruntime = { executorch = "1" }\n'
+    )
+    board = targets.load(str(path))
+    other = board.with_backend("executorch")
+    assert (other.backend, other.block_size, other.runtime) == (
+        "executorch",
+        64,
+        {"executorch": "1"},
+    )
+    assert (other.weight_dtype, other.context) == (board.weight_dtype, board.context)
+    assert board.with_backend("onnx") == board
+    settings = resolve({"target": str(path), "backend": "executorch"})
+    assert (settings.backend, settings.weights.block_size) == ("executorch", 64)
+    assert resolve({"target": str(path)}).weights.block_size == board.block_size
+    told = describe_target(board)
+    assert "With --backend executorch" in told
+    assert "executorch 1" in told
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("[backends.tflite]\nblock_size = 64\n", "backends"),
+        ("[backends.executorch]\nblock_size = 48\n", "block_size"),
+        ("[backends.executorch]\npage_size = 16384\n", "page_size"),
+    ],
+)
+def test_settings_of_a_backend_are_checked(table: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "board.toml"
+    path.write_text(OWN + table)
+    with pytest.raises(TargetError, match=message):
+        targets.load(str(path))
 
 
 def test_load_own_file_takes_its_name_and_no_limits(own_file: Path) -> None:

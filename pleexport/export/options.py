@@ -80,7 +80,8 @@ class Settings:
 
 
 def of_target(target: Target) -> Settings:
-    """What a target asks for."""
+    """What a target asks for, with its own backend."""
+    target = target.with_backend(target.backend)
     return Settings(
         target=target,
         backend=target.backend,
@@ -97,7 +98,7 @@ def resolve(options: BuildOptions) -> Settings:
     Raises:
         TargetError: an option has a value that is not known.
     """
-    target = targets.load(options.get("target") or "laptop")
+    named = targets.load(options.get("target") or "laptop")
 
     def chosen(name: str, default: object, allowed: Sequence[object]) -> object:
         value = options.get(name)
@@ -111,10 +112,11 @@ def resolve(options: BuildOptions) -> Settings:
             )
         return value
 
+    target = named.with_backend(cast(str, chosen("backend", named.backend, registry.NAMES)))
     symmetric = options.get("symmetric")
     return Settings(
         target=target,
-        backend=cast(str, chosen("backend", target.backend, registry.NAMES)),
+        backend=target.backend,
         table_dtype=cast(TableDtype, chosen("table_dtype", target.table_dtype, TABLE_DTYPES)),
         weights=WeightRequest(
             cast(WeightDtype, chosen("weight_dtype", target.weight_dtype, WEIGHT_DTYPES)),

@@ -24,7 +24,8 @@ from pleexport.progress import quiet
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LOGGER = "transformers"
+# torch warns of torchao, which transformers imports where it is installed.
+_LOGGERS = ("transformers", "torch.utils._pytree")
 
 
 class Oracle(Protocol):
@@ -187,7 +188,7 @@ class TransformersOracle:
         keep: int = 0,
     ) -> NDArray[np.float32]:
         """See `Oracle.logits`."""
-        with self._torch.no_grad(), quiet(_LOGGER):
+        with self._torch.no_grad(), quiet(*_LOGGERS):
             return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
@@ -204,7 +205,7 @@ class TransformersOracle:
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            with self._torch.no_grad(), quiet(_LOGGER):
+            with self._torch.no_grad(), quiet(*_LOGGERS):
                 ids = self._torch.tensor([list(token_ids)])
                 self._model.get_decoder()(input_ids=ids, use_cache=False)
         finally:
@@ -275,7 +276,7 @@ def _quiet_transformers() -> Iterator[None]:
 
     hook_before = transformers.logging.set_tqdm_hook(without_bar)
     try:
-        with quiet(_LOGGER), warnings.catch_warnings():
+        with quiet(*_LOGGERS), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from pleexport.show.tables import aligned, paragraph
 from pleexport.sizes import size_text
@@ -14,7 +16,7 @@ def describe_target(target: Target) -> str:
     limits = {name: getattr(target.limits, name) for name in Limits.__struct_fields__}
     settings = {
         "backend": f"{target.backend}, opset {target.opset}",
-        "runtime": ", ".join(f"{name} {version}" for name, version in target.runtime.items()),
+        "runtime": _packages(target.runtime),
         "page size": f"{target.page_size:,} bytes",
         "table dtype": target.table_dtype,
         "weight dtype": f"{target.weight_dtype}, blocks of up to {target.block_size}",
@@ -26,10 +28,20 @@ def describe_target(target: Target) -> str:
     }
     lines = [f"{target.name}: {target.description}", ""]
     lines += aligned(settings.items(), align="<<", indent=2)
+    for backend, own in target.backends.items():
+        fields = {n: v for n, v in msgspec.structs.asdict(own).items() if v is not None}
+        if own.runtime is not None:
+            fields["runtime"] = _packages(own.runtime)
+        rows = [(name.replace("_", " "), str(value)) for name, value in fields.items()]
+        lines += ["", f"With --backend {backend}", *aligned(rows, align="<<", indent=2)]
     lines += ["", "Packaging"]
     for step in target.packaging:
         lines += paragraph(step)
     return "\n".join(lines)
+
+
+def _packages(runtime: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in runtime.items())
 
 
 def describe_targets(targets: Sequence[Target]) -> str:
