@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.dtypes import FLOATS, numpy_dtype
 from pleexport.errors import CheckpointError
-from pleexport.model import Model, Rows, Table, Weight
+from pleexport.model import Fold, Model, Rows, Table, Weight
 from pleexport.safetensors_file import TensorEntry
 
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
+_FOLDED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,26 @@ class MatchedModel:
         as the original does when it loads it.
         """
         if table.fold:
-            return table.fold.compute(self._read, rows)
+            return self._folded(table.fold, rows)
         dtype = numpy_dtype(self.dtype)
         parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _folded(self, fold: Fold, rows: Rows) -> NDArray[np.float32]:
+        """Rows that are computed, in pieces that begin at the same places whatever is asked for.
+
+        A product of matrices may round a row otherwise among other rows.
+        """
+        wanted = np.arange(*rows.indices(self.model.num_rows)) if isinstance(rows, slice) else rows
+        pieces, piece_of = np.unique(wanted // _FOLDED_ROWS, return_inverse=True)
+        computed = np.stack(
+            [
+                _padded(fold.compute(self._read, slice(p * _FOLDED_ROWS, (p + 1) * _FOLDED_ROWS)))
+                for p in pieces.tolist()
+            ]
+        )
+        found: NDArray[np.float32] = computed[piece_of, wanted % _FOLDED_ROWS]
+        return found
 
     def matrix(self, weight: Weight) -> NDArray[np.generic]:
         """A view of a weight in its stored dtype; `widened` makes numbers of it."""
@@ -173,6 +190,13 @@ class MatchedModel:
             for name, es in towers.items()
         ]
         return left_out, sorted(name for name in unused if name in entries)
+
+
+def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The last piece of a table, made as long as the others."""
+    whole = np.zeros((_FOLDED_ROWS, rows.shape[1]), dtype=np.float32)
+    whole[: len(rows)] = rows
+    return whole
 
 
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
