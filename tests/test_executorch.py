@@ -38,7 +38,7 @@ from pleexport.errors import (
 )
 from pleexport.export.options import resolve
 from pleexport.export.plan import make_plan
-from pleexport.parity import compare
+from pleexport.parity import layers
 from pleexport.parity.oracle import open_oracle
 from pleexport.show.html import write_html
 
@@ -114,11 +114,11 @@ def test_a_build_passes_parity_layer_by_layer(
 def test_hidden_values_of_large_bundles_are_looked_at_where_logits_differ(
     broken: Path, gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "_LARGE_GRAPH_BYTES", 0)
+    monkeypatch.setattr(layers, "_LARGE_GRAPH_BYTES", 0)
     report = pleexport.verify(broken, checkpoint=gemma4_checkpoint)
     assert report is not None
     assert report.passed
-    assert report.layer_errors == []
+    assert report.layer_errors == ()
     write_html(report, broken, tmp_path / "report.html")
     assert "<h2>Layers</h2>" not in (tmp_path / "report.html").read_text()
 
