@@ -350,6 +350,9 @@ def show_targets(
         typer.echo(describe_targets(chosen))
 
 
+_ONLY_RUNS = {"run", "bench"}
+
+
 class _Interrupted(BaseException):
     """Ctrl-C; not KeyboardInterrupt, which Typer would answer itself."""
 
@@ -375,7 +378,8 @@ def main() -> None:
         typer.echo(f"error: {err.message}", err=True)
         if err.hint:
             typer.echo(f"\nhint: {err.hint}", err=True)
-        raise SystemExit(err.exit_code) from None
+        # A check that fails is a verdict of what checks; what only runs had wrong input.
+        raise SystemExit(2 if _ONLY_RUNS & set(sys.argv[1:2]) else err.exit_code) from None
     except OSError as err:
         where = f"`{err.filename}`: " if err.filename else ""
         typer.echo(f"error: {where}{err.strerror or err}", err=True)

@@ -124,5 +124,5 @@ def pieces(count: int, longest: int) -> Iterator[slice]:
 
 
 def hidden_name(layer: int) -> str:
-    """Name of the value that a layer hands on; parity makes it an output."""
+    """Name of the value that a layer hands on; backends make it an output for parity."""
     return f"layers.{layer}.output"

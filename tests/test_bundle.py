@@ -13,6 +13,8 @@ import pytest
 import pleexport
 from pleexport.errors import BundleError
 
+SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
+
 
 def changed(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy of a bundle with another manifest."""
@@ -87,3 +89,17 @@ def test_a_graph_of_another_bundle_is_refused(
     (copy / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(BundleError, match="and the manifest disagree about"):
         pleexport.Runner(copy)
+
+
+def test_a_tokenizer_that_the_manifest_does_not_list_is_not_used(
+    gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(gemma4_bundle, tmp_path / "copy"))
+    shutil.copy(SAMPLE / "tokenizer.json", copy / "tokenizer.json")
+    assert pleexport.Runner(copy).tokenizer is None
+    listed = {"name": "tokenizer.json", "size": (copy / "tokenizer.json").stat().st_size}
+    (tmp_path / "more").mkdir()
+    other = changed(
+        copy, tmp_path / "more", lambda m: m["files"].append(listed | {"sha256": "0" * 64})
+    )
+    assert pleexport.Runner(other).tokenizer is not None

@@ -237,6 +237,10 @@ def test_a_damaged_bundle_fails_with_exit_code_1(gemma4_bundle: Path, tmp_path: 
     result = pleexport("verify", broken)
     assert result.returncode == 1
     assert "the manifest says" in result.stderr
+    # What only runs a bundle was given something wrong.
+    ran = pleexport("run", broken, "--ids", "1,2")
+    assert ran.returncode == 2
+    assert "the manifest says" in ran.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals differ")

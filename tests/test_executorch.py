@@ -19,7 +19,6 @@ import pytest
 from checkpoints import gemma4
 from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
 from family_checkpoints import embformer, lckv, llama_value_embeddings
-from pleexport.show.report import write_html
 from rwkv_checkpoints import rwkv
 from test_parity import VARIATIONS
 from test_verification import break_blob, swap_layers
@@ -41,6 +40,7 @@ from pleexport.export.options import resolve
 from pleexport.export.plan import make_plan
 from pleexport.parity import compare
 from pleexport.parity.oracle import open_oracle
+from pleexport.show.html import write_html
 
 pytest.importorskip("executorch", reason="pip install 'pleexport[executorch]'")
 

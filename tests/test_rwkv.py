@@ -16,7 +16,9 @@ from rwkv_checkpoints import VARIANTS, rwkv, rwkv_tensors
 from safetensors.torch import save_file
 
 import pleexport
+from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError, UnsupportedError
 from pleexport.parity.oracle import StepOracle
 from pleexport.references.rwkv import RwkvReference
@@ -83,6 +85,18 @@ def test_a_safetensors_file_is_the_same_model(tmp_path: Path) -> None:
     ]
     first, second = (digests(bundle) for bundle in bundles)
     assert first == second
+
+
+def test_computed_rows_do_not_depend_on_what_else_is_asked_for(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(rwkv(tmp_path / "model.pth", "7b", **UNEVEN | {"vocab": 150}))
+    matched = MatchedModel(families.resolve(checkpoint), checkpoint)
+    for table in matched.model.tables:
+        whole = matched.rows(table, slice(0, 150))
+        assert whole.shape == (150, table.row_width)
+        for part in (slice(0, 1), slice(63, 130), slice(149, 150)):
+            np.testing.assert_array_equal(matched.rows(table, part), whole[part])
+        some = np.array([149, 3, 64, 3])
+        np.testing.assert_array_equal(matched.rows(table, some), whole[some])
 
 
 def test_a_folder_with_one_pth_is_enough(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What every backend answers: how it stores weights, what it writes, and how that is run.
 
 A backend is one runtime format. It is one folder, `backends/NAME`, whose module `backend` has an
-object `BACKEND`, and one line in `backends.NAMES`. Nothing here imports torch, a family or a
+object `BACKEND`, and one line in `registry.NAMES`. Nothing here imports torch, a family or a
 checkpoint: a process that only runs a bundle loads this module too.
 """
 

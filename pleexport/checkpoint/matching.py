@@ -14,11 +14,12 @@ from pleexport.checkpoint.quantized import read_codes
 from pleexport.codes import QuantizedRows, dequantize_rows
 from pleexport.dtypes import FLOATS, numpy_dtype, packed_bytes
 from pleexport.errors import CheckpointError
-from pleexport.model import Codes, Model, Rows, Table, Weight
+from pleexport.model import Codes, Fold, Model, Rows, Table, Weight
 from pleexport.safetensors_file import TensorEntry
 
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
+_FOLDED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,26 @@ class MatchedModel:
             segments = (len(whole.codes), table.layers or 1, -1)
             return QuantizedRows(whole.codes.reshape(segments), whole.scales.reshape(segments))
         if table.fold:
-            return table.fold.compute(self._read, rows)
+            return self._folded(table.fold, rows)
         dtype = numpy_dtype(self.dtype)
         parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+    def _folded(self, fold: Fold, rows: Rows) -> NDArray[np.float32]:
+        """Rows that are computed, in pieces that begin at the same places whatever is asked for.
+
+        A product of matrices may round a row otherwise among other rows.
+        """
+        wanted = np.arange(*rows.indices(self.model.num_rows)) if isinstance(rows, slice) else rows
+        pieces, piece_of = np.unique(wanted // _FOLDED_ROWS, return_inverse=True)
+        computed = np.stack(
+            [
+                _padded(fold.compute(self._read, slice(p * _FOLDED_ROWS, (p + 1) * _FOLDED_ROWS)))
+                for p in pieces.tolist()
+            ]
+        )
+        found: NDArray[np.float32] = computed[piece_of, wanted % _FOLDED_ROWS]
+        return found
 
     def matrix(self, weight: Weight) -> NDArray[np.generic]:
         """A view of a weight in its stored dtype; `widened` makes numbers of it."""
@@ -237,6 +254,13 @@ def _values(rows: QuantizedRows, how: Codes | None) -> NDArray[np.float32]:
     assert how is not None
     group_size = min(how.group_size, rows.codes.shape[-1])
     return dequantize_rows(rows.codes, rows.scales, group_size=group_size)
+
+
+def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The last piece of a table, made as long as the others."""
+    whole = np.zeros((_FOLDED_ROWS, rows.shape[1]), dtype=np.float32)
+    whole[: len(rows)] = rows
+    return whole
 
 
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:

@@ -11,6 +11,7 @@ from functools import partial
 
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import LOSSLESS
+from pleexport.model import Codes
 from pleexport.parity.fidelity import NOTHING_ROUNDED, measure_fidelity
 from pleexport.parity.greedy import check_greedy
 from pleexport.parity.layers import first_diverging_layer, layer_errors, takes_a_build
@@ -105,7 +106,8 @@ def _lossless_tables(blob: Blob, matched: MatchedModel) -> dict[str, bool]:
         segment = next(s for s in blob.segments if s.table == table.name)
         holds = segment.dtype in LOSSLESS[table.source_dtype(matched.dtype)]
         if table.codes:
-            holds = segment.dtype == "fp32" or segment.codes == table.codes
+            codes = Codes(segment.dtype, segment.group_size or 0, segment.scale_dtype or "")
+            holds = segment.dtype == "fp32" or codes == table.codes
         found[table.name] = holds
     return found
 

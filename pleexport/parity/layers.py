@@ -9,7 +9,6 @@ from pleexport.backends.base import Original
 from pleexport.backends.registry import load
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import WeightDtype
-from pleexport.families.trace import trace
 from pleexport.parity.metrics import relative_rms
 from pleexport.parity.oracle import Oracle
 from pleexport.runtime.blob import Blob
@@ -37,6 +36,8 @@ def layer_errors(
 
     Opens the graph once more, as one that gives hidden values: a session of the runner has none.
     """
+    from pleexport.families.trace import trace  # needs torch, which checking files does not
+
     graph, rows = bundle.decoder, blob.lookup(blob.row_ids(ids))
     vectors = {lookup.name: rows[lookup.table] for lookup in graph.contract.lookup_inputs}
     backend = load(graph.backend)

@@ -16,7 +16,7 @@ from pleexport.parity.report import ParityReport
 from pleexport.progress import Progress
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
-from pleexport.runtime.tokenizer import open_tokenizer, tokenizer_files
+from pleexport.runtime.tokenizer import open_tokenizer
 
 PARITY_TEXT = Path(__file__).with_name("parity_text.txt")
 
@@ -32,7 +32,7 @@ def verify(
 
     Args:
         bundle: a folder, or an open bundle.
-        checkpoint: the folder that the bundle was built from; without it, files only.
+        checkpoint: what the bundle was built from, a folder or a file; without it, files only.
         text: a text file to measure logits and fidelity on; a short English text by default.
     Returns:
         the report, or None without a checkpoint.
@@ -73,7 +73,7 @@ def compare_with_original(
     with progress.step("Loading the PyTorch original"):
         oracle = open_oracle(matched)
     ids = None
-    if tokenizer := open_tokenizer(tokenizer_files(bundle.path)):
+    if tokenizer := open_tokenizer(bundle.tokenizer_files):
         ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=matched.model.num_rows)
     elif text:
         raise InputError(

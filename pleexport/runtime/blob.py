@@ -1,4 +1,4 @@
-"""Map a blob and look rows up. Needs NumPy only."""
+"""Map a blob and look rows up. Needs NumPy and xxhash only."""
 
 from __future__ import annotations
 

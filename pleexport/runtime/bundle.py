@@ -13,6 +13,7 @@ from pleexport.backends.registry import NAMES, load
 from pleexport.contract import Artifact
 from pleexport.dtypes import CacheDtype
 from pleexport.errors import BundleError, CheckFailed
+from pleexport.runtime.tokenizer import tokenizer_files
 
 SCHEMA = 2
 DECODER = "decoder"
@@ -84,7 +85,7 @@ class Bundle:
         path: its folder.
         unsealed: the manifest of a bundle that is being built and has none in its folder yet.
     Raises:
-        BundleError: no bundle, a newer schema, a malformed manifest, or a missing file.
+        BundleError: no bundle, another schema, a malformed manifest, or a missing file.
         CheckFailed: a file has another size than the manifest says.
     """
 
@@ -113,6 +114,14 @@ class Bundle:
     def blob_path(self) -> Path:
         """The blob."""
         return self.path / BLOB
+
+    @property
+    def tokenizer_files(self) -> dict[str, Path]:
+        """The tokenizer's files; what the manifest does not list is none of them."""
+        found = tokenizer_files(self.path)
+        listed = {record.name for record in self.manifest.files}
+        # The manifest of a bundle that is being built lists nothing yet.
+        return {name: path for name, path in found.items() if name in listed or not listed}
 
     @property
     def nbytes(self) -> int:

@@ -16,7 +16,7 @@ from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.reader import Reader, Vectors
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
-from pleexport.runtime.tokenizer import Tokenizer, open_tokenizer, tokenizer_files
+from pleexport.runtime.tokenizer import Tokenizer, open_tokenizer
 
 Prompt = str | Sequence[int] | Sequence[dict[str, str]]
 
@@ -55,7 +55,7 @@ class Runner:
                 "the manifest",
                 hint="copy the bundle again, or rebuild it",
             )
-        self.tokenizer = open_tokenizer(tokenizer_files(self.bundle.path))
+        self.tokenizer = open_tokenizer(self.bundle.tokenizer_files)
         self.stats = Stats()
         graph = self.bundle.decoder
         session = load(graph.backend).open_session(

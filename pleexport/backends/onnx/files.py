@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from pleexport.errors import BundleError
+
 # ONNX Runtime would write an id of this device, and send usage to its makers. It looks when it is
 # imported, which happens below this folder only.
-os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-import onnxruntime as ort
-
-from pleexport.errors import BundleError
+_TELEMETRY = "ORT_DISABLE_TELEMETRY"
+_before = os.environ.get(_TELEMETRY)
+os.environ[_TELEMETRY] = _before or "1"
+try:
+    import onnxruntime as ort
+finally:
+    if _before is None:
+        del os.environ[_TELEMETRY]
 
 GRAPH = "model.onnx"
 GRAPH_DATA = "model.onnx.data"
