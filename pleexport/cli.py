@@ -98,7 +98,11 @@ def build(
         ),
     ] = None,
     weight_dtype: Annotated[
-        str | None, typer.Option(help="fp32, fp16, int8, int4.", show_default="the target's")
+        str | None,
+        typer.Option(
+            help="source (a checkpoint's own codes), fp32, fp16, int8, int4.",
+            show_default="the target's",
+        ),
     ] = None,
     block_size: Annotated[
         int | None,

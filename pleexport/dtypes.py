@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TableDtype = Literal["source", "fp32", "fp16", "bf16", "int8", "int4"]
-WeightDtype = Literal["fp32", "fp16", "int8", "int4"]
+WeightDtype = Literal["source", "fp32", "fp16", "int8", "int4"]
 CacheDtype = Literal["fp32", "fp16", "int8", "none"]
 
 TABLE_DTYPES: tuple[TableDtype, ...] = get_args(TableDtype)

@@ -49,17 +49,19 @@ class Fold:
 
 @dataclass(frozen=True)
 class Codes:
-    """How a table's segments are quantized: value = code * scale.
+    """How a table's segments, or a matrix, are quantized: value = code * scale.
 
     Attributes:
         dtype: of the codes, one of `CODED`.
-        group_size: elements of a segment that share a scale.
+        group_size: elements of a segment, or of a matrix's row, that share a scale.
         scale_dtype: "fp16" or "fp32".
+        keys: of the codes and of the scales in the checkpoint.
     """
 
     dtype: str
     group_size: int
     scale_dtype: str
+    keys: tuple[str, str] = field(default=("", ""), compare=False)
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Weight:
         is_buffer: in the checkpoint, but not counted as a parameter by the original.
         transposed: the checkpoint holds `[inputs, outputs]` of a matrix.
         leading_ones: axes of one that the checkpoint puts before the shape.
+        codes: how the checkpoint holds it, where it is quantized.
     """
 
     name: str
@@ -137,6 +140,7 @@ class Weight:
     is_buffer: bool = False
     transposed: bool = False
     leading_ones: int = 0
+    codes: Codes | None = None
 
     @property
     def source_key(self) -> str:
@@ -340,6 +344,8 @@ class TransformersOriginal:
         inherited: fields that the text part of a config may leave to the whole config, with what
             they mean where neither has them.
         float_fields: config fields that it takes as floats only; JSON has one kind of number.
+        renamed_modules: parts of module names in a checkpoint's rules, with what the text model
+            alone calls them.
         stream_axis: of what a layer hands on, the axis of its parallel streams; None for one
             stream, `[B, T, H]`. `GraphOutputs.hidden` has streams behind the positions.
     """
@@ -348,6 +354,7 @@ class TransformersOriginal:
     key_mapping: Mapping[str, str] = field(default_factory=dict)
     inherited: Mapping[str, object] = field(default_factory=dict)
     float_fields: frozenset[str] = frozenset()
+    renamed_modules: Mapping[str, str] = field(default_factory=dict)
     stream_axis: int | None = None
 
 
@@ -426,6 +433,16 @@ class Model:
                 hint="choose a cache dtype: fp32, fp16 or int8",
             )
         return self.without_cache
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the checkpoint holds codes."""
+        return any(t.codes for t in self.tables) or any(w.codes for w in self.weights)
+
+    @property
+    def rounds_activations(self) -> bool:
+        """Whether inputs and outputs of matrices are rounded, by scales of the checkpoint."""
+        return any(weight.name.endswith("_activation_scale") for weight in self.weights)
 
     def ignored_part(self, name: str) -> str | None:
         """The part that is left out and that has this tensor of a checkpoint; None for none."""

@@ -35,10 +35,25 @@ class WeightRequest:
     symmetric: bool = True
     head_dtype: WeightDtype | None = None
 
-    def dtype_of(self, weight: Weight) -> WeightDtype:
-        """The dtype of one weight: norms and other vectors stay fp32."""
+    def keeps_codes(self, weight: Weight) -> bool:
+        """Whether a weight is stored with the checkpoint's own codes."""
+        return weight.codes is not None and self._asked_for(weight) == "source"
+
+    def dtype_of(self, weight: Weight) -> str:
+        """The dtype of one weight: norms and other vectors stay fp32.
+
+        What a quantized checkpoint holds in numbers stays what it is, in fp32.
+        """
+        asked = self._asked_for(weight)
         if weight.precision == "full":
             return "fp32"
+        if asked == "source":
+            return weight.codes.dtype if weight.codes else "fp32"
+        return asked
+
+    def _asked_for(self, weight: Weight) -> WeightDtype:
         if weight.precision == "head" and self.head_dtype is not None:
             return self.head_dtype
-        return _INT4_BUNDLE[weight.precision] if self.dtype == "int4" else self.dtype
+        if self.dtype == "int4" and weight.precision != "full":
+            return _INT4_BUNDLE[weight.precision]
+        return self.dtype

@@ -10,9 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.dtypes import FLOATS, numpy_dtype
+from pleexport.checkpoint.quantized import read_codes
+from pleexport.codes import QuantizedRows, dequantize_rows
+from pleexport.dtypes import FLOATS, numpy_dtype, packed_bytes
 from pleexport.errors import CheckpointError
-from pleexport.model import Fold, Model, Rows, Table, Weight
+from pleexport.model import Codes, Fold, Model, Rows, Table, Weight
 from pleexport.safetensors_file import TensorEntry
 
 _MAX_PROBLEMS_SHOWN = 20
@@ -48,6 +50,8 @@ class MatchedModel:
     def entries(self, item: Table | Weight) -> list[TensorEntry]:
         """The checkpoint's tensors behind a table or a weight that is not a constant."""
         keys = item.keys if isinstance(item, Table) else (item.source_key,)
+        if item.codes:
+            keys = item.codes.keys
         return [self.checkpoint.entries[self._full_name(key)] for key in keys]
 
     @property
@@ -55,13 +59,17 @@ class MatchedModel:
         """The checkpoint's dtype, e.g. "bf16"."""
         return self.checkpoint.dtype
 
-    def rows(self, table: Table, rows: Rows) -> NDArray[np.generic]:
-        """Rows `[n, row width]` of a table in its source dtype; a slice is not copied if it need
-        not be.
+    def rows(self, table: Table, rows: Rows) -> NDArray[np.generic] | QuantizedRows:
+        """Rows `[n, row width]` of a table in its source dtype, or its codes where it has them; a
+        slice is not copied if it need not be.
 
         A tensor that is stored in another dtype than the config names is rounded to the config's,
         as the original does when it loads it.
         """
+        if table.codes:
+            whole = self._codes(table.codes, table.row_width, rows)
+            segments = (len(whole.codes), table.layers or 1, -1)
+            return QuantizedRows(whole.codes.reshape(segments), whole.scales.reshape(segments))
         if table.fold:
             return self._folded(table.fold, rows)
         dtype = numpy_dtype(self.dtype)
@@ -89,10 +97,37 @@ class MatchedModel:
         array = self._array(weight.source_key)
         return array.T if weight.transposed else array.reshape(weight.shape)
 
+    def row_values(self, table: Table, rows: Rows) -> NDArray[np.float32]:
+        """Rows `[n, row width]` of a table in float32."""
+        found = self.rows(table, rows)
+        if not isinstance(found, QuantizedRows):
+            return found.astype(np.float32)
+        return _values(found, table.codes).reshape(len(found.codes), -1)
+
+    def codes(self, weight: Weight, rows: slice) -> QuantizedRows:
+        """Rows of a matrix that the checkpoint holds in codes, `[n, 1, K]`."""
+        assert weight.codes is not None, weight.name
+        return self._codes(weight.codes, weight.shape[1], rows)
+
+    def read(
+        self, weight: Weight, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> NDArray[np.float32]:
+        """A part of a matrix in float32, as the original holds it.
+
+        Args:
+            columns: begins at a multiple of 4.
+        """
+        if weight.codes is None:
+            return self.widened(self.matrix(weight)[rows, columns])
+        part = self._codes(weight.codes, weight.shape[1], rows, columns)
+        return _values(part, weight.codes)[:, 0]
+
     def values(self, weight: Weight) -> NDArray[np.float32]:
         """A whole weight in float32."""
         if weight.constant is not None:
             return weight.constant
+        if weight.codes is not None:
+            return self.read(weight)
         return self.widened(self.matrix(weight))
 
     def widened(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
@@ -103,7 +138,7 @@ class MatchedModel:
         """What token ids look up: `[T, width]`, or `[T, layers, width]`, multiplier applied."""
         aliases = self.model.row_aliases
         rows = table.source_rows(np.array([aliases.get(int(i), int(i)) for i in ids], np.int64))
-        vectors = self.rows(table, rows).astype(np.float32) * np.float32(table.multiplier)
+        vectors = self.row_values(table, rows) * np.float32(table.multiplier)
         return vectors if table.layers is None else vectors.reshape(len(ids), table.layers, -1)
 
     def check_tied_head(self) -> None:
@@ -145,16 +180,38 @@ class MatchedModel:
         names = (place + key for place in places)
         return next((n for n in names if n in self.checkpoint.entries), self.prefix + key)
 
-    def _expected(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def _codes(
+        self, how: Codes, width: int, rows: Rows, columns: slice = slice(None)
+    ) -> QuantizedRows:
+        codes, scales = (self._array(key) for key in how.keys)
+        return read_codes(codes, scales, how, width=width, rows=rows, columns=columns)
+
+    def _expected(self) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+        """Name, shape and dtypes of every tensor that the model needs."""
         for table in self.model.tables:
+            if table.codes:
+                yield from self._expected_codes(table.codes, table.rows, table.row_width)
+                continue
             for key, shape in table.sources.items():
-                yield self._full_name(key), shape
+                yield self._full_name(key), shape, FLOATS
         for weight in self.model.weights:
-            if weight.constant is None:
-                yield self._full_name(weight.source_key), weight.source_shape
+            if weight.codes:
+                yield from self._expected_codes(weight.codes, *weight.shape)
+            elif weight.constant is None:
+                yield self._full_name(weight.source_key), weight.source_shape, FLOATS
+
+    def _expected_codes(
+        self, how: Codes, rows: int, width: int
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
+        codes, scales = (self._full_name(key) for key in how.keys)
+        # Bytes of 8 bits are signed; what is packed is not.
+        stored_as = how.dtype if how.dtype == "int8" else "uint8"
+        yield codes, (rows, packed_bytes(width, how.dtype)), (stored_as,)
+        yield scales, (rows, width // how.group_size), ("fp32",)
 
     def _check(self) -> tuple[list[LeftOut], list[str]]:
-        entries, expected = self.checkpoint.entries, dict(self._expected())
+        entries = self.checkpoint.entries
+        expected = {name: (shape, dtypes) for name, shape, dtypes in self._expected()}
         problems = []
         unused = {self._full_name(key) for key in self.model.unused}
         towers: dict[str, list[TensorEntry]] = {}
@@ -172,16 +229,16 @@ class MatchedModel:
             problems.append(f"tensor `{name}` is missing{_nearest(name, unknown)}")
         for name in unknown:
             problems.append(f"tensor `{name}` is used by nothing{_nearest(name, missing)}")
-        for name, shape in expected.items():
+        for name, (shape, dtypes) in expected.items():
             if name in entries and entries[name].shape != shape:
                 problems.append(
                     f"tensor `{name}` has shape {list(entries[name].shape)}; "
                     f"the model has {list(shape)}"
                 )
-            elif name in entries and entries[name].dtype not in FLOATS:
+            elif name in entries and entries[name].dtype not in dtypes:
                 problems.append(
                     f"tensor `{name}` has dtype {entries[name].dtype}; "
-                    f"expected one of {', '.join(FLOATS)}"
+                    f"expected one of {', '.join(dtypes)}"
                 )
         if problems:
             raise _everything(self.checkpoint, problems)
@@ -192,6 +249,13 @@ class MatchedModel:
         return left_out, sorted(name for name in unused if name in entries)
 
 
+def _values(rows: QuantizedRows, how: Codes | None) -> NDArray[np.float32]:
+    """What codes stand for: one product in float32, as the original's."""
+    assert how is not None
+    group_size = min(how.group_size, rows.codes.shape[-1])
+    return dequantize_rows(rows.codes, rows.scales, group_size=group_size)
+
+
 def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     """The last piece of a table, made as long as the others."""
     whole = np.zeros((_FOLDED_ROWS, rows.shape[1]), dtype=np.float32)
@@ -200,7 +264,8 @@ def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
-    key = model.tables[0].keys[0]
+    first = model.tables[0]
+    key = first.codes.keys[0] if first.codes else first.keys[0]
     for prefix in model.text_prefixes:
         if prefix + key in checkpoint.entries:
             return prefix

@@ -67,8 +67,9 @@ def build(
     """
     progress = progress or Progress(quiet=True)
     opened = Checkpoint(checkpoint)
-    settings = resolve(options)
-    matched = MatchedModel(families.resolve(opened).with_cache(settings.cache_dtype), opened)
+    model = families.resolve(opened)
+    settings = resolve(options, quantized=model.is_quantized)
+    matched = MatchedModel(model.with_cache(settings.cache_dtype), opened)
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
     text_files = tokenizer_files(opened.folder if given is None else Path(given))

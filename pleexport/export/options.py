@@ -29,8 +29,9 @@ class BuildOptions(TypedDict, total=False):
         target: name of a target, or path of a target file; "laptop" by default.
         backend: "onnx" or "executorch"; the target's by default.
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
-            by default.
-        weight_dtype: "fp32", "fp16", "int8" or "int4"; the target's by default.
+            by default, and "source" for a quantized checkpoint.
+        weight_dtype: "source" (the codes of a quantized checkpoint), "fp32", "fp16", "int8" or
+            "int4"; the target's by default, and "source" for a quantized checkpoint.
         block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
             the target's by default.
         symmetric: one zero point for all blocks, the default; otherwise each has its own, which is
@@ -79,22 +80,29 @@ class Settings:
     context: int | None
 
 
-def of_target(target: Target) -> Settings:
-    """What a target asks for, with its own backend."""
+def of_target(target: Target, *, quantized: bool) -> Settings:
+    """What a target asks for, with its own backend.
+
+    Args:
+        quantized: the checkpoint holds codes, and nothing is rounded a second time.
+    """
     target = target.with_backend(target.backend)
+    asked = WeightRequest(target.weight_dtype, target.block_size, head_dtype=target.head_dtype)
     return Settings(
         target=target,
         backend=target.backend,
-        table_dtype=target.table_dtype,
-        weights=WeightRequest(target.weight_dtype, target.block_size, head_dtype=target.head_dtype),
+        table_dtype="source" if quantized else target.table_dtype,
+        weights=WeightRequest("source") if quantized else asked,
         cache_dtype=target.cache_dtype,
         context=None,
     )
 
 
-def resolve(options: BuildOptions) -> Settings:
+def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
     """What a build's options and its target ask for together.
 
+    Args:
+        quantized: the checkpoint holds codes, and nothing is rounded a second time unless asked.
     Raises:
         TargetError: an option has a value that is not known.
     """
@@ -113,16 +121,20 @@ def resolve(options: BuildOptions) -> Settings:
         return value
 
     target = named.with_backend(cast(str, chosen("backend", named.backend, registry.NAMES)))
+    default = of_target(target, quantized=quantized)
     symmetric = options.get("symmetric")
     return Settings(
         target=target,
         backend=target.backend,
-        table_dtype=cast(TableDtype, chosen("table_dtype", target.table_dtype, TABLE_DTYPES)),
+        table_dtype=cast(TableDtype, chosen("table_dtype", default.table_dtype, TABLE_DTYPES)),
         weights=WeightRequest(
-            cast(WeightDtype, chosen("weight_dtype", target.weight_dtype, WEIGHT_DTYPES)),
-            cast(BlockSize, chosen("block_size", target.block_size, get_args(BlockSize))),
+            cast(WeightDtype, chosen("weight_dtype", default.weights.dtype, WEIGHT_DTYPES)),
+            cast(BlockSize, chosen("block_size", default.weights.block_size, get_args(BlockSize))),
             True if symmetric is None else symmetric,
-            cast(WeightDtype | None, chosen("head_dtype", target.head_dtype, WEIGHT_DTYPES)),
+            cast(
+                WeightDtype | None,
+                chosen("head_dtype", default.weights.head_dtype, WEIGHT_DTYPES),
+            ),
         ),
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.quantized import mark_codes, read_quantization
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import (
     embformer,
@@ -37,7 +38,9 @@ def resolve(checkpoint: Checkpoint) -> Model:
         CheckpointError: the config is incomplete or malformed, or the shapes do not fit.
     """
     if checkpoint.config:
-        return from_config(checkpoint.config, dtype=checkpoint.dtype)
+        quantization = read_quantization(checkpoint.config)
+        configured = from_config(checkpoint.config, dtype=checkpoint.dtype)
+        return mark_codes(configured, quantization, checkpoint) if quantization else configured
     shapes = {name: entry.shape for name, entry in checkpoint.entries.items()}
     for family in UNCONFIGURED:
         if (model := family.recognize(shapes)) is not None:

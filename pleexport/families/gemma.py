@@ -79,6 +79,7 @@ def open_config(config: dict[str, Any]) -> ConfigReader:
         if name.startswith(_MODALITIES) or name.endswith(("_token_id", "_token_index")):
             outer.get(name)
     outer.get("tie_word_embeddings")
+    outer.get("quantization_config")
     outer.finish()
     return ConfigReader(text, where="config.json: text_config")
 
@@ -132,6 +133,7 @@ def transformers_original(
         key_mapping=KEY_MAPPING,
         inherited={"tie_word_embeddings": True},
         float_fields=FLOAT_FIELDS | float_fields,
+        renamed_modules={"language_model": "model"},
         stream_axis=stream_axis,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pleexport.checkpoint.quantized import read_quantization
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import decoder, gemma
 from pleexport.families.config_reader import AS_PUBLISHED, NOT_THIS_VARIANT, ConfigReader
@@ -46,7 +47,13 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     text = gemma.open_config(config)
     _refuse_variants(text)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
-    embed_tokens, per_layer = gemma.tables(text, num_layers=layers, dtype=dtype, outside="error")
+    text.get("quantization_config")
+    quantization = read_quantization(config)
+    # Lookups of codes are multiplied by the exact scale; others by one in the checkpoint's dtype.
+    scale_dtype = "fp64" if quantization and quantization.embeddings else dtype
+    embed_tokens, per_layer = gemma.tables(
+        text, num_layers=layers, dtype=scale_dtype, outside="error"
+    )
     shared = gemma.read_shared_layers(text, layers)
     attentions = _attentions(text, layers, shared)
     settings = Gemma4Config(

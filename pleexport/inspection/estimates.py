@@ -20,12 +20,13 @@ def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
     Args:
         source: the checkpoint's dtype, e.g. "bf16".
     """
-    plan = make_plan(model.with_cache(target.cache_dtype), of_target(target), source=source)
+    settings = of_target(target, quantized=model.is_quantized)
+    plan = make_plan(model.with_cache(target.cache_dtype), settings, source=source)
     blob = plan.sizes[BLOB]
     return TargetEstimate(
         target=target.name,
-        table_dtype=target.table_dtype,
-        weight_dtype=target.weight_dtype,
+        table_dtype=plan.settings.table_dtype,
+        weight_dtype=plan.settings.weights.dtype,
         cache_dtype=target.cache_dtype,
         context=plan.context,
         graph_bytes=plan.nbytes - blob,

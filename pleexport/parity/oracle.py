@@ -6,6 +6,7 @@ from the published math, in `pleexport/references`.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import numpy_dtype, torch_name
 from pleexport.errors import CheckpointError, MissingDependencyError
-from pleexport.model import Reference, TransformersOriginal
+from pleexport.model import Reference, Table, TransformersOriginal
 from pleexport.progress import quiet
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def open_oracle(matched: MatchedModel) -> Oracle:
     """
     model, checkpoint = matched.model, matched.checkpoint
     if model.transformers is not None:
-        return TransformersOracle(checkpoint, original=model.transformers)
+        return TransformersOracle(checkpoint, original=model.transformers, tables=model.tables)
     assert model.reference is not None, "a model has one of the two"
     return StepOracle(model.reference(CheckpointTensors(checkpoint), checkpoint.config))
 
@@ -157,12 +158,19 @@ class TransformersOracle:
 
     Args:
         original: how the checkpoint's family says that it is loaded.
+        tables: the model's, for the scales of a quantized checkpoint.
     Raises:
         MissingDependencyError: transformers is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, original: TransformersOriginal) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        original: TransformersOriginal,
+        tables: Sequence[Table] = (),
+    ) -> None:
         try:
             import torch
             import transformers
@@ -176,8 +184,12 @@ class TransformersOracle:
         self._torch = torch
         self.name = f"transformers {transformers.__version__}"
         self._original = original
-        self._model = self._load(checkpoint).eval()
+        with _scales_of(tables):
+            self._model = self._load(checkpoint).eval()
         widen_where_used(self._model)
+        for module in self._model.modules():
+            if hasattr(module, "embedding_quantized"):
+                module.output_dtype = torch.float32  # it is no parameter, and not widened
         self._layers = self._model.get_decoder().layers
 
     def logits(
@@ -257,7 +269,46 @@ class TransformersOracle:
         for name in original.float_fields & fields.keys():
             if type(fields[name]) is int:
                 fields[name] = float(fields[name])
+        rules = checkpoint.config.get("quantization_config")
+        if rules is not None:
+            text = json.dumps(rules)
+            for name, own in original.renamed_modules.items():
+                text = text.replace(name, own)
+            fields["quantization_config"] = json.loads(text)
         return fields | {"model_type": original.model_type}
+
+
+@contextmanager
+def _scales_of(tables: Sequence[Table]) -> Iterator[None]:
+    """Let transformers load one scale a layer of a quantized table.
+
+    Its module declares one scale a row, whatever the checkpoint has, and refuses another shape.
+    """
+    quantized = {
+        (t.rows, t.row_width): t.row_width // t.codes.group_size for t in tables if t.codes
+    }
+    if not quantized:
+        yield
+        return
+    import torch
+    from transformers.integrations import gemma_quant
+
+    declared = gemma_quant.QuantizedEmbedding
+
+    class WithScales(declared):  # type: ignore[misc, valid-type]
+        def __init__(
+            self, num_embeddings: int, embedding_dim: int, *args: Any, **options: Any
+        ) -> None:
+            super().__init__(num_embeddings, embedding_dim, *args, **options)
+            groups = quantized.get((num_embeddings, embedding_dim), 1)
+            scales = torch.ones(num_embeddings, groups, dtype=torch.float32)
+            self.embedding_scale = torch.nn.Parameter(scales)
+
+    gemma_quant.QuantizedEmbedding = WithScales
+    try:
+        yield
+    finally:
+        gemma_quant.QuantizedEmbedding = declared
 
 
 @contextmanager

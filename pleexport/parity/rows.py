@@ -123,7 +123,7 @@ def _batches(num_rows: int, row_width: int) -> Iterator[NDArray[np.int64]]:
 
 def _source(matched: MatchedModel, table: Table, ids: NDArray[np.int64]) -> NDArray[np.float32]:
     """What a checkpoint's table holds for token ids, `[N, L, W]`, multiplier not applied."""
-    rows = matched.rows(table, table.source_rows(ids)).astype(np.float32)
+    rows = matched.row_values(table, table.source_rows(ids))
     return rows.reshape(len(ids), table.layers or 1, table.width)
 
 

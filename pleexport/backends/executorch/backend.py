@@ -58,6 +58,11 @@ class ExecutorchBackend:
                 "XNNPACK's kernels have no zero points for groups of weights",
                 hint="leave `--no-symmetric` out, or build with `--backend onnx`",
             )
+        if any(request.keeps_codes(weight) for weight in model.weights):
+            raise TargetError(
+                "a checkpoint's own codes are not written for XNNPACK yet",
+                hint="build with `--backend onnx`, or round anew with `--weight-dtype int4`",
+            )
         if "fp16" in {request.dtype_of(weight) for weight in model.weights}:
             raise TargetError(
                 "XNNPACK multiplies float32 by weights in fp32, int8 or int4, not fp16",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pleexport.dtypes import WeightDtype, packed_bytes
+from pleexport.dtypes import packed_bytes
 from pleexport.model import Model, Weight
 from pleexport.weights import WeightRequest
 
@@ -21,7 +21,7 @@ class ExecutorchStorage:
     def __init__(self, request: WeightRequest) -> None:
         self._request = request
 
-    def dtype_of(self, weight: Weight) -> WeightDtype:
+    def dtype_of(self, weight: Weight) -> str:
         """The dtype that one weight is stored in."""
         dtype = self._request.dtype_of(weight)
         return "int8" if dtype == "int4" and not self._group(weight) else dtype

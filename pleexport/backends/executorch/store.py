@@ -133,11 +133,11 @@ class WeightStore:
 
     def _parts(self, weight: Weight) -> Iterator[tuple[bytes, bytes]]:
         """Some outputs of a matrix at a time: its bytes, and those of their scales."""
-        dtype, matrix = self._storage.dtype_of(weight), self._matched.matrix(weight)
+        dtype = self._storage.dtype_of(weight)
         step = max(1, _BATCH_VALUES // weight.shape[1])
 
         def part(begin: int) -> tuple[bytes, bytes]:
-            values = self._matched.widened(matrix[begin : begin + step])
+            values = self._matched.read(weight, slice(begin, begin + step))
             if dtype not in QUANTIZED:
                 if not np.isfinite(values).all():
                     raise ValueError("values are not finite")

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.codes import join_codes
+from pleexport.codes import QuantizedRows, join_codes
+from pleexport.dtypes import bits as bits_of
+from pleexport.model import Codes
 from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
 from pleexport.sizes import groups
 
@@ -100,3 +102,24 @@ def _pack_zero_points(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.u
     if zero_points.shape[-1] % 2:
         zero_points = np.concatenate((zero_points, np.zeros_like(zero_points[:, :1])), axis=-1)
     return join_codes(zero_points, bits=4)
+
+
+def blocks_of_codes(rows: QuantizedRows, how: Codes, *, block_size: int) -> Blocks:
+    """A checkpoint's own codes and scales; nothing is rounded.
+
+    A scale is repeated for each block of its group, and what fills up the last block is 0.
+
+    Args:
+        rows: `[N, 1, K]`.
+    """
+    outputs, _, inputs = rows.codes.shape
+    code_bits, blocks = bits_of(how.dtype), groups(inputs, block_size)
+    zero = 1 << (code_bits - 1)
+    padded = np.full((outputs, blocks * block_size), zero, dtype=np.uint8)
+    padded[:, :inputs] = (rows.codes[:, 0].astype(np.int16) + zero).astype(np.uint8)
+    codes = padded.reshape(outputs, blocks, block_size)
+    if code_bits < 8:
+        codes = join_codes(codes, bits=code_bits)
+    of_block = np.arange(blocks) * block_size // how.group_size
+    scales = np.ascontiguousarray(rows.scales[:, 0, of_block], dtype=np.float32)
+    return Blocks(codes, scales, None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from pleexport.dtypes import QUANTIZED, bits, packed_bytes
+from pleexport.dtypes import CODED, bits, packed_bytes
 from pleexport.model import Model, Weight
 from pleexport.sizes import groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
+
+# Larger blocks of 2 bits are multiplied by unpacking the matrix, which takes 200 times as long.
+_MOST_OF_2_BITS = 128
 
 
 class OnnxStorage:
@@ -23,19 +26,26 @@ class OnnxStorage:
         """The dtype that one weight is stored in."""
         return self._request.dtype_of(weight)
 
+    def keeps_codes(self, weight: Weight) -> bool:
+        """Whether a weight is stored with the checkpoint's own codes."""
+        return self._request.keeps_codes(weight)
+
     def block_size_of(self, weight: Weight) -> int:
         """Weights that share a scale in one matrix.
 
         Rows are padded to whole blocks: of the sizes allowed, it is the one with fewest bytes.
         Smaller blocks are slower, larger ones lose more.
         """
-        allowed = [size for size in BLOCK_SIZES if size <= self._request.block_size]
+        most: int = self._request.block_size
+        if self.keeps_codes(weight) and bits(self.dtype_of(weight)) == 2:
+            most = min(most, _MOST_OF_2_BITS)
+        allowed = [size for size in BLOCK_SIZES if size <= most]
         return min(reversed(allowed), key=lambda size: self._block_bytes(weight, size))
 
     def file_bytes(self, weight: Weight) -> int:
         """Bytes in the data file: of int8 and int4 codes, float32 scales, zero points."""
         dtype = self.dtype_of(weight)
-        if dtype not in QUANTIZED:
+        if dtype not in CODED:
             return packed_bytes(weight.size, dtype)
         return self._block_bytes(weight, self.block_size_of(weight))
 
@@ -52,5 +62,6 @@ class OnnxStorage:
         """Bytes of a matrix in blocks of a given size."""
         outputs, inputs = weight.shape
         code_bits, blocks = bits(self.dtype_of(weight)), groups(inputs, block_size)
-        zero_points = 0 if self.symmetric else groups(blocks * code_bits, 8)
+        is_plain = self.symmetric or self.keeps_codes(weight)
+        zero_points = 0 if is_plain else groups(blocks * code_bits, 8)
         return outputs * (blocks * (block_size * code_bits // 8 + 4) + zero_points)

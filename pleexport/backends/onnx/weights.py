@@ -13,10 +13,10 @@ import onnx_ir as ir
 import xxhash
 from numpy.typing import NDArray
 
-from pleexport.backends.onnx.blocks import Blocks, quantize_blocks
+from pleexport.backends.onnx.blocks import Blocks, blocks_of_codes, quantize_blocks
 from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.dtypes import QUANTIZED, bits, numpy_dtype
+from pleexport.dtypes import CODED, bits, numpy_dtype
 from pleexport.errors import CheckpointError, FamilyError
 from pleexport.model import Weight
 from pleexport.parallel import map_in_order
@@ -174,7 +174,7 @@ def _replace_matmul(
     """Make a product with a transposed weight one with the weight's stored form."""
     x, out = matmul.inputs[0], matmul.outputs[0]
     graph, dtype = result.model.graph, storage.dtype_of(weight)
-    if dtype in QUANTIZED:
+    if dtype in CODED:
         attributes = {
             "K": weight.shape[1],
             "N": weight.shape[0],
@@ -214,10 +214,10 @@ def _transposed(matched: MatchedModel, weight: Weight, dtype: str) -> StoredTens
     stored_dtype = numpy_dtype(dtype)
 
     def produce() -> Iterator[NDArray[Any]]:
-        step = max(1, _BATCH_VALUES // outputs)
-        view = matched.matrix(weight)
+        # Codes begin with a whole byte.
+        step = align(max(1, _BATCH_VALUES // outputs), 4)
         for begin in range(0, inputs, step):
-            part = matched.widened(view[:, begin : begin + step])
+            part = matched.read(weight, columns=slice(begin, begin + step))
             with np.errstate(over="ignore"):
                 yield _finite(weight, part.T.astype(stored_dtype, order="C"))
 
@@ -241,10 +241,12 @@ def _quantized(
     scales: list[NDArray[np.float32]] = []
     zero_points: list[NDArray[np.uint8]] = []
 
-    matrix = matched.matrix(weight)
-
     def quantize(rows: slice) -> Blocks:
-        values = _finite(weight, matched.widened(matrix[rows]))
+        if weight.codes is not None and storage.keeps_codes(weight):
+            own = matched.codes(weight, rows)
+            _finite(weight, own.scales)
+            return blocks_of_codes(own, weight.codes, block_size=block_size)
+        values = _finite(weight, matched.read(weight, rows))
         return quantize_blocks(
             values,
             bits=code_bits,
@@ -276,7 +278,7 @@ def _quantized(
             lambda: produce_kept(scales),
         ),
     ]
-    if not storage.symmetric:
+    if not storage.symmetric and not storage.keeps_codes(weight):
         stored.append(
             StoredTensor(
                 f"{weight.name}.zero_points",

@@ -1,0 +1,268 @@
+"""Quantized checkpoints: their own codes, bit for bit, and nothing rounded a second time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import check_every_way_to_feed
+from quantized_checkpoints import E2B_RULES, PLAIN, mobile_gemma4
+from safetensors.numpy import load_file
+from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GemmaQuantizationConfig
+from transformers.integrations import gemma_quant
+
+import pleexport
+from pleexport import families
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.quantized import read_quantization
+from pleexport.codes import unpack_codes
+from pleexport.errors import CheckpointError, TargetError, UnsupportedError
+from pleexport.families.layers import Parameters
+from pleexport.parity.oracle import open_oracle
+
+E4B_RULES = E2B_RULES | {
+    r"model\.embed_tokens_per_layer$": {"num_bits": 2},
+    r"model\.layers\.\d+\.mlp\.": {"num_bits": 4},
+}
+ODD = {"hidden_size": 36, "intermediate_size": 50, "hidden_size_per_layer_input": 12}
+EXACT = {"weight_dtype": "fp32", "table_dtype": "source", "verify": False}
+BITS = {"int2": 2, "int4": 4, "int8": 8}
+
+
+def matched_model(folder: Path) -> MatchedModel:
+    checkpoint = Checkpoint(folder)
+    return MatchedModel(families.resolve(checkpoint), checkpoint)
+
+
+@pytest.fixture(scope="session")
+def mobile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint by the rules of the published E2B."""
+    return mobile_gemma4(tmp_path_factory.mktemp("mobile") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def mobile_bundle(mobile: Path, tmp_path_factory: pytest.TempPathFactory) -> pleexport.Bundle:
+    """A bundle with the checkpoint's own codes, verified."""
+    return pleexport.build(mobile, tmp_path_factory.mktemp("bundles") / "mobile", target="android")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"rules": E4B_RULES}, {"rules": {}}, ODD],
+    ids=["E2B's rules", "E4B's rules", "4 bits everywhere", "odd widths"],
+)
+def test_logits_agree_with_transformers(changes: dict[str, Any], tmp_path: Path) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint", **changes)
+    bundle = pleexport.build(folder, tmp_path / "bundle", **EXACT)
+    check_every_way_to_feed(bundle, open_oracle(matched_model(folder)).logits)
+
+
+def test_the_scale_of_a_lookup_is_not_rounded(mobile: Path, tmp_path: Path) -> None:
+    table = matched_model(mobile).model.tables[0]
+    assert table.multiplier == 32**0.5
+    # The control: that of a checkpoint of numbers is.
+    config = json.loads((mobile / "config.json").read_text())
+    del config["quantization_config"]
+    assert families.from_config(config, dtype="bf16").tables[0].multiplier != 32**0.5
+
+
+def test_codes_go_into_the_graph_bit_for_bit(mobile: Path, mobile_bundle: pleexport.Bundle) -> None:
+    tensors = load_file(mobile / "model.safetensors")
+    graph = ir.load(mobile_bundle.path / "model.onnx")
+    compared = set()
+    for node in graph.graph:
+        if node.op_type != "MatMulNBits":
+            continue
+        bits, width = node.attributes["bits"].as_int(), node.attributes["K"].as_int()
+        assert len(node.inputs) == 3  # no zero points: the operator's own are those of the format
+        name = node.inputs[1].name.removesuffix(".weight.codes")
+        module = name if name == "lm_head" else f"model.{name}"
+        packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
+        codes = packed.reshape(len(packed), -1)
+        signed = (
+            codes.astype(np.int16) - 128
+            if bits == 8
+            else unpack_codes(codes, bits=bits, width=8 // bits * codes.shape[1])
+        )
+        own = tensors[f"{module}.weight"]
+        expected = own if bits == 8 else unpack_codes(own, bits=bits, width=width)
+        np.testing.assert_array_equal(signed[:, :width], expected)
+        assert not signed[:, width:].any()  # what fills up the last block stands for 0
+        own_scales = tensors[f"{module}.weight_scale"]
+        np.testing.assert_array_equal(scales, np.broadcast_to(own_scales, scales.shape))
+        compared.add((name, bits))
+    assert {bits for _, bits in compared} == {2, 4, 8}
+    assert ("lm_head", 2) in compared
+    assert len(compared) == sum(w.codes is not None for w in matched_model(mobile).model.weights)
+
+
+def test_codes_go_into_rows_bit_for_bit(mobile: Path, mobile_bundle: pleexport.Bundle) -> None:
+    blob = pleexport.Runner(mobile_bundle).blob
+    assert {s.dtype for s in blob.segments} == {"int2", "int4"}
+    assert {s.scale_dtype for s in blob.segments} == {"fp32"}
+    tensors = load_file(mobile / "model.safetensors")
+    scales = tensors["model.embed_tokens_per_layer.embedding_scale"]
+    codes = tensors["model.embed_tokens_per_layer.embedding_quantized"].reshape(120, 6, 4)
+    for segment in blob.segments[1:]:
+        begin = segment.offset
+        stored = blob.rows[:, begin : begin + segment.code_bytes]
+        np.testing.assert_array_equal(stored, codes[:, segment.layer])
+        raw = np.ascontiguousarray(blob.rows[:, segment.scale_offset : segment.end])
+        np.testing.assert_array_equal(raw.view("<f4")[:, 0], scales[:, segment.layer])
+
+
+def test_a_build_keeps_codes_on_every_target(mobile: Path) -> None:
+    info = pleexport.inspect(mobile)
+    assert {(e.table_dtype, e.weight_dtype) for e in info.targets} == {("source", "source")}
+
+
+def test_own_codes_stay_close_to_the_original(mobile_bundle: pleexport.Bundle) -> None:
+    report = json.loads((mobile_bundle.path / "parity.json").read_text())
+    assert report["passed"]
+    assert all(check["lossless"] for check in report["tables"])
+    by_what = {f["what"]: f["kl"] for f in report["fidelity"]}
+    assert by_what["tables"] < 1e-9
+    assert by_what["dense"] < 0.05  # inputs of matrices are rounded to 8 bits
+
+
+def test_sizes_are_those_that_were_planned(mobile: Path, mobile_bundle: pleexport.Bundle) -> None:
+    android = next(e for e in pleexport.inspect(mobile).targets if e.target == "android")
+    sizes = {record.name: record.size for record in mobile_bundle.manifest.files}
+    assert sizes["embeddings.safetensors"] == android.blob_bytes
+    assert 0 <= sizes["model.onnx.data"] - android.graph_bytes < 64 * 1000  # alignment
+
+
+def test_activations_are_rounded_where_the_checkpoint_has_scales(
+    mobile_bundle: pleexport.Bundle, tmp_path: Path
+) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint", activations=True)
+    bundle = pleexport.build(folder, tmp_path / "bundle", weight_dtype="fp32")
+    report = json.loads((bundle.path / "parity.json").read_text())
+    assert report["passed"]
+    assert not report["exact"]  # a step that noise turns over moves a logit by much
+    model = matched_model(folder).model
+    assert model.rounds_activations
+    scales = [w for w in model.weights if w.name.endswith("_activation_scale")]
+    assert len(scales) == 2 * sum(w.codes is not None for w in model.weights)
+    rounded = [n.op_type for n in ir.load(bundle.path / "model.onnx").graph].count("Round")
+    assert rounded == len(scales)
+    plain = [n.op_type for n in ir.load(mobile_bundle.path / "model.onnx").graph]
+    assert "Round" not in plain
+
+
+@pytest.mark.parametrize("scale", [0.5, 0.03, 1e-4])
+def test_activations_are_rounded_as_the_original_rounds_them(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat(
+        (torch.randn(1, 7, 64, generator=generator), torch.full((1, 7, 1), 2.5 * scale)), -1
+    )
+    weights = Parameters(
+        {"a.weight": torch.eye(65), "a.input_activation_scale": torch.tensor(scale)}
+    )
+    expected = gemma_quant.apply_srq(x, torch.tensor(scale))
+    assert torch.equal(weights.linear("a", x), expected)
+    assert not torch.equal(x, expected)
+    assert torch.equal(Parameters({"a.weight": torch.eye(65)}).linear("a", x), x)
+
+
+def test_numbers_are_rounded_anew_where_a_build_asks_for_it(mobile: Path, tmp_path: Path) -> None:
+    bundle = pleexport.build(mobile, tmp_path / "bundle", weight_dtype="int8", table_dtype="int8")
+    assert bundle.manifest.parity.passed
+    assert {s.dtype for s in pleexport.Runner(bundle).blob.segments} == {"int8"}
+
+
+def test_rules_choose_the_bits_that_transformers_chooses() -> None:
+    rules = {
+        r"embed": {"num_bits": 8},
+        r"layers\.1\.mlp\.": {},
+        r"mlp\.down": {"num_bits": 8},
+        r"self_attn\.(q|o)_proj": {"num_bits": 2},
+        r"^lm_head$": {"num_bits": 8},
+        r"proj$": {"num_bits": 4},
+    }
+    plain = ["layers.3", "o_proj", r"model\.layers\.0\.per_layer.*"]
+    own = GemmaQuantizationConfig(
+        num_bits=2, module_quant_configs=rules, modules_to_not_convert=plain
+    )
+    config = Gemma4TextConfig(
+        vocab_size=8, vocab_size_per_layer_input=8, hidden_size=8, intermediate_size=8,
+        num_hidden_layers=5, num_attention_heads=1, num_key_value_heads=1, head_dim=8,
+        hidden_size_per_layer_input=4, num_kv_shared_layers=0,
+    )  # fmt: skip
+    model = Gemma4ForCausalLM(config)
+    names = [n for n, m in model.named_modules() if type(m).__name__ == "Linear"]
+    gemma_quant.replace_with_quant_layers(model, own, plain)
+    fields = {
+        "quant_method": "gemma",
+        "num_bits": 2,
+        "module_quant_configs": rules,
+        "modules_to_not_convert": plain,
+    }
+    quantization = read_quantization({"quantization_config": fields})
+    assert quantization is not None
+    got = {name: quantization.bits_of(name) for name in names}
+    assert got == {name: getattr(model.get_submodule(name), "num_bits", None) for name in names}
+    assert set(got.values()) == {None, 2, 4, 8}
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, UnsupportedError, "by `bitsandbytes` are not read"),
+        ({"quant_method": "gptq", "bits": 4}, UnsupportedError, "by `gptq` are not read"),
+        ({"quant_method": "awq"}, UnsupportedError, "by `awq` are not read"),
+        ({"quant_method": "fp8"}, UnsupportedError, "by `fp8` are not read"),
+        ({"quant_method": "compressed-tensors"}, UnsupportedError, "by `compressed-tensors`"),
+        ({}, UnsupportedError, "by `None` are not read"),
+        ([], CheckpointError, "expected an object"),
+        ({"quant_method": "gemma", "num_bits": 3}, UnsupportedError, "`num_bits` is 3"),
+        ({"quant_method": "gemma", "num_bits": True}, UnsupportedError, "`num_bits` is True"),
+        ({"quant_method": "gemma", "new": 1}, UnsupportedError, "unknown fields `new`"),
+        ({"quant_method": "gemma", "module_quant_configs": []}, None, ""),
+        ({"quant_method": "gemma", "module_quant_configs": [1]}, CheckpointError, "malformed"),
+        (
+            {"quant_method": "gemma", "module_quant_configs": {"a": {"group": 2}}},
+            UnsupportedError,
+            "only `num_bits` is known",
+        ),
+        (
+            {"quant_method": "gemma", "module_quant_configs": {"(": {}}},
+            CheckpointError,
+            "no regular expression",
+        ),
+    ],
+)
+def test_other_forms_are_refused_by_name(
+    fields: Any, error: type[Exception] | None, message: str
+) -> None:
+    if error is None:
+        assert read_quantization({"quantization_config": fields}) is not None
+        return
+    with pytest.raises(error, match=message) as caught:
+        read_quantization({"quantization_config": fields})
+    assert caught.value.hint  # type: ignore[attr-defined]
+
+
+def test_codes_of_another_shape_are_named(mobile: Path, tmp_path: Path) -> None:
+    config = json.loads((mobile / "config.json").read_text())
+    rules = config["quantization_config"]["module_quant_configs"]
+    rules["^lm_head$"] = {"num_bits": 4}
+    folder = tmp_path / "changed"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").symlink_to(mobile / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"`lm_head.weight` has shape \[120, 8\]; the model"):
+        matched_model(folder)
+
+
+def test_the_other_backend_says_that_it_does_not_keep_codes(mobile: Path, tmp_path: Path) -> None:
+    pytest.importorskip("executorch")
+    with pytest.raises(TargetError, match="own codes are not written for XNNPACK yet"):
+        pleexport.build(mobile, tmp_path / "bundle", backend="executorch")
+    assert PLAIN
