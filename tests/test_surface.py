@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import pleexport
+from pleexport.backends.registry import NAMES as NAMES_OF_BACKENDS
 
 PACKAGE = Path(pleexport.__path__[0])
 NAMES = [
@@ -91,6 +92,10 @@ def imports_of(source: str) -> set[str]:
             module = node.module or ""
             found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
+
+
+def test_the_packages_of_every_backend_are_watched() -> None:
+    assert tuple(FORMATS) == NAMES_OF_BACKENDS
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.stem)
