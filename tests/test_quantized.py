@@ -249,6 +249,18 @@ def test_other_forms_are_refused_by_name(
     assert caught.value.hint  # type: ignore[attr-defined]
 
 
+def test_a_family_that_does_not_read_codes_says_so(
+    gemma3n_checkpoint: Path, tmp_path: Path
+) -> None:
+    config = json.loads((gemma3n_checkpoint / "config.json").read_text())
+    rules = {"quantization_config": {"quant_method": "gemma"}}
+    outer = {"model_type": "gemma3n", "dtype": "bfloat16", "text_config": config}
+    for changed in (config | rules, outer | rules):
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(UnsupportedError, match="are quantized already"):
+            pleexport.inspect(tmp_path)
+
+
 def test_codes_of_another_shape_are_named(mobile: Path, tmp_path: Path) -> None:
     config = json.loads((mobile / "config.json").read_text())
     rules = config["quantization_config"]["module_quant_configs"]

@@ -153,7 +153,7 @@ def test_load_malformed_toml_names_the_file(tmp_path: Path, content: bytes) -> N
         (
             '"fp16"',
             '"int3"',
-            "field `weight_dtype`: got `int3`, expected one of fp32, fp16, int8, int4",
+            "field `weight_dtype`: got `int3`, expected one of source, fp32, fp16, int8, int4",
         ),
         ("opset = 24", "opset = 23", "field `opset`: got `23`, expected one of 24"),
         ("opset = 24", "opset = 24\nname = 'a/b'", "field `name`: expected `str` matching regex"),

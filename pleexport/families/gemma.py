@@ -63,9 +63,11 @@ FLOAT_FIELDS = frozenset(
 _MODALITIES = ("audio_", "image_", "mm_", "video_", "vision_")
 
 
-def open_config(config: dict[str, Any]) -> ConfigReader:
+def open_config(config: dict[str, Any], *, read_elsewhere: Sequence[str] = ()) -> ConfigReader:
     """The text part of a config; the rest of a multimodal one has been checked.
 
+    Args:
+        read_elsewhere: fields of the whole config that the family has read.
     Raises:
         CheckpointError, UnsupportedError: as `ConfigReader`.
     """
@@ -79,7 +81,8 @@ def open_config(config: dict[str, Any]) -> ConfigReader:
         if name.startswith(_MODALITIES) or name.endswith(("_token_id", "_token_index")):
             outer.get(name)
     outer.get("tie_word_embeddings")
-    outer.get("quantization_config")
+    for name in read_elsewhere:
+        outer.get(name)
     outer.finish()
     return ConfigReader(text, where="config.json: text_config")
 

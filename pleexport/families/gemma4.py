@@ -44,7 +44,7 @@ class Gemma4Config:
 
 def configure(config: dict[str, Any], *, dtype: str) -> Model:
     """Read a config.json; see `model.Family.configure`."""
-    text = gemma.open_config(config)
+    text = gemma.open_config(config, read_elsewhere=("quantization_config",))
     _refuse_variants(text)
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
     text.get("quantization_config")
