@@ -116,7 +116,9 @@ def build(
     ] = True,
     head_dtype: Annotated[
         str | None,
-        typer.Option(help="Output head: fp32, fp16, int8, int4.", show_default="the target's"),
+        typer.Option(
+            help="Output head: source, fp32, fp16, int8, int4.", show_default="the target's"
+        ),
     ] = None,
     cache_dtype: Annotated[
         str | None,

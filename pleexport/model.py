@@ -158,6 +158,23 @@ class Weight:
         return math.prod(self.shape)
 
 
+def unused_weight(weight: Weight, family: str) -> FamilyError:
+    """What a backend says of a weight that is declared, and that nothing takes."""
+    return FamilyError(
+        f"weight `{weight.name}` of family `{family}` is declared and not used by its forward "
+        "function",
+        hint="take it out of the family's weights, or use it",
+    )
+
+
+def misused_weight(weight: Weight, *, taker: str) -> FamilyError:
+    """What a backend says of a weight that may be rounded, and that no linear layer takes."""
+    return FamilyError(
+        f"weight `{weight.name}` has precision `{weight.precision}`, and {taker} takes it",
+        hint="such weights are for `w.linear` alone; declare others with precision `full`",
+    )
+
+
 @dataclass(frozen=True)
 class CacheBuffer:
     """One tensor `[1, heads, capacity, width]` of a cache.

@@ -113,6 +113,15 @@ def round_to_codes(
     return out
 
 
+def grouped_importance(importance: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
+    """The importance `[K]` of a matrix's inputs as `best_scales` takes it, `[groups, G]`.
+
+    Relative, so that nothing underflows. Inputs that a text never moved still count a little.
+    """
+    relative = importance / max(float(importance.mean()), SMALLEST) + 1e-4
+    return grouped_values(relative.astype(np.float32), group_size)
+
+
 def grouped_values(values: NDArray[np.float32], group_size: int) -> NDArray[np.float32]:
     """`[..., W]` as `[..., groups, group_size]`, padded with zeros."""
     width = values.shape[-1]

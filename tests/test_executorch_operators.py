@@ -29,8 +29,9 @@ with undisturbed():
     from pleexport.backends.executorch.lower import write_program
     from pleexport.backends.executorch.operators import operator
     from pleexport.backends.executorch.program import check_loads, load
-    from pleexport.backends.executorch.rounding import join_offset_nibbles, round_matrix
+    from pleexport.backends.executorch.rounding import round_matrix
     from pleexport.backends.executorch.store import StoredMatrix
+    from pleexport.codes import pack_codes
 
 
 class Weights:
@@ -58,7 +59,7 @@ class Weights:
             self.rounded[name] = grouped.reshape(values.shape).astype(np.float32)
             stored: NDArray[Any] = rounded.scales * np.float32(self.sign)
             if self.dtype == "int4":
-                data, stored = join_offset_nibbles(data), stored.astype(ml_dtypes.bfloat16)
+                data, stored = pack_codes(rounded.codes, bits=4), stored.astype(ml_dtypes.bfloat16)
             scales = stored.tobytes()
         path = self._folder / f"{name}.bin"
         path.write_bytes(data.tobytes())

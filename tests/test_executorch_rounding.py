@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pleexport import families
-from pleexport.backends.executorch.rounding import join_offset_nibbles, round_matrix
+from pleexport.backends.executorch.rounding import round_matrix
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.backends.onnx.blocks import quantize_blocks
 from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.codes import pack_codes
 from pleexport.model import Weight
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
@@ -58,7 +59,7 @@ def test_sizes_are_those_of_codes_and_scales(inputs: int, most: int, dtype: str,
     values = np.random.default_rng(seed).normal(size=weight.shape).astype(np.float32)
     bits = 4 if stored == "int4" else 8
     rounded = round_matrix(values, bits=bits, group=storage.group_of(weight))
-    codes, width = (join_offset_nibbles(rounded.codes), 2) if bits == 4 else (rounded.codes, 4)
+    codes, width = pack_codes(rounded.codes, bits=bits), 2 if bits == 4 else 4
     assert storage.file_bytes(weight) == codes.nbytes + width * rounded.scales.size
     assert storage.resident_bytes(weight) >= storage.file_bytes(weight)
 
@@ -130,4 +131,4 @@ def test_values_that_cannot_be_stored_are_refused() -> None:
 
 def test_nibbles_have_the_first_code_low() -> None:
     codes = np.array([[-8, 7, 0, -1]], dtype=np.int8)
-    assert join_offset_nibbles(codes).tolist() == [[0xF0, 0x78]]
+    assert pack_codes(codes, bits=4).tolist() == [[0xF0, 0x78]]

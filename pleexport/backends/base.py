@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from numpy.typing import NDArray
 
 from pleexport.contract import Artifact, GraphContract
+from pleexport.errors import InputError
 from pleexport.program import Program
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pleexport.model import Model, Weight
     from pleexport.weights import WeightRequest
 
-MOST_THREADS = 256
+_MOST_THREADS = 256
 
 
 @dataclass(frozen=True)
@@ -200,3 +201,16 @@ class Backend(Protocol):
             count: T.
         """
         ...
+
+
+def check_threads(threads: int) -> None:
+    """Refuse a number of threads that no machine has.
+
+    Raises:
+        InputError: it is out of range.
+    """
+    if not 0 <= threads <= _MOST_THREADS:
+        raise InputError(
+            f"threads is {threads}; it must be 0 to {_MOST_THREADS}",
+            hint="0 takes one for each core",
+        )

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.dtypes import bits
 from pleexport.model import Table
 from pleexport.parity.report import TableCheck
 from pleexport.quantize import group_scales
@@ -148,8 +149,8 @@ def _quantization_steps(expected_NLW: NDArray[np.float32], segment: Segment) -> 
     if segment.group_size is None:
         share, least = _FLOAT_STEPS[segment.dtype]
         return np.maximum(np.abs(expected_NLW) * np.float32(share), np.float32(least))
-    bits = 8 if segment.dtype == "int8" else 4
-    scales = group_scales(expected_NLW, bits=bits, group_size=segment.group_size)
+    code_bits = bits(segment.dtype)
+    scales = group_scales(expected_NLW, bits=code_bits, group_size=segment.group_size)
     steps = np.repeat(scales.astype(np.float32), segment.group_size, axis=-1)
     return np.maximum(steps[..., : expected_NLW.shape[-1]], np.float32(_SMALLEST_STEP))
 

@@ -37,8 +37,8 @@ class Attention:
     def __init__(self, position_ids_BT: Tensor, logit_positions_Q: Tensor) -> None:
         self._positions = position_ids_BT
         self._logit_positions = logit_positions_Q
-        # Positions of queries, and each one's first as a number.
-        self._query_ids: list[tuple[Tensor, Any]] = []
+        # What positions of queries may be: those of all tokens, or of those that want logits.
+        self._query_ids = [position_ids_BT]
         # Masks by what they were made from, which is kept so that ids stay unique.
         self._masks: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self._start: Any = None
@@ -47,7 +47,7 @@ class Attention:
         """`index_select`, which is remembered where it selects positions of queries."""
         found = torch.index_select(x, axis, index)
         if x is self._positions and index is self._logit_positions:
-            self._query_ids.append((found, None))
+            self._query_ids.append(found)
         return found
 
     def write(self, cache: HeldCache, new_BTKD: Tensor, slots_BT: Tensor) -> HeldCache:
@@ -90,14 +90,11 @@ class Attention:
                 "ExecuTorch's attention has no softcap, and a layer of this model caps its scores",
                 hint="build with `--backend onnx`",
             )
-        plain = any(query_ids_BQ is ids for ids in (self._positions, *self._narrow_ids()))
+        plain = any(query_ids_BQ is ids for ids in self._query_ids)
         if window or not plain:
             bias = attention_bias(query_ids_BQ, held_C, window=window or None)
             return self.attend_window(query_BQND, keys, values, bias)
         return operator("merge")(_attend_causal(query_BQND, keys, values, query_ids_BQ[0]))
-
-    def _narrow_ids(self) -> list[Tensor]:
-        return [ids for ids, _ in self._query_ids]
 
     def _first(self, capacity: Any) -> Any:
         """The first position of the call, as a number that the tracer knows the range of."""

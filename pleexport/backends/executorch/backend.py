@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import MOST_THREADS, Conventions, Original, WeightStorage
+from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.backends.executorch.bounds import bounds
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.backends.executorch.surroundings import undisturbed
@@ -152,11 +152,7 @@ class ExecutorchBackend:
     ) -> ExecutorchSession:
         """Open a program; XNNPACK arranges its weights in memory."""
         self.require()
-        if not 0 <= threads <= MOST_THREADS:
-            raise InputError(
-                f"threads is {threads}; it must be 0 to {MOST_THREADS}",
-                hint="0 takes one for each core",
-            )
+        check_threads(threads)
         if packed_weights is not None:
             raise InputError(
                 "an ExecuTorch bundle arranges its weights each time that it is opened",

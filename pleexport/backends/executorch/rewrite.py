@@ -22,8 +22,7 @@ from pleexport.backends.executorch.attention import Attention, HeldCache
 from pleexport.backends.executorch.operators import operator
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.contract import POSITION_IDS
-from pleexport.errors import FamilyError
-from pleexport.model import Weight
+from pleexport.model import Weight, misused_weight, unused_weight
 from pleexport.program import LOGIT_POSITIONS, Program
 
 aten, ours = torch.ops.aten, torch.ops.pleexport
@@ -65,13 +64,9 @@ def rewrite(program: Program, matched: MatchedModel, *, results: list[str]) -> E
         exported = torch.export.export(
             module.eval(), tuple(args), dynamic_shapes=(tuple(dynamic),), strict=False
         )
-    unused = [w.name for w in matched.model.weights if w.name not in module.used]
-    if unused:
-        raise FamilyError(
-            f"weight `{unused[0]}` of family `{matched.model.family}` is declared and not used by "
-            "its forward function",
-            hint="take it out of the family's weights, or use it",
-        )
+    for weight in matched.model.weights:
+        if weight.name not in module.used:
+            raise unused_weight(weight, matched.model.family)
     return exported
 
 
@@ -153,11 +148,7 @@ class _Interpreter(fx.Interpreter):
         if not isinstance(value, Weight):
             return value
         if value.precision != "full":
-            raise FamilyError(
-                f"weight `{value.name}` has precision `{value.precision}`, and something else than "
-                "a linear layer takes it",
-                hint="such weights are for `w.linear` alone; declare others with precision `full`",
-            )
+            raise misused_weight(value, taker="something else than a linear layer")
         self.used.add(value.name)
         return torch.tensor(self._matched.values(value))
 

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
+from pleexport.quantize import best_scales, grouped_importance, grouped_values, round_to_codes
 
 # Values that are worked on at once: few enough to stay in a core's cache.
 _CHUNK_VALUES = 1 << 17
@@ -51,11 +51,7 @@ def round_matrix(
     lowest, highest = -(2.0 ** (bits - 1)), 2.0 ** (bits - 1) - 1
     codes = np.empty((outputs, inputs), dtype=np.int8)
     scales = np.empty((outputs, inputs // group), dtype=np.float32)
-    weighted = None
-    if importance is not None:
-        # Relative, so that nothing underflows; inputs that a text never moved still count a little.
-        relative = importance / max(float(importance.mean()), SMALLEST) + 1e-4
-        weighted = grouped_values(relative.astype(np.float32), group)
+    weighted = None if importance is None else grouped_importance(importance, group)
     step = max(1, _CHUNK_VALUES // inputs)
     for begin in range(0, outputs, step):
         rows = slice(begin, begin + step)
@@ -75,9 +71,3 @@ def round_matrix(
         rounded = round_to_codes(values, found, lowest, highest)
         codes[rows] = rounded.reshape(-1, inputs)
     return Codes(codes, scales)
-
-
-def join_offset_nibbles(codes: NDArray[np.int8]) -> NDArray[np.uint8]:
-    """Two codes of 4 bits a byte, the first in the low bits, 8 added to each."""
-    shifted = (codes + 8).astype(np.uint8)
-    return (shifted[:, ::2] | shifted[:, 1::2] << 4).astype(np.uint8)

@@ -15,12 +15,9 @@ from numpy.typing import NDArray
 
 from pleexport.backends.executorch import program
 from pleexport.backends.executorch.bounds import LOGITS_PER_CALL, TOKENS_PER_CALL
+from pleexport.backends.slots import Slots
 from pleexport.contract import GraphContract, pieces
-from pleexport.dtypes import numpy_dtype
 from pleexport.errors import BundleError, InputError
-from pleexport.sizes import align
-
-_FIRST_POSITIONS = 256
 
 
 class ExecutorchSession:
@@ -119,37 +116,20 @@ def _calls(count: int, wanted: int) -> Iterator[tuple[slice, int]]:
 
 
 class _Caches:
-    """The buffers that the program writes.
-
-    Each has its address space for the whole context from the start, of which nothing is in memory
-    until it is used. The slots that the program is told of double with the text, since some
-    attentions look at all of them; those of window layers up to the size of their ring, which is
-    reached before a position wraps around. Slots come first, so nothing moves when they grow.
-    """
+    """The buffers that the program writes; slots come first, so nothing moves when they grow."""
 
     def __init__(self, contract: GraphContract, *, context: int, chunk: int) -> None:
-        windows = [cache.window for cache in contract.caches if cache.window is not None]
-        # A chunk's first token must still find its window after the whole chunk was written.
-        ring = min(max(windows, default=1) + chunk - 1, context)
-        self._caches = contract.caches
-        self._most = [context if c.window is None else ring for c in contract.caches]
-        self._whole = [
-            np.zeros(
-                [n if isinstance(n, int) else align(most, c.block) for n in c.shape],
-                dtype=numpy_dtype(c.dtype),
-            )
-            for c, most in zip(contract.caches, self._most, strict=True)
-        ]
+        self._slots = Slots(contract, context=context, chunk=chunk)
+        self._whole = self._slots.allocate()
         self._bound: list[torch.Tensor] = []
-        self._positions = 0
 
     def tensors(self, positions: int) -> list[torch.Tensor]:
         """The buffers, with room for `positions`."""
-        if positions > self._positions:
-            self._positions = max(_FIRST_POSITIONS, 2 * self._positions, positions)
+        slots = self._slots.grow(positions)
+        if slots is not None:
             self._bound = [
-                torch.from_numpy(whole[:, : align(min(self._positions, most), cache.block)])
-                for whole, cache, most in zip(self._whole, self._caches, self._most, strict=True)
+                torch.from_numpy(whole[:, :held])
+                for whole, held in zip(self._whole, slots, strict=True)
             ]
         return self._bound
 

@@ -16,9 +16,10 @@ import xxhash
 from executorch.exir._serialize._cord import FileBackedData
 from numpy.typing import NDArray
 
-from pleexport.backends.executorch.rounding import join_offset_nibbles, round_matrix
+from pleexport.backends.executorch.rounding import round_matrix
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.codes import pack_codes
 from pleexport.dtypes import QUANTIZED, bits
 from pleexport.errors import CheckpointError
 from pleexport.model import Weight
@@ -148,10 +149,10 @@ class WeightStore:
                 group=self._storage.group_of(weight),
                 importance=self._importance.get(weight.name),
             )
+            codes = pack_codes(rounded.codes, bits=bits(dtype)).tobytes()
             if dtype == "int8":
-                return rounded.codes.tobytes(), rounded.scales.tobytes()
-            scales = rounded.scales.astype(ml_dtypes.bfloat16)
-            return join_offset_nibbles(rounded.codes).tobytes(), scales.tobytes()
+                return codes, rounded.scales.tobytes()
+            return codes, rounded.scales.astype(ml_dtypes.bfloat16).tobytes()
 
         try:
             yield from map_in_order(part, range(0, weight.shape[0], step))

@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pleexport.backends.base import MOST_THREADS, Conventions, Original, WeightStorage
+from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.contract import Artifact, GraphContract
-from pleexport.errors import InputError
 from pleexport.program import Program
 
 if TYPE_CHECKING:
@@ -98,11 +97,7 @@ class OnnxBackend:
         from pleexport.backends.onnx.packing import packed_graph
         from pleexport.backends.onnx.session import OnnxSession, check_graph
 
-        if not 0 <= threads <= MOST_THREADS:
-            raise InputError(
-                f"threads is {threads}; it must be 0 to {MOST_THREADS}",
-                hint="0 takes one for each core",
-            )
+        check_threads(threads)
         path = folder / GRAPH
         if packed_weights is not None:
             path = packed_graph(folder, artifact, packed_weights)

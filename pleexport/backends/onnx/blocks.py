@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from pleexport.codes import QuantizedRows, join_codes
 from pleexport.dtypes import bits as bits_of
 from pleexport.model import Codes
-from pleexport.quantize import SMALLEST, best_scales, grouped_values, round_to_codes
+from pleexport.quantize import (
+    SMALLEST,
+    best_scales,
+    grouped_importance,
+    grouped_values,
+    round_to_codes,
+)
 from pleexport.sizes import groups
 
 # Values that are worked on at once: few enough to stay in a core's cache.
@@ -60,20 +66,14 @@ def quantize_blocks(
     scales = np.empty((outputs, blocks), dtype=np.float32)
     zero_points = np.empty((outputs, blocks), dtype=np.uint8)
     step = max(1, _CHUNK_VALUES // (blocks * block_size))
-    importance_groups = None
-    if importance is not None:
-        # Relative, so that nothing underflows; inputs that a text never moved still count a little.
-        relative = importance / max(float(importance.mean()), SMALLEST) + 1e-4
-        importance_groups = grouped_values(relative.astype(np.float32), block_size)
+    weighted = None if importance is None else grouped_importance(importance, block_size)
     for begin in range(0, outputs, step):
         rows = slice(begin, begin + step)
         grouped = grouped_values(weight_NK[rows], block_size)
         widest, zero_points[rows] = _widest(grouped, bits=bits, symmetric=symmetric)
         zero = zero_points[rows].astype(np.float32)[..., None]
         lowest, highest = -zero, np.float32(2**bits - 1) - zero
-        scales[rows] = best_scales(
-            grouped, widest, lowest, highest, bits=bits, importance=importance_groups
-        )
+        scales[rows] = best_scales(grouped, widest, lowest, highest, bits=bits, importance=weighted)
         rounded = round_to_codes(grouped, scales[rows], lowest, highest)
         codes[rows] = np.add(rounded, zero, out=rounded)
     if bits == 4:

@@ -10,14 +10,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
-from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, CacheInput, GraphContract
-from pleexport.dtypes import numpy_dtype
+from pleexport.backends.slots import Slots
+from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, GraphContract
 from pleexport.errors import BundleError
-from pleexport.sizes import align
 
 # Tokens of one call: more are no faster, and scores of more take more memory.
 PREFILL_CHUNK = 256
-_FIRST_POSITIONS = 256
 
 
 class OnnxSession:
@@ -111,38 +109,28 @@ def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where
 
 
 class _Caches:
-    """The buffers that the graph reads and writes in place.
-
-    Each has its address space for the whole context from the start, of which nothing is in memory
-    until it is used. The slots that the graph is told of double with the text, since it looks at
-    every block of them; those of window layers up to the size of their ring, which is reached
-    before a position wraps around.
-    """
+    """The buffers that the graph reads and writes in place."""
 
     def __init__(self, contract: GraphContract, *, context: int, chunk: int) -> None:
-        windows = [cache.window for cache in contract.caches if cache.window is not None]
-        # A chunk's first token must still find its window after the whole chunk was written.
-        ring = min(max(windows, default=1) + chunk - 1, context)
+        self._slots = Slots(contract, context=context, chunk=chunk)
         self._caches = contract.caches
-        self._most = {c.input: context if c.window is None else ring for c in contract.caches}
-        self._whole = {c.input: _allocate(c, self._most[c.input]) for c in contract.caches}
-        self._bound = {c.input: self._whole[c.input][:, :, :0] for c in contract.caches}
-        self._positions = 0
+        self._whole = self._slots.allocate()
+        self._bound = [whole[:, :, :0] for whole in self._whole]
 
     def bind(self, io: ort.IOBinding, *, positions: int) -> None:
         """Make room for `positions` and bind every buffer as input and output."""
-        if positions <= self._positions:
+        grown = self._slots.grow(positions)
+        if grown is None:
             return
-        self._positions = max(_FIRST_POSITIONS, 2 * self._positions, positions)
-        for cache in self._caches:
-            slots = align(min(self._positions, self._most[cache.input]), cache.block)
-            whole, old = self._whole[cache.input], self._bound[cache.input]
+        for i, (cache, slots) in enumerate(zip(self._caches, grown, strict=True)):
+            old = self._bound[i]
             _, heads, held, width = old.shape
             # Heads lie one after the other, so those behind the first move up as slots are added.
-            new = whole.reshape(-1)[: heads * slots * width].reshape(1, heads, slots, width)
+            flat = self._whole[i].reshape(-1)[: heads * slots * width]
+            new = flat.reshape(1, heads, slots, width)
             for head in reversed(range(1, heads)):
                 new[0, head, :held] = old[0, head]
-            self._bound[cache.input] = new
+            self._bound[i] = new
             _bind_input(io, cache.input, new)
             _bind_output(io, cache.output, new)
 
@@ -170,13 +158,6 @@ class _States:
         """Begin a text."""
         for array in self._taken.values():
             array.fill(0)
-
-
-def _allocate(cache: CacheInput, positions: int) -> NDArray[Any]:
-    """Zeros for at least `positions` slots of a cache; masked slots must hold finite numbers."""
-    slots = align(positions, cache.block)
-    sizes = [n if isinstance(n, int) else slots for n in cache.shape]
-    return np.zeros(sizes, dtype=numpy_dtype(cache.dtype))
 
 
 def _bind_input(io: ort.IOBinding, name: str, array: NDArray[Any]) -> None:

@@ -30,6 +30,10 @@ class OnnxStorage:
         """Whether a weight is stored with the checkpoint's own codes."""
         return self._request.keeps_codes(weight)
 
+    def has_zero_points(self, weight: Weight) -> bool:
+        """Whether each block of a weight that is stored in codes has a zero point of its own."""
+        return not self.symmetric and not self.keeps_codes(weight)
+
     def block_size_of(self, weight: Weight) -> int:
         """Weights that share a scale in one matrix.
 
@@ -62,6 +66,5 @@ class OnnxStorage:
         """Bytes of a matrix in blocks of a given size."""
         outputs, inputs = weight.shape
         code_bits, blocks = bits(self.dtype_of(weight)), groups(inputs, block_size)
-        is_plain = self.symmetric or self.keeps_codes(weight)
-        zero_points = 0 if is_plain else groups(blocks * code_bits, 8)
+        zero_points = groups(blocks * code_bits, 8) if self.has_zero_points(weight) else 0
         return outputs * (blocks * (block_size * code_bits // 8 + 4) + zero_points)

@@ -17,8 +17,8 @@ from pleexport.backends.onnx.blocks import Blocks, blocks_of_codes, quantize_blo
 from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import CODED, bits, numpy_dtype
-from pleexport.errors import CheckpointError, FamilyError
-from pleexport.model import Weight
+from pleexport.errors import CheckpointError
+from pleexport.model import Weight, misused_weight, unused_weight
 from pleexport.parallel import map_in_order
 from pleexport.sizes import align, groups
 
@@ -77,11 +77,7 @@ def attach_weights(
     for weight in matched.model.weights:
         value = graph.initializers.pop(weight.name, None)
         if value is None:
-            raise FamilyError(
-                f"weight `{weight.name}` of family `{matched.model.family}` is declared and not "
-                "used by its forward function",
-                hint="take it out of the family's weights, or use it",
-            )
+            raise unused_weight(weight, matched.model.family)
         if weight.precision == "full":
             _store(result, value, _plain(matched, weight))
             continue
@@ -141,11 +137,7 @@ def _products(value: ir.Value, weight: Weight) -> list[tuple[ir.Node, ir.Node]]:
     for transpose in value.consumers():
         takers = list(transpose.outputs[0].consumers())
         if transpose.op_type != "Transpose" or [n.op_type for n in takers] != ["MatMul"]:
-            raise FamilyError(
-                f"weight `{weight.name}` has precision `{weight.precision}`, and "
-                f"`{transpose.op_type}` takes it",
-                hint="such weights are for `w.linear` alone; declare others with precision `full`",
-            )
+            raise misused_weight(weight, taker=f"`{transpose.op_type}`")
         products.append((transpose, takers[0]))
     return products
 
@@ -278,7 +270,7 @@ def _quantized(
             lambda: produce_kept(scales),
         ),
     ]
-    if not storage.symmetric and not storage.keeps_codes(weight):
+    if storage.has_zero_points(weight):
         stored.append(
             StoredTensor(
                 f"{weight.name}.zero_points",
