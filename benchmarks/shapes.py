@@ -47,6 +47,43 @@ def _gemma4(*, layers: int, period: int, shared: int, **changes: Any) -> dict[st
     }
 
 
+def _mobile(config: dict[str, Any], rules: dict[str, int]) -> dict[str, Any]:
+    """A config whose text model holds codes: embeddings, head and matrices, by these rules.
+
+    Source: the published `-qat-mobile-transformers` checkpoints.
+    """
+    quantization = {
+        "quant_method": "gemma",
+        "num_bits": 4,
+        "quantize_embeddings": True,
+        "module_quant_configs": {pattern: {"num_bits": bits} for pattern, bits in rules.items()},
+        "modules_to_not_convert": ["per_layer_model_projection"],
+    }
+    text = config["text_config"] | {"tie_word_embeddings": False}
+    return config | {
+        "tie_word_embeddings": False,
+        "text_config": text,
+        "quantization_config": quantization,
+    }
+
+
+_MOBILE_RULES = {
+    r"^lm_head$": 2,
+    r"language_model\.embed_tokens$": 2,
+    r"per_layer_input_gate$": 8,
+    r"per_layer_projection$": 8,
+    r"self_attn\.": 4,
+}
+_E2B_RULES = _MOBILE_RULES | {
+    r"language_model\.embed_tokens_per_layer$": 4,
+    r"language_model\.layers\.(\d|1[0-4])\.mlp\.": 4,
+    r"language_model\.layers\.\d+\.mlp\.": 2,
+}
+_E4B_RULES = _MOBILE_RULES | {
+    r"language_model\.embed_tokens_per_layer$": 2,
+    r"language_model\.layers\.\d+\.mlp\.": 4,
+}
+
 SHAPES: dict[str, dict[str, Any]] = {
     # The published text models.
     "gemma4-e2b": _gemma4(layers=35, period=5, shared=20, hidden_size=1536, intermediate_size=6144),
@@ -101,6 +138,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
+SHAPES["gemma4-e2b-mobile"] = _mobile(SHAPES["gemma4-e2b"], _E2B_RULES)
+SHAPES["gemma4-e4b-mobile"] = _mobile(SHAPES["gemma4-e4b"], _E4B_RULES)
 
 
 def _rwkv7a(*, vocab: int, width: int, layers: int, head_size: int) -> dict[str, tuple[int, ...]]:

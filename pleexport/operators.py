@@ -108,6 +108,38 @@ def _(
     return query_BQND.new_empty(*query_BQND.shape[:2], query_BQND.shape[2] * cache[1].shape[3])
 
 
+@torch.library.custom_op("pleexport::linear_in_steps", mutates_args=())
+def linear_in_steps(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_step: Tensor | None,
+    output_step: Tensor | None,
+) -> Tensor:
+    """`x @ weight.T + bias`, with inputs and outputs in steps as 8 bits hold them.
+
+    It is one operator, because a tracer takes as long for each, however little it computes.
+
+    Args:
+        input_step, output_step: scalars above 0; None where nothing is rounded.
+    Source: transformers `integrations/gemma_quant.py`, `QuantizedLinear`.
+    """
+    x = x if input_step is None else in_steps(x, input_step)
+    outputs = torch.nn.functional.linear(x, weight, bias)
+    return outputs if output_step is None else in_steps(outputs, output_step)
+
+
+@linear_in_steps.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    input_step: Tensor | None,
+    output_step: Tensor | None,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
 @torch.library.custom_op("pleexport::wkv7", mutates_args=())
 def wkv7(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
@@ -135,6 +167,14 @@ def _(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(r), torch.empty_like(state)
+
+
+def in_steps(x: Tensor, step: Tensor) -> Tensor:
+    """x in the 256 steps around 0 that 8 bits hold; halves go to the even step.
+
+    Source: transformers `integrations/gemma_quant.py`, `apply_srq`.
+    """
+    return torch.clamp(torch.round(x / step), -128.0, 127.0) * step
 
 
 def attention_bias(query_ids_BQ: Tensor, held_C: Tensor, *, window: int | None) -> Tensor:

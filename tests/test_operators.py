@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from pleexport import operators
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
-from pleexport.backends.onnx.expansion import DOMAIN, Expand, Operator
+from pleexport.backends.onnx.expansion import DOMAIN, OPSET, Expand, Operator
+from pleexport.backends.onnx.lower import _linear_in_steps
 from pleexport.backends.onnx.recurrence import WKV7
 from pleexport.backends.onnx.rotation import ROTATE
 
@@ -51,6 +52,41 @@ def attention_session(
     inputs.append(ir.val("held", ir.DataType.INT64, ir.Shape(["C"])))
     attributes = {"block": BLOCK, "softcap": softcap, "window": window}
     return session(ATTEND_CONTEXT, inputs, attributes)
+
+
+@pytest.mark.parametrize("step", [0.5, 0.03, 1e-4])
+def test_steps_are_those_of_the_definition(step: float) -> None:
+    """Bit for bit: halves, what lies outside, and behind it a node that moves axes about."""
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.step = torch.nn.Parameter(torch.eye(64)), torch.tensor(step)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            steps = (self.step, self.step * 3)
+            return operators.linear_in_steps(x, self.weight, None, *steps).reshape(-1, 8, 8)
+
+    halves = (torch.arange(-160, 160) + 0.5) * np.float32(step)
+    noise = torch.randn(62, 64, generator=torch.Generator().manual_seed(0)) * 150 * step
+    x = torch.cat((halves.reshape(5, 64), noise, torch.full((1, 64), 1e30)))
+    table = {torch.ops.pleexport.linear_in_steps.default: _linear_in_steps}
+    exported = torch.onnx.export(
+        Layer().eval(),
+        (x,),
+        dynamo=True,
+        verbose=False,
+        opset_version=OPSET,
+        custom_translation_table=table,
+    )
+    assert exported is not None
+    session = ort.InferenceSession(
+        exported.model_proto.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    expected = Layer()(x).detach().numpy()
+    np.testing.assert_array_equal(got, expected)
+    assert not np.array_equal(expected.reshape(x.shape), x.numpy())
 
 
 def reference(

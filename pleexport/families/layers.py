@@ -50,20 +50,16 @@ class Parameters(Mapping[str, Tensor]):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, plus the bias where there is one; rounded where there are scales."""
+        weight, bias = self[f"{name}.weight"], self._optional(f"{name}.bias")
+        steps = [self._optional(f"{name}.{put}_activation_scale") for put in ("input", "output")]
+        if steps == [None, None]:
+            return F.linear(x, weight, bias)
+        return operators.linear_in_steps(x, weight, bias, *steps)
+
+    def _optional(self, name: str) -> Tensor | None:
+        """A weight that a model may lack."""
         # `get` asks for a KeyError, which a weight that is missing is not.
-        bias = self[f"{name}.bias"] if f"{name}.bias" in self else None  # noqa: SIM401
-        x = self._rounded(f"{name}.input_activation_scale", x)
-        outputs = F.linear(x, self[f"{name}.weight"], bias)
-        return self._rounded(f"{name}.output_activation_scale", outputs)
-
-    def _rounded(self, scale: str, x: Tensor) -> Tensor:
-        """x in steps of a scale, as 8 bits hold it; as it is where there is no scale.
-
-        Source: transformers `integrations/gemma_quant.py`, `apply_srq`.
-        """
-        if scale not in self:
-            return x
-        return torch.clamp(torch.round(x / self[scale]), -128.0, 127.0) * self[scale]
+        return self[name] if name in self else None  # noqa: SIM401
 
     def layer_norm(self, name: str, x: Tensor, eps: float) -> Tensor:
         """Layer norm over the last axis, with weight and bias."""

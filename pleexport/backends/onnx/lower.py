@@ -49,6 +49,7 @@ def translate(program: Program) -> ir.Model:
                 torch.ops.pleexport.write_cache.default: _write_cache,
                 torch.ops.pleexport.attend_window.default: _attend_window,
                 torch.ops.pleexport.attend_context.default: _attend_context,
+                torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
                 torch.ops.pleexport.wkv7.default: _wkv7,
             },
         )
@@ -100,6 +101,20 @@ def _attend_context(
     return _attend_context_op(
         query, *cache, query_ids, held, block=block, softcap=softcap, window=window
     )
+
+
+def _linear_in_steps(x: Any, weight: Any, bias: Any, input_step: Any, output_step: Any) -> Any:
+    product = _onnx.MatMul(_in_steps(x, input_step), _onnx.Transpose(weight, perm=[1, 0]))
+    return _in_steps(product if bias is None else _onnx.Add(product, bias), output_step)
+
+
+def _in_steps(x: Any, step: Any) -> Any:
+    """Two nodes in place of a quotient, a rounding, bounds and a product."""
+    if step is None:
+        return x
+    # Without a zero point, which is 0: ONNX Runtime would carry the pair past other nodes.
+    codes = _onnx.QuantizeLinear(x, step, output_dtype=ir.DataType.INT8)
+    return _onnx.DequantizeLinear(codes, step)
 
 
 def _wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any) -> Any:
