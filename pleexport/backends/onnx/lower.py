@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 import torch
 from onnx_ir.passes import common as passes
@@ -112,9 +113,10 @@ def _in_steps(x: Any, step: Any) -> Any:
     """Two nodes in place of a quotient, a rounding, bounds and a product."""
     if step is None:
         return x
-    # Without a zero point, which is 0: ONNX Runtime would carry the pair past other nodes.
-    codes = _onnx.QuantizeLinear(x, step, output_dtype=ir.DataType.INT8)
-    return _onnx.DequantizeLinear(codes, step)
+    # Unsigned, since ONNX Runtime of 1.25 knows no other codes without a zero point, and that of
+    # 1.32 carries a signed one past other nodes with the wrong dtype.
+    middle = _onnx.Constant(value=ir.tensor(np.array(128, dtype=np.uint8)))
+    return _onnx.DequantizeLinear(_onnx.QuantizeLinear(x, step, middle), step, middle)
 
 
 def _wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any) -> Any:
