@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from pleexport import operators
+from pleexport.backends.onnx import attention
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
 from pleexport.backends.onnx.expansion import DOMAIN, OPSET, Expand, Operator
 from pleexport.backends.onnx.lower import _linear_in_steps
@@ -113,12 +114,23 @@ def reference(
     return out.reshape(1, tokens, heads * VALUE_DIM)
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16", "int8"])
+@pytest.mark.parametrize(
+    ("dtype", "most_at_once"),
+    [("fp32", 0), ("fp32", 1 << 18), ("fp16", 0), ("int8", 0)],
+    ids=["fp32", "fp32 at once", "fp16", "int8"],
+)
 @pytest.mark.parametrize(("heads", "cache_heads"), [(1, 1), (6, 1), (6, 2), (4, 4)])
 @pytest.mark.parametrize(("first", "tokens"), [(0, 1), (0, 11), (7, 1), (8, 1), (13, 10)])
 @pytest.mark.parametrize("options", [{}, {"softcap": 0.5}, {"window": 3}, {"window": 9}])
 def test_blocks_give_what_the_whole_cache_gives(
-    dtype: str, heads: int, cache_heads: int, first: int, tokens: int, options: dict[str, Any]
+    dtype: str,
+    most_at_once: int,
+    heads: int,
+    cache_heads: int,
+    first: int,
+    tokens: int,
+    options: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = np.random.default_rng(heads * 100 + first)
     capacity = 4 * BLOCK  # more than is written: empty blocks, and a half-full one
@@ -139,6 +151,7 @@ def test_blocks_give_what_the_whole_cache_gives(
     written, slots = first + tokens, np.arange(capacity)
     feeds["query_ids"] = np.arange(first, written)[None]
     feeds["held"] = np.where(slots < written, slots, slots - capacity)
+    monkeypatch.setattr(attention, "_MOST_AT_ONCE", most_at_once)
     graph = attention_session(dtype, heads, cache_heads, **options)
     (got,) = graph.run(None, feeds)
     expected = reference(query, *wide, first, **options)

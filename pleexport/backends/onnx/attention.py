@@ -1,6 +1,7 @@
 """The ONNX forms of `operators.attend_window` and `attend_context`.
 
-A context is attended to by a scan over the blocks of its cache.
+A context is attended to at once where that takes few scores: for one token, or a short text. Else
+it goes by a scan over the blocks of its cache, as does a cache that has to be widened.
 
 A scan hands out views, so a block in 16 or 8 bits is widened while the processor's own cache holds
 it, and scores never exceed one block. Blocks that nobody sees are skipped: time follows the length
@@ -15,6 +16,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from pleexport.backends.onnx.expansion import Operator, sizes
+
+# Pairs of a token and a slot: their scores take a few megabytes, and a scan takes 0.8 ms to begin.
+_MOST_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,11 @@ class _Variant:
     softcap: float
     window: int
 
+    @property
+    def repeats(self) -> int:
+        """Query heads that share a head of the cache."""
+        return self.heads // self.cache_heads
+
 
 def _variant(node: ir.Node) -> _Variant:
     heads, head_dim = sizes(node.inputs[0])[2:]
@@ -57,16 +66,78 @@ def _variant(node: ir.Node) -> _Variant:
 
 
 def _context_body(node: ir.Node) -> str:
-    """The operators in ONNX's textual form.
+    """The operators in ONNX's textual form."""
+    v = _variant(node)
+    scales = ", key_scales, value_scales" if v.scaled else ""
+    head = f"(query, keys, values{scales}, query_ids, held_once) => (out)"
+    if v.widened:
+        return f"{head} {{{_in_blocks(v)}}}"
+    return f"""{head} {{
+  tokens_at_once = Size (query_ids)
+  slots_at_once = Size (held_once)
+  pairs = Mul (tokens_at_once, slots_at_once)
+  most_pairs = Constant <value = int64 {{{_MOST_AT_ONCE}}}> ()
+  is_few = LessOrEqual (pairs, most_pairs)
+  out = If (is_few) <
+    then_branch = at_once () => (found_at_once) {{{_at_once(v, out="found_at_once")}}},
+    else_branch = in_blocks () => (found_in_blocks) {{{_in_blocks(v, out="found_in_blocks")}}}
+  >
+}}"""
+
+
+def _at_once(v: _Variant, *, out: str) -> str:
+    """Scores of all slots, `[K, T, N / K, C]`."""
+    capped = ""
+    if v.softcap:
+        capped = f"""softcap = Constant <value = float {{{v.softcap}}}> ()
+      share = Div (products, softcap)
+      bounded = Tanh (share)
+      scores = Mul (bounded, softcap)"""
+    return f"""
+      zero = Constant <value = int64 {{0}}> ()
+      visible_bias = Constant <value = float {{0.0}}> ()
+      hidden_bias = Constant <value = float {{-1e30}}> ()
+      column_of_tokens = Constant <value = int64[3] {{-1, 1, 1}}> ()
+      query_positions = Reshape (query_ids, column_of_tokens)
+      written = GreaterOrEqual (held_once, zero)
+      not_later = LessOrEqual (held_once, query_positions)
+      {_visible(v, held="held_once")}
+      bias = Where (visible, visible_bias, hidden_bias)
+      {_rows_of_heads(v.heads, v.cache_heads, v.head_dim)}
+      turned_keys = Transpose <perm = [0, 1, 3, 2]> (keys)
+      {"products" if v.softcap else "scores"} = MatMul (rows, turned_keys)
+      {capped}
+      by_token_shape = Constant <value = int64[4] {{{v.cache_heads}, -1, {v.repeats}, 0}}> ()
+      scores_by_token = Reshape (scores, by_token_shape)
+      masked = Add (scores_by_token, bias)
+      weights_by_token = Softmax <axis = -1> (masked)
+      by_row_shape = Constant <value = int64[4] {{1, {v.cache_heads}, -1, 0}}> ()
+      weights = Reshape (weights_by_token, by_row_shape)
+      found = MatMul (weights, values)
+      {_heads_of_rows(v.heads, v.cache_heads, v.value_dim, out=out)}
+    """
+
+
+def _visible(v: _Variant, *, held: str) -> str:
+    """Which slots a query sees, of those written and not later than itself."""
+    if not v.window:
+        return "visible = And (written, not_later)"
+    return f"""until_now = And (written, not_later)
+          window = Constant <value = int64 {{{v.window}}}> ()
+          first = Sub (query_positions, window)
+          not_before = Greater ({held}, first)
+          visible = And (until_now, not_before)"""
+
+
+def _in_blocks(v: _Variant, *, out: str = "out") -> str:
+    """A scan that carries maximum, sum and total of the softmax.
 
     K heads of the cache, R rows of queries for each (a row is one query head of one token), B slots
     of a block. The blocks come head by head; each changes the state of its own head only.
     """
-    v = _variant(node)
-    shared, repeats = v.cache_heads, v.heads // v.cache_heads
+    shared, repeats = v.cache_heads, v.repeats
     one_head = shared == 1
     rows_shape = [-1, v.head_dim] if one_head else [shared, -1, v.head_dim]
-    scales = ", key_scales, value_scales" if v.scaled else ""
     scale_blocks = ", key_scale_blocks, value_scale_blocks" if v.scaled else ""
     scale_block = ", key_scale, value_scale" if v.scaled else ""
 
@@ -76,13 +147,6 @@ def _context_body(node: ir.Node) -> str:
           bounded = Tanh (share)
           scores = Mul (bounded, softcap)"""
 
-    visible = "visible = And (written, not_later)"
-    if v.window:
-        visible = """until_now = And (written, not_later)
-          first = Sub (query_positions, window)
-          not_before = Greater (held_block, first)
-          visible = And (until_now, not_before)"""
-
     def own(state: str) -> str:
         """The part of a state that belongs to the block's head."""
         return f"Identity ({state})" if one_head else f"Gather ({state}, head)"
@@ -91,7 +155,7 @@ def _context_body(node: ir.Node) -> str:
         """A state with the part of the block's head replaced."""
         return f"Identity ({new})" if one_head else f"Where (is_own, {new}, {state})"
 
-    return f"""(query, keys, values{scales}, query_ids, held_once) => (out) {{
+    return f"""
   zero = Constant <value = int64 {{0}}> ()
   one = Constant <value = int64 {{1}}> ()
   axis_1 = Constant <value = int64[1] {{1}}> ()
@@ -131,7 +195,6 @@ def _context_body(node: ir.Node) -> str:
   tokens_1 = Shape <start = 1> (query_ids)
   repeats_1 = Constant <value = int64[1] {{{repeats}}}> ()
   width_1 = Constant <value = int64[1] {{{v.value_dim}}}> ()
-  window = Constant <value = int64 {{{v.window}}}> ()
   softcap = Constant <value = float {{{v.softcap or 1.0}}}> ()
   row_count = Mul (tokens_1, repeats_1)
   total_shape = Concat <axis = 0> ({"" if one_head else "heads_1, "}row_count, axis_1)
@@ -160,7 +223,7 @@ def _context_body(node: ir.Node) -> str:
           {capped_scores}
           written = GreaterOrEqual (held_block, zero)
           not_later = LessOrEqual (held_block, query_positions)
-          {visible}
+          {_visible(v, held="held_block")}
           bias = Where (visible, visible_bias, hidden_bias)
           by_token = Reshape (scores, scores_by_token)
           masked_by_token = Add (by_token, bias)
@@ -199,8 +262,35 @@ def _context_body(node: ir.Node) -> str:
   split = Reshape (weighted, out_by_head)
   by_token_n = {"Identity (split)" if one_head else "Transpose <perm = [1, 0, 2, 3]> (split)"}
   out_shape = Constant <value = int64[3] {{1, -1, {v.heads * v.value_dim}}}> ()
-  out = Reshape (by_token_n, out_shape)
-}}"""
+  {out} = Reshape (by_token_n, out_shape)
+"""
+
+
+def _rows_of_heads(heads: int, shared: int, head_dim: int) -> str:
+    """Queries `[1, T, N, D]` as `rows`, `[1, K, T * N / K, D]`: those of one key head side by side."""
+    if shared == 1:
+        return f"""rows_shape = Constant <value = int64[4] {{1, 1, -1, {head_dim}}}> ()
+  rows = Reshape (query, rows_shape)"""
+    grouped = f"1, -1, {shared}, {heads // shared}, {head_dim}"
+    return f"""rows_shape = Constant <value = int64[4] {{1, {shared}, -1, {head_dim}}}> ()
+  grouped_shape = Constant <value = int64[5] {{{grouped}}}> ()
+  grouped = Reshape (query, grouped_shape)
+  by_head = Transpose <perm = [0, 2, 1, 3, 4]> (grouped)
+  rows = Reshape (by_head, rows_shape)"""
+
+
+def _heads_of_rows(heads: int, shared: int, value_dim: int, *, out: str) -> str:
+    """`found`, a row for each query, as `[1, T, N * D]`."""
+    shape = f"out_shape = Constant <value = int64[3] {{1, -1, {heads * value_dim}}}> ()"
+    if shared == 1:
+        return f"""{shape}
+  {out} = Reshape (found, out_shape)"""
+    by_head = f"1, {shared}, -1, {heads // shared}, {value_dim}"
+    return f"""{shape}
+  found_shape = Constant <value = int64[5] {{{by_head}}}> ()
+  found_by_head = Reshape (found, found_shape)
+  by_token = Transpose <perm = [0, 2, 1, 3, 4]> (found_by_head)
+  {out} = Reshape (by_token, out_shape)"""
 
 
 def _window_body(node: ir.Node) -> str:
@@ -219,31 +309,16 @@ def _window_body(node: ir.Node) -> str:
   all_rows = Constant <value = int64[3] {{1, 1, -1}}> ()
   bias_shape = Concat <axis = 0> (all_rows, slots_1)
   bias_rows = Reshape (repeated, bias_shape)"""
-    split = "rows = Reshape (query, rows_shape)"
-    join = "out = Reshape (found, out_shape)"
-    if shared > 1:
-        grouped = f"1, -1, {shared}, {repeats}, {head_dim}"
-        split = f"""grouped_shape = Constant <value = int64[5] {{{grouped}}}> ()
-  grouped = Reshape (query, grouped_shape)
-  by_head = Transpose <perm = [0, 2, 1, 3, 4]> (grouped)
-  rows = Reshape (by_head, rows_shape)"""
-        by_head = f"1, {shared}, -1, {repeats}, {value_dim}"
-        join = f"""found_shape = Constant <value = int64[5] {{{by_head}}}> ()
-  found_by_head = Reshape (found, found_shape)
-  by_token = Transpose <perm = [0, 2, 1, 3, 4]> (found_by_head)
-  out = Reshape (by_token, out_shape)"""
     return f"""(query, keys, values, bias) => (out) {{
   axis_1 = Constant <value = int64[1] {{1}}> ()
-  rows_shape = Constant <value = int64[4] {{1, {shared}, -1, {head_dim}}}> ()
-  out_shape = Constant <value = int64[3] {{1, -1, {heads * value_dim}}}> ()
-  {split}
+  {_rows_of_heads(heads, shared, head_dim)}
   turned_keys = Transpose <perm = [0, 1, 3, 2]> (keys)
   scores = MatMul (rows, turned_keys)
   {bias_rows}
   masked = Add (scores, bias_rows)
   weights = Softmax <axis = -1> (masked)
   found = MatMul (weights, values)
-  {join}
+  {_heads_of_rows(heads, shared, value_dim, out="out")}
 }}"""
 
 
