@@ -267,7 +267,7 @@ def _in_blocks(v: _Variant, *, out: str = "out") -> str:
 
 
 def _rows_of_heads(heads: int, shared: int, head_dim: int) -> str:
-    """Queries `[1, T, N, D]` as `rows`, `[1, K, T * N / K, D]`: those of one key head side by side."""
+    """Queries `[1, T, N, D]` as `rows`, `[1, K, T * N / K, D]`: a key head's side by side."""
     if shared == 1:
         return f"""rows_shape = Constant <value = int64[4] {{1, 1, -1, {head_dim}}}> ()
   rows = Reshape (query, rows_shape)"""
