@@ -1,7 +1,7 @@
 """Codes and scales of rows, as docs/blob-format.md stores them, and the values they stand for.
 
-value = code * scale, with signed codes of 8, 4 or 2 bits, and a scale for each group along the last
-axis.
+value = (code - zero point) * scale, with signed codes of 8, 4 or 2 bits, and a scale for each group
+along the last axis. Rows of a blob have no zero points.
 """
 
 from __future__ import annotations
@@ -16,27 +16,43 @@ Scales = NDArray[np.float16] | NDArray[np.float32]
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """Rows of a table as a quantized checkpoint holds them.
+    """Rows of a table or a matrix as a quantized checkpoint holds them.
 
     Attributes:
         codes: `[n, segments, W]`.
         scales: `[n, segments, groups]`.
+        zero_points: the codes that stand for 0, like scales; None where all are 0.
     """
 
     codes: NDArray[np.int8]
     scales: Scales
+    zero_points: NDArray[np.int8] | None = None
+
+    def values(self, group_size: int) -> NDArray[np.float32]:
+        """What the codes stand for, `[n, segments, W]`: one product in float32."""
+        return dequantize_rows(
+            self.codes, self.scales, group_size=group_size, zero_points=self.zero_points
+        )
 
 
 def dequantize_rows(
-    codes: NDArray[np.int8], scales: Scales, *, group_size: int
+    codes: NDArray[np.int8],
+    scales: Scales,
+    *,
+    group_size: int,
+    zero_points: NDArray[np.int8] | None = None,
 ) -> NDArray[np.float32]:
-    """The values that codes `[..., W]` and scales `[..., groups]` stand for."""
+    """The values that codes `[..., W]`, scales and zero points `[..., groups]` stand for."""
     width = codes.shape[-1]
     values = codes.astype(np.float32)
     if width % group_size == 0:
         grouped = values.reshape(*values.shape[:-1], -1, group_size)
+        if zero_points is not None:
+            grouped -= zero_points.astype(np.float32)[..., None]
         grouped *= scales.astype(np.float32)[..., None]
         return values
+    if zero_points is not None:
+        values -= np.repeat(zero_points.astype(np.float32), group_size, axis=-1)[..., :width]
     values *= np.repeat(scales.astype(np.float32), group_size, axis=-1)[..., :width]
     return values
 

@@ -49,19 +49,25 @@ class Fold:
 
 @dataclass(frozen=True)
 class Codes:
-    """How a table's segments, or a matrix, are quantized: value = code * scale.
+    """How a table's segments, or a matrix, are quantized: value = (code - zero point) * scale.
 
     Attributes:
         dtype: of the codes, one of `CODED`.
-        group_size: elements of a segment, or of a matrix's row, that share a scale.
+        group_size: elements of a segment, or of a matrix's or table's row, that share a scale.
         scale_dtype: "fp16" or "fp32".
         keys: of the codes and of the scales in the checkpoint.
+        zero_points: key of the groups' zero points; "" where all are 0.
+        shape: key of a tensor that repeats the shape; "" where there is none.
+        in_words: codes are joined to int32, not to bytes.
     """
 
     dtype: str
     group_size: int
     scale_dtype: str
     keys: tuple[str, str] = field(default=("", ""), compare=False)
+    zero_points: str = ""
+    shape: str = field(default="", compare=False)
+    in_words: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -107,9 +113,16 @@ class Table:
         own = dict.fromkeys(self.keys, shape)
         return own | dict(self.fold.sources) if self.fold else own
 
+    @property
+    def segment_codes(self) -> Codes | None:
+        """How segments hold its own codes; None where it has none, or with zero points."""
+        if self.codes is None or self.codes.zero_points:
+            return None
+        return replace(self.codes, group_size=min(self.codes.group_size, self.width))
+
     def source_dtype(self, checkpoint_dtype: str) -> str:
         """The dtype that holds its rows without loss: what is computed is float32."""
-        return "fp32" if self.fold else checkpoint_dtype
+        return "fp32" if self.fold or self.codes else checkpoint_dtype
 
     def source_rows(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """The table rows that token ids select."""

@@ -471,8 +471,11 @@ def test_nothing_asks_which_family_a_model_is_of(module: str) -> None:
     # What the page lists: the World tokenizer, text for people, and a method of quantization that
     # is called after a family.
     told = {
+        "pleexport.checkpoint.compressed_tensors": {"gemma"},
+        "pleexport.checkpoint.gemma_rules": {"gemma"},
         "pleexport.checkpoint.quantized": {"gemma"},
         "pleexport.cli": {"rwkv"},
+        "pleexport.parity.coded": {"gemma"},
         "pleexport.parity.oracle": {"gemma"},
         "pleexport.runtime.world_tokenizer": {"rwkv"},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,12 @@ def test_rules_choose_the_bits_that_transformers_chooses() -> None:
         ({"quant_method": "gptq", "bits": 4}, UnsupportedError, "by `gptq` are not read"),
         ({"quant_method": "awq"}, UnsupportedError, "by `awq` are not read"),
         ({"quant_method": "fp8"}, UnsupportedError, "by `fp8` are not read"),
-        ({"quant_method": "compressed-tensors"}, UnsupportedError, "by `compressed-tensors`"),
+        ({"quant_method": "quanto"}, UnsupportedError, "by `quanto` are not read"),
+        (
+            {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+            UnsupportedError,
+            r"by `modelopt` \(`NVFP4`\) are not read; those of `gemma` and `compressed-tensors`",
+        ),
         ({}, UnsupportedError, "by `None` are not read"),
         ([], CheckpointError, "expected an object"),
         ({"quant_method": "gemma", "num_bits": 3}, UnsupportedError, "`num_bits` is 3"),
@@ -249,6 +255,34 @@ def test_other_forms_are_refused_by_name(
     with pytest.raises(error, match=message) as caught:
         read_quantization({"quantization_config": fields})
     assert caught.value.hint  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("hf_quant_config.json", "ModelOpt"),
+        ("quantize_config.json", "GPTQ"),
+        ("quant_config.json", "AWQ"),
+    ],
+)
+def test_a_file_beside_the_weights_that_names_a_method_is_believed(
+    name: str, method: str, gemma4_checkpoint: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(gemma4_checkpoint, tmp_path / "changed")
+    assert matched_model(tmp_path / "changed")
+    (tmp_path / "changed" / name).write_text("{}")
+    with pytest.raises(UnsupportedError, match=f"{name}` says .* quantized by {method}, which"):
+        matched_model(tmp_path / "changed")
+
+
+def test_gguf_is_refused_by_name(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copy(gemma4_checkpoint / "config.json", tmp_path)
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for path in (file, tmp_path):
+        with pytest.raises(UnsupportedError, match="holds GGUF, which is not read") as caught:
+            Checkpoint(path)
+        assert "q4_0-unquantized" in str(caught.value.hint)
 
 
 def test_a_family_that_does_not_read_codes_says_so(

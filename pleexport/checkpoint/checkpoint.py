@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pleexport.checkpoint.pickled_file import PickledFile
 from pleexport.dtypes import COMPUTED, torch_name
-from pleexport.errors import CheckpointError
+from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 GENERATION_CONFIG = "generation_config.json"
@@ -136,7 +136,17 @@ class Checkpoint:
             )
 
 
+def _gguf(path: Path) -> UnsupportedError:
+    return UnsupportedError(
+        f"`{path}` holds GGUF, which is not read",
+        hint="use the safetensors checkpoint that it was made from; for a form called "
+        "`q4_0-gguf`, that is the one called `q4_0-unquantized`",
+    )
+
+
 def _open_weights(path: Path) -> WeightFile:
+    if path.suffix == ".gguf":
+        raise _gguf(path)
     if path.suffix == ".pth":
         return PickledFile(path)
     return SafetensorsFile(path, error=CheckpointError)
@@ -202,6 +212,8 @@ def _weight_file_names(folder: Path) -> list[str]:
             raise CheckpointError(
                 f"`{folder}` holds {len(found)} .pth files", hint="pass the path of one of them"
             )
+    if not found and any(folder.glob("*.gguf")):
+        raise _gguf(folder)
     if not found and any(folder.glob("*.bin")):
         raise CheckpointError(
             f"`{folder}` holds pickled weights (*.bin), which are not opened",

@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.quantized import read_codes
-from pleexport.codes import QuantizedRows, dequantize_rows
-from pleexport.dtypes import FLOATS, numpy_dtype, packed_bytes
+from pleexport.codes import QuantizedRows
+from pleexport.dtypes import COMPUTED, FLOATS, bits, numpy_dtype, packed_bytes
 from pleexport.errors import CheckpointError
 from pleexport.model import Codes, Fold, Model, Rows, Table, Weight
 from pleexport.safetensors_file import TensorEntry
+from pleexport.sizes import align, groups
 
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
@@ -67,9 +68,7 @@ class MatchedModel:
         as the original does when it loads it.
         """
         if table.codes:
-            whole = self._codes(table.codes, table.row_width, rows)
-            segments = (len(whole.codes), table.layers or 1, -1)
-            return QuantizedRows(whole.codes.reshape(segments), whole.scales.reshape(segments))
+            return _in_segments(self._codes(table.codes, table.row_width, rows), table)
         if table.fold:
             return self._folded(table.fold, rows)
         dtype = numpy_dtype(self.dtype)
@@ -102,7 +101,9 @@ class MatchedModel:
         found = self.rows(table, rows)
         if not isinstance(found, QuantizedRows):
             return found.astype(np.float32)
-        return _values(found, table.codes).reshape(len(found.codes), -1)
+        assert table.codes is not None, table.name
+        group_size = min(table.codes.group_size, table.width)
+        return found.values(group_size).reshape(len(found.codes), -1)
 
     def codes(self, weight: Weight, rows: slice) -> QuantizedRows:
         """Rows of a matrix that the checkpoint holds in codes, `[n, 1, K]`."""
@@ -119,8 +120,13 @@ class MatchedModel:
         """
         if weight.codes is None:
             return self.widened(self.matrix(weight)[rows, columns])
-        part = self._codes(weight.codes, weight.shape[1], rows, columns)
-        return _values(part, weight.codes)[:, 0]
+        width, size = weight.shape[1], weight.codes.group_size
+        begin, end, _ = columns.indices(width)
+        # Whole groups, where a row has several.
+        first = begin if size >= width else begin // size * size
+        last = end if size >= width else min(align(end, size), width)
+        part = self._codes(weight.codes, width, rows, slice(first, last))
+        return part.values(min(size, last - first))[:, 0, begin - first : end - first]
 
     def values(self, weight: Weight) -> NDArray[np.float32]:
         """A whole weight in float32."""
@@ -184,7 +190,15 @@ class MatchedModel:
         self, how: Codes, width: int, rows: Rows, columns: slice = slice(None)
     ) -> QuantizedRows:
         codes, scales = (self._array(key) for key in how.keys)
-        return read_codes(codes, scales, how, width=width, rows=rows, columns=columns)
+        return read_codes(
+            codes,
+            scales,
+            how,
+            width=width,
+            rows=rows,
+            columns=columns,
+            zero_points=self._array(how.zero_points) if how.zero_points else None,
+        )
 
     def _expected(self) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         """Name, shape and dtypes of every tensor that the model needs."""
@@ -204,10 +218,36 @@ class MatchedModel:
         self, how: Codes, rows: int, width: int
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
         codes, scales = (self._full_name(key) for key in how.keys)
+        zero_points, in_a_row = self._full_name(how.zero_points), width // how.group_size
+        if how.in_words:
+            words = groups(rows, 32 // bits(how.dtype))
+            yield codes, (rows, groups(width, 32 // bits(how.dtype))), ("int32",)
+            yield scales, (rows, in_a_row), COMPUTED
+            yield self._full_name(how.shape), (2,), ("int64", "int32")
+            if how.zero_points:
+                yield zero_points, (words, in_a_row), ("int32",)
+            return
         # Bytes of 8 bits are signed; what is packed is not.
         stored_as = how.dtype if how.dtype == "int8" else "uint8"
         yield codes, (rows, packed_bytes(width, how.dtype)), (stored_as,)
-        yield scales, (rows, width // how.group_size), ("fp32",)
+        yield scales, (rows, in_a_row), COMPUTED
+        if how.zero_points:
+            yield zero_points, (rows, in_a_row), ("int8",)
+
+    def _lying_shapes(self) -> list[str]:
+        """Tensors that repeat a matrix's shape, and say another."""
+        shapes: list[tuple[Codes | None, tuple[int, ...]]] = [
+            (t.codes, (t.rows, t.row_width)) for t in self.model.tables
+        ]
+        shapes += [(w.codes, w.shape) for w in self.model.weights]
+        problems = []
+        for codes, shape in shapes:
+            if codes and codes.shape:
+                name = self._full_name(codes.shape)
+                said = self.checkpoint.array(name).tolist()
+                if said != list(shape):
+                    problems.append(f"tensor `{name}` says {said}; the model has {list(shape)}")
+        return problems
 
     def _check(self) -> tuple[list[LeftOut], list[str]]:
         entries = self.checkpoint.entries
@@ -240,6 +280,7 @@ class MatchedModel:
                     f"tensor `{name}` has dtype {entries[name].dtype}; "
                     f"expected one of {', '.join(dtypes)}"
                 )
+        problems += self._lying_shapes() if not problems else []
         if problems:
             raise _everything(self.checkpoint, problems)
         left_out = [
@@ -249,11 +290,18 @@ class MatchedModel:
         return left_out, sorted(name for name in unused if name in entries)
 
 
-def _values(rows: QuantizedRows, how: Codes | None) -> NDArray[np.float32]:
-    """What codes stand for: one product in float32, as the original's."""
-    assert how is not None
-    group_size = min(how.group_size, rows.codes.shape[-1])
-    return dequantize_rows(rows.codes, rows.scales, group_size=group_size)
+def _in_segments(rows: QuantizedRows, table: Table) -> QuantizedRows:
+    """Rows `[n, 1, row width]` of a table with its segments apart, scales as the blob has them."""
+    assert table.codes is not None, table.name
+    shape = (len(rows.codes), table.layers or 1, -1)
+    # One scale may be for several segments.
+    repeated = max(1, table.codes.group_size // table.width)
+    dtype = numpy_dtype(table.codes.scale_dtype)
+    scales = rows.scales.repeat(repeated, axis=-1).astype(dtype, copy=False).reshape(shape)
+    zero_points = rows.zero_points
+    if zero_points is not None:
+        zero_points = zero_points.repeat(repeated, axis=-1).reshape(shape)
+    return QuantizedRows(rows.codes.reshape(shape), scales, zero_points)
 
 
 def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -1,81 +1,82 @@
 """Quantized checkpoints: which tensors are codes, by the config alone, and how codes are read.
 
-Source of the format `gemma`: transformers `integrations/gemma_quant.py`, `quantizer_gemma.py`.
+Each method has a module of its own: `gemma_rules`, `compressed_tensors`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.checkpoint import compressed_tensors, gemma_rules
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.compressed_tensors import read_compressed_tensors
+from pleexport.checkpoint.gemma_rules import read_gemma_rules
+from pleexport.checkpoint.quantization_fields import FULL_PRECISION
 from pleexport.codes import QuantizedRows, unpack_codes
 from pleexport.dtypes import bits, packed_bytes
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.model import Codes, Model, Rows, Table, Unused, Weight
 from pleexport.sizes import groups
 
-BITS = (2, 4, 8)
-ACTIVATION_SCALES = ("input_activation_scale", "output_activation_scale")
-METHOD = "gemma"
 # What to use in place of a form that is not read, by what its config calls it.
 _INSTEAD = {
-    "compressed-tensors": "use the `-qat-mobile-transformers` form of the same model, or the "
-    "full-precision checkpoint that it was made from",
     "gguf": "use the safetensors checkpoint that it was made from",
 }
-_USUALLY = "start from the full-precision checkpoint that it was made from"
-# Fields of a `quantization_config`, and of one of its rules, that say nothing of the numbers.
-_FIELDS = {
-    "quant_method",
-    "num_bits",
-    "quantize_embeddings",
-    "module_quant_configs",
-    "modules_to_not_convert",
+_USUALLY = (
+    f"{FULL_PRECISION}, or from its form in compressed-tensors (`pack-quantized`), which is read"
+)
+# Files that tell of a method, where config.json does not.
+_SIDE_FILES = {
+    "hf_quant_config.json": "ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
 }
+_WORD_BITS = 32
+_ALONE = "model."
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """The rules of a config: which modules hold codes, and of how many bits.
+class Quantization(Protocol):
+    """The rules of a config: which modules hold codes, and how.
 
-    Attributes:
-        num_bits: of a module that no rule names.
-        embeddings: whether lookup tables hold codes too.
-        rules: bits by regular expression; the match that begins furthest left wins, then the order.
-        plain: names of modules that hold numbers.
+    Modules are called by their whole names; `weight` and `table` say what the model has there.
     """
 
-    num_bits: int
-    embeddings: bool
-    rules: Mapping[str, int]
-    plain: tuple[str, ...]
+    @property
+    def exact_multipliers(self) -> bool:
+        """Whether lookups are multiplied by a scale that is not rounded to the dtype."""
+        ...
 
-    def bits_of(self, module: str) -> int | None:
-        """Bits of a module's codes, by its whole name; None where it holds numbers.
+    @property
+    def companions(self) -> tuple[str, ...]:
+        """Tensors beside a matrix, which are not used where the matrix is not."""
+        ...
 
-        Source: transformers `replace_with_quant_layers`, `should_convert_module`.
-        """
-        boundary = r"(?:(?<=\.)|(?=\.|$))"
-        if any(
-            re.match(f"(?:{name}){boundary}", module) or module.endswith(name)
-            for name in self.plain
-        ):
-            return None
-        if not self.rules:
-            return self.num_bits
-        joined = "|".join(f"(?P<g{i}>{pattern})" for i, pattern in enumerate(self.rules))
-        match = re.search(joined, module)
-        if match is None:
-            return self.num_bits
-        groups = match.groupdict()
-        first = next(i for i in range(len(self.rules)) if groups[f"g{i}"] is not None)
-        return list(self.rules.values())[first]
+    @property
+    def cache_scales(self) -> tuple[str, ...]:
+        """Tensors of an attention that are not computed with."""
+        ...
+
+    @property
+    def scales_may_lack(self) -> bool:
+        """Whether activations are left alone where a file has no scale, or 0."""
+        ...
+
+    def matrix(self, module: str, weight: Weight) -> Codes | None:
+        """How a matrix is held; None for numbers."""
+        ...
+
+    def table(self, module: str, table: Table) -> Codes | None:
+        """How a table is held; None for numbers."""
+        ...
+
+    def activation_scales(self, module: str, weight: Weight) -> tuple[Weight, ...]:
+        """What a matrix's inputs and outputs are rounded by."""
+        ...
 
 
 def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
@@ -93,69 +94,97 @@ def read_quantization(config: Mapping[str, Any]) -> Quantization | None:
         return None
     where = "config.json: quantization_config"
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is {values!r}; expected an object", hint=_USUALLY)
+        raise CheckpointError(f"{where} is {values!r}; expected an object", hint=FULL_PRECISION)
     method = values.get("quant_method")
-    if method != METHOD:
-        raise UnsupportedError(
-            f"{where}: weights quantized by `{method}` are not read; `{METHOD}` is",
-            hint=_INSTEAD.get(str(method), _USUALLY),
-        )
-    unknown = sorted(values.keys() - _FIELDS)
-    if unknown:
-        raise UnsupportedError(
-            f"{where}: unknown fields {', '.join(f'`{n}`' for n in unknown)} might change what "
-            "the model computes",
-            hint="remove them from a copy of config.json if they do not",
-        )
-    default_bits = _bits(values.get("num_bits", 4), where)
-    rules = values.get("module_quant_configs") or {}
-    plain = values.get("modules_to_not_convert") or []
-    if not isinstance(rules, dict) or not isinstance(plain, list):
-        raise CheckpointError(f"{where} has malformed rules", hint=_USUALLY)
-    by_pattern = {}
-    for pattern, rule in rules.items():
-        if not isinstance(rule, dict) or rule.keys() - {"num_bits"}:
+    if method == gemma_rules.METHOD:
+        return read_gemma_rules(values, where)
+    if method == compressed_tensors.METHOD:
+        return read_compressed_tensors(values, where)
+    algorithm = values.get("quant_algo")
+    named = f"`{method}`" if algorithm is None else f"`{method}` (`{algorithm}`)"
+    raise UnsupportedError(
+        f"{where}: weights quantized by {named} are not read; those of `{gemma_rules.METHOD}` and "
+        f"`{compressed_tensors.METHOD}` are",
+        hint=_INSTEAD.get(str(method), _USUALLY),
+    )
+
+
+def refuse_side_files(checkpoint: Checkpoint) -> None:
+    """Refuse a folder that tells of quantization in a file of its own only.
+
+    Raises:
+        UnsupportedError: names the method.
+    """
+    if checkpoint.config.get("quantization_config") is not None:
+        return
+    for name, method in _SIDE_FILES.items():
+        if (checkpoint.folder / name).is_file():
             raise UnsupportedError(
-                f"{where}: the rule of `{pattern}` is {rule!r}; only `num_bits` is known",
+                f"`{checkpoint.folder / name}` says that the weights are quantized by {method}, "
+                "which is not read",
                 hint=_USUALLY,
             )
-        by_pattern[pattern] = _bits(rule.get("num_bits", default_bits), where)
-    _check_patterns([*by_pattern, *map(str, plain)], where)
-    return Quantization(
-        num_bits=default_bits,
-        embeddings=bool(values.get("quantize_embeddings", False)),
-        rules=by_pattern,
-        plain=tuple(map(str, plain)),
-    )
 
 
 def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint) -> Model:
     """The same model, with its tables and matrices marked as the checkpoint stores them.
 
-    Activations are rounded by the scales that the checkpoint has; a scale of 0 means none.
+    Raises:
+        UnsupportedError: a matrix whose groups are not in order.
     """
-    prefix = _prefix(model, checkpoint)
-    tables = tuple(_marked_table(table, quantization, prefix) for table in model.tables)
-    weights = tuple(_marked(weight, quantization, prefix) for weight in model.weights)
-    found, unused = [], dict(model.unused)
+    names = _Names(model, checkpoint)
+    tables = tuple(_marked_table(table, quantization, names) for table in model.tables)
+    of_tables = {table.keys[0]: table.codes for table in tables}
+    weights = tuple(_marked(weight, quantization, names, of_tables) for weight in model.weights)
+    unused = dict(model.unused)
+    for key, reason in model.unused.items():
+        if key.startswith("layers.") and key.endswith(".weight"):
+            stem = key.removesuffix("weight")
+            unused |= {stem + name: replace(reason, shape=()) for name in quantization.companions}
+    scales = []
     for weight in weights:
-        module = weight.source_key.removesuffix(".weight")
-        for name in ACTIVATION_SCALES if weight.codes else ():
-            entry = next(
-                (n for n in _names(model, prefix, f"{module}.{name}") if n in checkpoint.entries),
-                None,
-            )
-            if entry is None:
+        if not weight.codes or weight.source_key in of_tables:
+            continue
+        unused |= _order_of_groups(weight, names)
+        for scale in quantization.activation_scales(names.module(weight), weight):
+            found = names.entry(scale.source_key)
+            if found is None and quantization.scales_may_lack:
                 continue
-            if float(checkpoint.array(entry)):
-                found.append(Weight(f"{module}.{name}", (), is_buffer=True))
+            if found and quantization.scales_may_lack and not float(checkpoint.array(found)):
+                unused[scale.source_key] = Unused((), "0 means that nothing is rounded")
             else:
-                unused[f"{module}.{name}"] = Unused((), "0 means that nothing is rounded")
+                scales.append(scale)
+    for table in tables:
+        if table.codes:
+            # A copy of what follows from the config, which compressed-tensors may add.
+            key = f"{table.keys[0].removesuffix('.weight')}.embed_scale"
+            unused[key] = Unused((), "the multiplier follows from config.json")
     for layer in range(model.num_layers):
-        for name in ("k_cache_scale", "v_cache_scale"):
+        for name in quantization.cache_scales:
             key = f"layers.{layer}.self_attn.{name}"
-            unused[key] = Unused((), "the original does not use it")
-    return replace(model, tables=tables, weights=(*weights, *found), unused=unused)
+            unused[key] = Unused((), "keys and values are held in the cache dtype of a build")
+    return replace(model, tables=tables, weights=(*weights, *scales), unused=unused)
+
+
+class _Names:
+    """What modules and tensors of a model are called in a checkpoint."""
+
+    def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._prefix = _prefix(model, checkpoint)
+        self._places = (self._prefix, *model.text_prefixes[self._prefix])
+
+    def entry(self, key: str) -> str | None:
+        """The whole name of a tensor; None where there is none."""
+        names = (place + key for place in self._places)
+        return next((name for name in names if name in self.checkpoint.entries), None)
+
+    def module(self, item: Weight | Table) -> str:
+        """The whole name of a module: a head of its own lies beside the text model, at the top."""
+        if isinstance(item, Table):
+            return self._prefix + item.keys[0].removesuffix(".weight")
+        prefix = "" if item.precision == "head" else self._prefix
+        return prefix + item.source_key.removesuffix(".weight")
 
 
 def _prefix(model: Model, checkpoint: Checkpoint) -> str:
@@ -164,35 +193,61 @@ def _prefix(model: Model, checkpoint: Checkpoint) -> str:
     for prefix in model.text_prefixes:
         if any(name.startswith(prefix + module) for name in checkpoint.entries):
             return prefix
-    return next(iter(model.text_prefixes))
+    # Without weights: a text model of its own, or a part of a multimodal one.
+    alone = "text_config" not in checkpoint.config and _ALONE in model.text_prefixes
+    return _ALONE if alone else next(iter(model.text_prefixes))
 
 
-def _names(model: Model, prefix: str, key: str) -> list[str]:
-    """Names that a key may have in the checkpoint."""
-    return [place + key for place in (prefix, *model.text_prefixes[prefix])]
+def _marked(
+    weight: Weight,
+    quantization: Quantization,
+    names: _Names,
+    of_tables: Mapping[str, Codes | None],
+) -> Weight:
+    """A weight with its codes; a tied head has those of its table.
 
-
-def _marked(weight: Weight, quantization: Quantization, prefix: str) -> Weight:
-    module = weight.source_key.removesuffix(".weight")
-    if weight.constant is not None or len(weight.shape) != 2 or module == weight.source_key:
+    Args:
+        of_tables: by key, how tables are held.
+    """
+    if weight.source_key in of_tables:
+        return replace(weight, codes=of_tables[weight.source_key])
+    is_matrix = weight.constant is None and len(weight.shape) == 2
+    if not is_matrix or not weight.source_key.endswith(".weight"):
         return weight
-    # A head lies beside the text model, at the top.
-    width = quantization.bits_of(module if weight.precision == "head" else prefix + module)
-    if width is None:
-        return weight
-    scales = f"{module}.weight_scale"
-    return replace(
-        weight, codes=Codes(f"int{width}", weight.shape[1], "fp32", (weight.source_key, scales))
-    )
+    return replace(weight, codes=quantization.matrix(names.module(weight), weight))
 
 
-def _marked_table(table: Table, quantization: Quantization, prefix: str) -> Table:
-    module = table.keys[0].removesuffix(".weight")
-    width = quantization.bits_of(prefix + module) if quantization.embeddings else None
-    if width is None or len(table.keys) > 1 or table.fold:
+def _marked_table(table: Table, quantization: Quantization, names: _Names) -> Table:
+    if len(table.keys) > 1 or table.fold:
         return table
-    codes, scales = f"{module}.embedding_quantized", f"{module}.embedding_scale"
-    return replace(table, codes=Codes(f"int{width}", table.width, "fp32", (codes, scales)))
+    codes = quantization.table(names.module(table), table)
+    if codes is None:
+        return table
+    scales = names.entry(codes.keys[1])
+    if scales and names.checkpoint.entries[scales].dtype == "fp16":
+        codes = replace(codes, scale_dtype="fp16")
+    return replace(table, codes=codes)
+
+
+def _order_of_groups(weight: Weight, names: _Names) -> dict[str, Unused]:
+    """The tensor that says which group each input belongs to, where it says nothing new.
+
+    Raises:
+        UnsupportedError: inputs are in another order than their groups.
+    """
+    key = f"{weight.source_key}_g_idx"
+    entry = names.entry(key)
+    if entry is None or weight.codes is None:
+        return {}
+    order = names.checkpoint.array(entry)
+    expected = np.arange(weight.shape[1]) // weight.codes.group_size
+    if not (order < 0).any() and not np.array_equal(order, expected):
+        raise UnsupportedError(
+            f"`{entry}` puts inputs into another order (`actorder` of GPTQ), which is not "
+            "implemented",
+            hint="quantize it again with `actorder` `weight` or none",
+        )
+    return {key: Unused((), "inputs are in the order of their groups")}
 
 
 def read_codes(
@@ -203,35 +258,41 @@ def read_codes(
     width: int,
     rows: Rows = slice(None),
     columns: slice = slice(None),
+    zero_points: NDArray[Any] | None = None,
 ) -> QuantizedRows:
-    """A part of a matrix as codes `[n, 1, k]` and float32 scales `[n, 1, groups]`.
+    """A part of a matrix as codes `[n, 1, k]`, float32 scales and zero points `[n, 1, groups]`.
 
     Args:
         columns: a range that begins with a whole byte of codes; of whole groups, or inside of one.
+        zero_points: `[N, groups]` int8, or packed along N like codes.
     """
     begin, end, _ = columns.indices(width)
     first = begin * bits(how.dtype) // 8
-    packed = codes[rows, first : first + packed_bytes(end - begin, how.dtype)]
+    # The bytes of a word are in the order of its codes.
+    in_bytes = codes.view(np.uint8) if how.in_words else codes
+    packed = in_bytes[rows, first : first + packed_bytes(end - begin, how.dtype)]
     raw = np.ascontiguousarray(packed).view(np.uint8)
+    if how.in_words and how.dtype == "int8":
+        raw = raw ^ np.uint8(128)
     signed = unpack_codes(raw, bits=bits(how.dtype), width=end - begin)
-    own = scales[rows, begin // how.group_size : groups(end, how.group_size)]
-    return QuantizedRows(signed[:, None], np.asarray(own, np.float32)[:, None])
+    of_groups = slice(begin // how.group_size, groups(end, how.group_size))
+    own = np.asarray(scales[rows, of_groups], np.float32)[:, None]
+    if zero_points is None:
+        return QuantizedRows(signed[:, None], own)
+    if how.in_words:
+        zeros = _unpacked_rows(zero_points[:, of_groups], rows, len(codes), bits(how.dtype))
+    else:
+        zeros = zero_points[rows, of_groups]
+    return QuantizedRows(signed[:, None], own, zeros[:, None])
 
 
-def _bits(value: Any, where: str) -> int:
-    if value not in BITS or isinstance(value, bool):
-        raise UnsupportedError(
-            f"{where}: `num_bits` is {value!r}; implemented: {', '.join(map(str, BITS))}",
-            hint=_USUALLY,
-        )
-    return int(value)
-
-
-def _check_patterns(patterns: list[str], where: str) -> None:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as err:
-            raise CheckpointError(
-                f"{where}: `{pattern}` is no regular expression: {err}", hint=_USUALLY
-            ) from err
+def _unpacked_rows(
+    packed: NDArray[Any], rows: Rows, num_rows: int, code_bits: int
+) -> NDArray[np.int8]:
+    """Rows of codes that were packed along the rows, into words."""
+    wanted = np.arange(*rows.indices(num_rows)) if isinstance(rows, slice) else rows
+    words = packed[wanted * code_bits // _WORD_BITS].view(np.uint32)
+    shifts = (wanted * code_bits % _WORD_BITS).astype(np.uint32)
+    unsigned = words >> shifts[:, None] & np.uint32(2**code_bits - 1)
+    signed: NDArray[np.int8] = (unsigned.astype(np.int16) - 2 ** (code_bits - 1)).astype(np.int8)
+    return signed

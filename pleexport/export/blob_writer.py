@@ -12,7 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from pleexport.codes import QuantizedRows, Scales, dequantize_rows, pack_codes
+from pleexport.codes import QuantizedRows, Scales, pack_codes
 from pleexport.dtypes import bits, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.export.segments import row_stride
@@ -122,7 +122,8 @@ def _source_bytes(rows: NDArray[np.generic] | QuantizedRows) -> NDArray[np.uint8
         return np.ascontiguousarray(rows).view(np.uint8)
     parts = [
         np.ascontiguousarray(part).reshape(len(part), -1).view(np.uint8)
-        for part in (rows.codes, rows.scales)
+        for part in (rows.codes, rows.scales, rows.zero_points)
+        if part is not None
     ]
     return np.concatenate(parts, axis=1)
 
@@ -148,10 +149,10 @@ def _encode(
                 f"table `{table.name}` has scales that are not finite",
                 hint="the checkpoint may be damaged; fetch it again",
             )
-        if _codes_of(first) == table.codes:
+        if table.segment_codes and _codes_of(first) == table.segment_codes:
             _store(slots, first, rows.codes, rows.scales)
             return
-        rows = dequantize_rows(rows.codes, rows.scales, group_size=table.codes.group_size)
+        rows = rows.values(min(table.codes.group_size, table.width))
     values = rows.reshape(len(batch), count, table.width)
     if first.group_size is None:
         slots[:] = _narrowed(values, table, first.dtype).view(np.uint8).reshape(slots.shape)

@@ -23,6 +23,7 @@ from pleexport.errors import (
     TargetError,
 )
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, make_plan
 from pleexport.export.sealing import seal, staging_folder
@@ -174,7 +175,7 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    for note in (*plan.storage.notes(plan.model), *plan.delivery):
+    for note in (*plan.storage.notes(plan.model), *notes_on_codes(plan), *plan.delivery):
         progress.note(f"note: {note}")
 
 

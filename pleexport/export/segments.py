@@ -53,7 +53,7 @@ def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str)
 def _segment_codes(table: Table, table_dtype: TableDtype) -> Codes | None:
     """How a table's segments are quantized; None where they hold floating-point numbers."""
     if table_dtype == "source":
-        return table.codes
+        return table.segment_codes
     if table_dtype not in _GROUP_SIZES:
         return None
     return Codes(table_dtype, min(_GROUP_SIZES[table_dtype], table.width), _SCALE_DTYPE)

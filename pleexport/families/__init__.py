@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.quantized import mark_codes, read_quantization
+from pleexport.checkpoint.quantized import mark_codes, read_quantization, refuse_side_files
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families import (
     embformer,
@@ -38,6 +38,7 @@ def resolve(checkpoint: Checkpoint) -> Model:
         CheckpointError: the config is incomplete or malformed, or the shapes do not fit.
     """
     if checkpoint.config:
+        refuse_side_files(checkpoint)
         quantization = read_quantization(checkpoint.config)
         configured = from_config(checkpoint.config, dtype=checkpoint.dtype)
         return mark_codes(configured, quantization, checkpoint) if quantization else configured

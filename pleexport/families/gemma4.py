@@ -49,8 +49,8 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
     layers, hidden = text.integer("num_hidden_layers"), text.integer("hidden_size")
     text.get("quantization_config")
     quantization = read_quantization(config)
-    # Lookups of codes are multiplied by the exact scale; others by one in the checkpoint's dtype.
-    scale_dtype = "fp64" if quantization and quantization.embeddings else dtype
+    # Some lookups of codes are multiplied by the exact scale; others by one in the dtype.
+    scale_dtype = "fp64" if quantization and quantization.exact_multipliers else dtype
     embed_tokens, per_layer = gemma.tables(
         text, num_layers=layers, dtype=scale_dtype, outside="error"
     )

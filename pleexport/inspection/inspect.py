@@ -76,7 +76,8 @@ def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> li
     """That tensors are stored in another dtype than config.json names."""
     if matched is None or not checkpoint.config:
         return []
-    stored = {e.dtype for t in matched.model.tables for e in matched.entries(t)}
+    in_numbers = [table for table in matched.model.tables if not table.codes]
+    stored = {entry.dtype for table in in_numbers for entry in matched.entries(table)}
     if stored <= {checkpoint.dtype}:
         return []
     return [

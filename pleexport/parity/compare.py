@@ -104,11 +104,9 @@ def _lossless_tables(blob: Blob, matched: MatchedModel) -> dict[str, bool]:
     found = {}
     for table in matched.model.tables:
         segment = next(s for s in blob.segments if s.table == table.name)
+        codes = Codes(segment.dtype, segment.group_size or 0, segment.scale_dtype or "")
         holds = segment.dtype in LOSSLESS[table.source_dtype(matched.dtype)]
-        if table.codes:
-            codes = Codes(segment.dtype, segment.group_size or 0, segment.scale_dtype or "")
-            holds = segment.dtype == "fp32" or codes == table.codes
-        found[table.name] = holds
+        found[table.name] = holds or codes == table.segment_codes
     return found
 
 

@@ -16,8 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.compressed_tensors import CompressedTensors
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.dtypes import numpy_dtype, torch_name
+from pleexport.checkpoint.quantized import read_quantization
+from pleexport.dtypes import FLOATS, numpy_dtype, torch_name
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.model import Reference, Table, TransformersOriginal
 from pleexport.progress import quiet
@@ -63,7 +65,7 @@ def open_oracle(matched: MatchedModel) -> Oracle:
     """
     model, checkpoint = matched.model, matched.checkpoint
     if model.transformers is not None:
-        return TransformersOracle(checkpoint, original=model.transformers, tables=model.tables)
+        return TransformersOracle(checkpoint, original=model.transformers, matched=matched)
     assert model.reference is not None, "a model has one of the two"
     return StepOracle(model.reference(CheckpointTensors(checkpoint), checkpoint.config))
 
@@ -158,7 +160,7 @@ class TransformersOracle:
 
     Args:
         original: how the checkpoint's family says that it is loaded.
-        tables: the model's, for the scales of a quantized checkpoint.
+        matched: for a quantized checkpoint, what its codes stand for.
     Raises:
         MissingDependencyError: transformers is not installed.
         CheckpointError: transformers does not find all weights in the checkpoint.
@@ -169,7 +171,7 @@ class TransformersOracle:
         checkpoint: Checkpoint,
         *,
         original: TransformersOriginal,
-        tables: Sequence[Table] = (),
+        matched: MatchedModel | None = None,
     ) -> None:
         try:
             import torch
@@ -184,8 +186,11 @@ class TransformersOracle:
         self._torch = torch
         self.name = f"transformers {transformers.__version__}"
         self._original = original
-        with _scales_of(tables):
-            self._model = self._load(checkpoint).eval()
+        if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
+            self._model = self._load_with_codes(matched).eval()
+        else:
+            with _scales_of(matched.model.tables if matched else ()):
+                self._model = self._load(checkpoint).eval()
         widen_where_used(self._model)
         for module in self._model.modules():
             if hasattr(module, "embedding_quantized"):
@@ -247,19 +252,47 @@ class TransformersOracle:
             model, info = transformers.AutoModelForCausalLM.from_pretrained(
                 str(checkpoint.path),
                 config=config,
-                key_mapping=dict(self._original.key_mapping),
-                dtype=getattr(self._torch, torch_name(checkpoint.dtype)),
                 local_files_only=True,
-                output_loading_info=True,
+                **self._loading(checkpoint),
             )
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"transformers does not find `{missing[0]}` and {len(missing) - 1} other tensors "
-                f"in `{checkpoint.path}`, so it cannot serve as the reference",
-                hint="build with `--no-verify`, or rename the tensors as transformers has them",
-            )
+        _check_missing(info, checkpoint)
         return model
+
+    def _load_with_codes(self, matched: MatchedModel) -> Any:
+        """Load the text model of a checkpoint whose codes `transformers` does not read itself."""
+        import transformers
+
+        from pleexport.parity.coded import compute_with_codes, stand_ins
+
+        checkpoint, filled = matched.checkpoint, stand_ins(matched)
+        fields = self._config_fields(checkpoint)
+        fields.pop("quantization_config", None)
+        tensors = CheckpointTensors(checkpoint)
+        of_codes = {name.removesuffix("weight") for name in filled}
+        plain = {
+            name: tensors[name]
+            for name, entry in checkpoint.entries.items()
+            if entry.dtype in FLOATS
+            and f"{name.rpartition('.')[0]}." not in of_codes
+            and matched.model.ignored_part(name) is None
+            and name not in matched.ignored
+        }
+        with _quiet_transformers():
+            config = transformers.AutoConfig.for_model(**fields)
+            made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            model, info = made.from_pretrained(
+                None, config=config, state_dict=plain | filled, **self._loading(checkpoint)
+            )
+        _check_missing(info, checkpoint)
+        compute_with_codes(model, matched)
+        return model
+
+    def _loading(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        return {
+            "key_mapping": dict(self._original.key_mapping),
+            "dtype": getattr(self._torch, torch_name(checkpoint.dtype)),
+            "output_loading_info": True,
+        }
 
     def _config_fields(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """The text model's config, as its class in transformers wants it."""
@@ -276,6 +309,21 @@ class TransformersOracle:
                 text = text.replace(name, own)
             fields["quantization_config"] = json.loads(text)
         return fields | {"model_type": original.model_type}
+
+
+def _check_missing(info: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    """Refuse a model that lacks tensors.
+
+    Raises:
+        CheckpointError: names the first.
+    """
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"transformers does not find `{missing[0]}` and {len(missing) - 1} other tensors "
+            f"in `{checkpoint.path}`, so it cannot serve as the reference",
+            hint="build with `--no-verify`, or rename the tensors as transformers has them",
+        )
 
 
 @contextmanager

@@ -190,8 +190,13 @@ def report_fields(report: ParityReport) -> dict[str, object]:
 
 
 def _coarsest(dtypes: Collection[str]) -> str:
-    """The dtype whose limits count; floats of every kind count as "fp16"."""
-    return next((dtype for dtype in ("int4", "int8") if dtype in dtypes), "fp16")
+    """The dtype whose limits count; floats of every kind count as "fp16".
+
+    A checkpoint's own codes are exact, but what they are multiplied with is rounded to 8 bits.
+    """
+    if "int4" in dtypes or "int2" in dtypes:
+        return "int4"
+    return "int8" if {"int8", "source"} & {*dtypes} else "fp16"
 
 
 def _table_problem(check: TableCheck) -> str:

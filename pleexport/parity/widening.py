@@ -42,11 +42,11 @@ def widen_where_used(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
             continue
         for module in modules:
+            stored = parameter.data
             if isinstance(module, nn.Embedding):
-                module.padding_idx = None  # for gradients only, and it may lie beyond the rows
-                module.forward = _lookup(module)  # type: ignore[assignment, method-assign]
+                look_up_with(module, _widened_rows(stored))
             elif isinstance(module, nn.Linear):
-                module.forward = _product(module)  # type: ignore[assignment, method-assign]
+                multiply_with(module, _widened_rows(stored), shape=tuple(stored.shape))
 
 
 def _use_is_known(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -55,31 +55,47 @@ def _use_is_known(module: nn.Module, parameter: nn.Parameter) -> bool:
     return known and parameter is module.weight
 
 
-def _lookup(module: nn.Embedding) -> Callable[[Tensor], Tensor]:
-    """A lookup's own forward, which may scale, on a table of the rows that the ids name."""
+def look_up_with(module: nn.Embedding, read: Callable[[Tensor], Tensor]) -> None:
+    """Let a lookup take its rows from elsewhere, whatever else its forward function does.
+
+    Args:
+        read: rows `[n, width]` of n ids, in float32.
+    """
     forward, stored = module.forward, module.weight.data
+    module.padding_idx = None  # for gradients only, and it may lie beyond the rows
 
     def looked_up(ids: Tensor) -> Tensor:
-        module.weight.data = stored[ids.flatten()].float()
+        module.weight.data = read(ids.flatten())
         try:
             return forward(torch.arange(ids.numel()).view_as(ids))
         finally:
             module.weight.data = stored
 
-    return looked_up
+    module.forward = looked_up  # type: ignore[assignment, method-assign]
 
 
-def _product(module: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A linear layer's forward, a block of outputs at a time."""
-    stored, bias = module.weight.data, module.bias
-    step = max(1, BLOCK_BYTES // (4 * stored.shape[1]))
+def multiply_with(
+    module: nn.Linear, read: Callable[[slice], Tensor], *, shape: tuple[int, ...]
+) -> None:
+    """Let a linear layer take its matrix from elsewhere, a block of outputs at a time.
+
+    Args:
+        read: rows of the matrix, in float32.
+        shape: of the matrix.
+    """
+    (outputs, inputs), bias = shape, module.bias
+    step = max(1, BLOCK_BYTES // (4 * inputs))
 
     def product(x: Tensor) -> Tensor:
-        outputs = x.new_empty(*x.shape[:-1], len(stored))
-        for begin in range(0, len(stored), step):
+        y = x.new_empty(*x.shape[:-1], outputs)
+        for begin in range(0, outputs, step):
             block = slice(begin, begin + step)
             part = None if bias is None else bias[block]
-            outputs[..., block] = functional.linear(x, stored[block].float(), part)
-        return outputs
+            y[..., block] = functional.linear(x, read(block), part)
+        return y
 
-    return product
+    module.forward = product  # type: ignore[assignment, method-assign]
+
+
+def _widened_rows(stored: Tensor) -> Callable[[Tensor | slice], Tensor]:
+    return lambda rows: stored[rows].float()

@@ -99,27 +99,36 @@ def _widest(
 def _pack_zero_points(zero_points: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
     if bits == 8:
         return zero_points
-    if zero_points.shape[-1] % 2:
-        zero_points = np.concatenate((zero_points, np.zeros_like(zero_points[:, :1])), axis=-1)
-    return join_codes(zero_points, bits=4)
+    missing = -zero_points.shape[-1] % (8 // bits)
+    if missing:
+        zero_points = np.pad(zero_points, ((0, 0), (0, missing)))
+    return join_codes(zero_points, bits=bits)
 
 
 def blocks_of_codes(rows: QuantizedRows, how: Codes, *, block_size: int) -> Blocks:
     """A checkpoint's own codes and scales; nothing is rounded.
 
-    A scale is repeated for each block of its group, and what fills up the last block is 0.
+    A scale is repeated for each block of its group, and what fills up the last block stands for 0.
 
     Args:
         rows: `[N, 1, K]`.
     """
     outputs, _, inputs = rows.codes.shape
     code_bits, blocks = bits_of(how.dtype), groups(inputs, block_size)
-    zero = 1 << (code_bits - 1)
-    padded = np.full((outputs, blocks * block_size), zero, dtype=np.uint8)
-    padded[:, :inputs] = (rows.codes[:, 0].astype(np.int16) + zero).astype(np.uint8)
+    of_block = np.arange(blocks) * block_size // how.group_size
+    zero_points = np.full((outputs, blocks), 1 << (code_bits - 1), dtype=np.uint8)
+    if rows.zero_points is not None:
+        zero_points = _unsigned(rows.zero_points[:, 0, of_block], code_bits)
+    padded = np.repeat(zero_points[:, -1:], blocks * block_size, axis=1)
+    padded[:, :inputs] = _unsigned(rows.codes[:, 0], code_bits)
     codes = padded.reshape(outputs, blocks, block_size)
     if code_bits < 8:
         codes = join_codes(codes, bits=code_bits)
-    of_block = np.arange(blocks) * block_size // how.group_size
     scales = np.ascontiguousarray(rows.scales[:, 0, of_block], dtype=np.float32)
-    return Blocks(codes, scales, None)
+    packed = None if rows.zero_points is None else _pack_zero_points(zero_points, code_bits)
+    return Blocks(codes, scales, packed)
+
+
+def _unsigned(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+    """Signed codes plus 2**(bits - 1)."""
+    return (codes.astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)

@@ -32,7 +32,9 @@ class OnnxStorage:
 
     def has_zero_points(self, weight: Weight) -> bool:
         """Whether each block of a weight that is stored in codes has a zero point of its own."""
-        return not self.symmetric and not self.keeps_codes(weight)
+        if weight.codes and self.keeps_codes(weight):
+            return bool(weight.codes.zero_points)
+        return not self.symmetric
 
     def block_size_of(self, weight: Weight) -> int:
         """Weights that share a scale in one matrix.
@@ -44,6 +46,9 @@ class OnnxStorage:
         if self.keeps_codes(weight) and bits(self.dtype_of(weight)) == 2:
             most = min(most, _MOST_OF_2_BITS)
         allowed = [size for size in BLOCK_SIZES if size <= most]
+        if weight.codes and self.keeps_codes(weight) and weight.codes.group_size < weight.shape[1]:
+            # A block has one scale, so it lies in one group.
+            allowed = [size for size in allowed if weight.codes.group_size % size == 0]
         return min(reversed(allowed), key=lambda size: self._block_bytes(weight, size))
 
     def file_bytes(self, weight: Weight) -> int:
