@@ -25,6 +25,7 @@ from pleexport.codes import unpack_codes
 from pleexport.errors import CheckpointError, TargetError, UnsupportedError
 from pleexport.families.layers import Parameters
 from pleexport.parity.oracle import open_oracle
+from pleexport.show.parity import describe_parity
 
 E4B_RULES = E2B_RULES | {
     r"model\.embed_tokens_per_layer$": {"num_bits": 2},
@@ -154,6 +155,51 @@ def test_activations_are_rounded_where_the_checkpoint_has_scales(
     assert rounded == len(scales)
     plain = [n.op_type for n in ir.load(mobile_bundle.path / "model.onnx").graph]
     assert "Round" not in plain
+
+
+def test_rounding_of_activations_can_be_left_out(tmp_path: Path) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint", activations=True)
+    kept, left_out = (
+        pleexport.build(
+            folder, tmp_path / str(on), weight_dtype="fp32", activation_rounding=on, verify=False
+        )
+        for on in (True, False)
+    )
+    assert (kept.manifest.activation_rounding, left_out.manifest.activation_rounding) == (
+        True,
+        False,
+    )
+    nodes = [n.op_type for n in ir.load(left_out.path / "model.onnx").graph]
+    assert "Round" not in nodes
+    report = pleexport.verify(left_out, checkpoint=folder)
+    assert report is not None
+    by_what = {f.what: f.kl for f in report.fidelity}
+    # Nothing else is rounded: all that the dense part costs is what leaving it out changes.
+    assert by_what["dense"] == pytest.approx(by_what["activations"], rel=1e-3)
+    assert by_what["activations"] > 0.01
+    assert "activations not rounded" in describe_parity(report)
+    # The control: with the rounding, that line is missing, and the bundle lies close.
+    control = pleexport.verify(kept, checkpoint=folder)
+    assert control is not None
+    costs = {f.what: f.kl for f in control.fidelity}
+    assert "activations" not in costs
+    assert costs["dense"] < by_what["dense"] / 4
+    oracle = open_oracle(matched_model(folder))
+    before = oracle.logits([2, 5, 7])
+    with oracle.without_activation_rounding():
+        np.testing.assert_allclose(
+            pleexport.Runner(left_out).logits([2, 5, 7]), oracle.logits([2, 5, 7]), atol=1e-3
+        )
+    np.testing.assert_array_equal(oracle.logits([2, 5, 7]), before)
+
+
+def test_leaving_out_changes_nothing_where_nothing_is_rounded(
+    mobile: Path, mobile_bundle: pleexport.Bundle, tmp_path: Path
+) -> None:
+    bundle = pleexport.build(
+        mobile, tmp_path / "bundle", target="android", activation_rounding=False, verify=False
+    )
+    assert bundle.decoder == mobile_bundle.decoder
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.03, 1e-4])
