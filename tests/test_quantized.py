@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import check_every_way_to_feed
-from quantized_checkpoints import E2B_RULES, PLAIN, mobile_gemma4
-from safetensors.numpy import load_file
+from quantized_checkpoints import E2B_RULES, mobile_gemma4
+from safetensors.numpy import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GemmaQuantizationConfig
 from transformers.integrations import gemma_quant
 
@@ -22,7 +22,7 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.quantized import read_quantization
 from pleexport.codes import unpack_codes
-from pleexport.errors import CheckpointError, TargetError, UnsupportedError
+from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.layers import Parameters
 from pleexport.parity.oracle import open_oracle
 from pleexport.show.parity import describe_parity
@@ -319,8 +319,14 @@ def test_codes_of_another_shape_are_named(mobile: Path, tmp_path: Path) -> None:
         matched_model(folder)
 
 
-def test_the_other_backend_says_that_it_does_not_keep_codes(mobile: Path, tmp_path: Path) -> None:
-    pytest.importorskip("executorch")
-    with pytest.raises(TargetError, match="own codes are not written for XNNPACK yet"):
-        pleexport.build(mobile, tmp_path / "bundle", backend="executorch")
-    assert PLAIN
+@pytest.mark.parametrize("value", [-0.5, np.nan, np.inf, 1e-40, [0.5, 0.5]])
+def test_scales_of_activations_that_are_none_are_named(value: Any, tmp_path: Path) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.input_activation_scale"] = np.float32(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"input_activation_scale` has (value|shape)"
+    ) as caught:
+        matched_model(folder)
+    assert "expected one positive number, or 0 for no rounding" in caught.value.message

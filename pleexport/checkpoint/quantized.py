@@ -29,6 +29,7 @@ _INSTEAD = {
     "full-precision checkpoint that it was made from",
     "gguf": "use the safetensors checkpoint that it was made from",
 }
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _USUALLY = "start from the full-precision checkpoint that it was made from"
 # Fields of a `quantization_config`, and of one of its rules, that say nothing of the numbers.
 _FIELDS = {
@@ -147,7 +148,7 @@ def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint)
             )
             if entry is None:
                 continue
-            if float(checkpoint.array(entry)):
+            if _activation_scale(checkpoint, entry):
                 found.append(Weight(f"{module}.{name}", (), is_buffer=True))
             else:
                 unused[f"{module}.{name}"] = Unused((), "0 means that nothing is rounded")
@@ -156,6 +157,23 @@ def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint)
             key = f"layers.{layer}.self_attn.{name}"
             unused[key] = Unused((), "the original does not use it")
     return replace(model, tables=tables, weights=(*weights, *found), unused=unused)
+
+
+def _activation_scale(checkpoint: Checkpoint, name: str) -> float:
+    """The one number of a scale that activations are rounded by; 0 for none.
+
+    Raises:
+        CheckpointError: it is another tensor, or no scale.
+    """
+    array = checkpoint.array(name)
+    scale = float(array) if array.shape == () else None
+    if scale is None or not (scale == 0 or _SMALLEST_SCALE <= scale < np.inf):
+        found = f"shape {list(array.shape)}" if scale is None else f"value {scale:g}"
+        raise CheckpointError(
+            f"tensor `{name}` has {found}; expected one positive number, or 0 for no rounding",
+            hint="download the checkpoint again",
+        )
+    return scale
 
 
 def _prefix(model: Model, checkpoint: Checkpoint) -> str:

@@ -22,7 +22,7 @@ from pleexport.backends.executorch.attention import Attention, HeldCache
 from pleexport.backends.executorch.operators import operator
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.contract import POSITION_IDS
-from pleexport.model import Weight, misused_weight, unused_weight
+from pleexport.model import ACTIVATION_SCALE, Weight, misused_weight, unused_weight
 from pleexport.program import LOGIT_POSITIONS, Program
 
 aten, ours = torch.ops.aten, torch.ops.pleexport
@@ -36,6 +36,14 @@ class _Ones:
     """A vector of ones: the weight of a norm that has none."""
 
     size: list[int]
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """x in steps of an activation scale, while its rounding is read: see `Parameters.linear`."""
+
+    x: Tensor
+    scale: Weight
 
 
 def rewrite(program: Program, matched: MatchedModel, *, results: list[str]) -> ExportedProgram:
@@ -201,6 +209,8 @@ def _rms_norm(
 
 @_rule(aten.mul.Tensor)
 def _mul(self: _Interpreter, x: Any, y: Any) -> Any:
+    if isinstance(x, _Steps):
+        return operator("round_activation")(x.x, self.name_of(x.scale))
     if not _is_float(x):
         return NotImplemented
     if isinstance(y, Weight) and torch.broadcast_shapes(x.shape, y.shape) == x.shape:
@@ -210,7 +220,15 @@ def _mul(self: _Interpreter, x: Any, y: Any) -> Any:
 
 @_rule(aten.div.Tensor)
 def _div(self: _Interpreter, x: Any, y: Any) -> Any:
+    if isinstance(y, Weight) and y.name.endswith(ACTIVATION_SCALE):
+        return _Steps(x, y)
     return _mul(self, x, 1 / y) if isinstance(y, int | float) else NotImplemented
+
+
+@_rule(aten.round.default, aten.clamp.default)
+def _in_steps(self: _Interpreter, x: Any, *limits: float) -> Any:
+    """A part of rounding an activation, whose limits are those of 8 bits."""
+    return x if isinstance(x, _Steps) and limits in ((), (-128.0, 127.0)) else NotImplemented
 
 
 @_rule(aten.add.Tensor)
