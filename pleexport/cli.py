@@ -127,6 +127,10 @@ def build(
             show_default="the target's",
         ),
     ] = None,
+    activation_rounding: Annotated[
+        bool,
+        typer.Option(help="Round activations where a quantized checkpoint says so, or nowhere."),
+    ] = True,
     context: Annotated[
         int | None,
         typer.Option(help="Largest number of positions.", show_default="the target's"),

@@ -26,6 +26,8 @@ Precision = Literal["quantizable", "sensitive", "head", "full"]
 # Slots of a context that attention takes at once. Larger blocks take less time a slot in long
 # texts, smaller ones waste less in short ones.
 CONTEXT_BLOCK = 512
+# What names of scales end with that inputs or outputs of a matrix are rounded by.
+ACTIVATION_SCALE = "_activation_scale"
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 
 
@@ -407,6 +409,7 @@ class Model:
             (towers), with what the parts are called.
         eos_token_ids: ids that end a text, as far as the config says.
         without_cache: the same model, which reads rows again in place of keeping keys and values.
+        leaves_rounding_out: the original rounds activations, and the dense graph does not.
         published: shapes of published models, with the figures that their makers state.
         counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
             the difference of two rounded figures.
@@ -433,6 +436,7 @@ class Model:
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
     without_cache: Model | None = None
+    leaves_rounding_out: bool = False
     published: tuple[Published, ...] = ()
     counts_only_tables_out: bool = False
     transformers: TransformersOriginal | None = None
@@ -464,6 +468,19 @@ class Model:
             )
         return self.without_cache
 
+    def without_activation_rounding(self) -> Model:
+        """The model that leaves inputs and outputs of matrices as they are."""
+        if not self.rounds_activations:
+            return self
+        scales = [w.name for w in self.weights if w.name.endswith(ACTIVATION_SCALE)]
+        left = Unused((), "activations are not rounded, as the build asks")
+        return replace(
+            self,
+            weights=tuple(w for w in self.weights if w.name not in scales),
+            unused={**self.unused, **dict.fromkeys(scales, left)},
+            leaves_rounding_out=True,
+        )
+
     @property
     def is_quantized(self) -> bool:
         """Whether the checkpoint holds codes."""
@@ -472,7 +489,7 @@ class Model:
     @property
     def rounds_activations(self) -> bool:
         """Whether inputs and outputs of matrices are rounded, by scales of the checkpoint."""
-        return any(weight.name.endswith("_activation_scale") for weight in self.weights)
+        return any(weight.name.endswith(ACTIVATION_SCALE) for weight in self.weights)
 
     def ignored_part(self, name: str) -> str | None:
         """The part that is left out and that has this tensor of a checkpoint; None for none."""

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers.integrations import gemma_quant
 
 from pleexport import operators as ours
 from pleexport.errors import CheckFailed
@@ -49,7 +50,8 @@ class Weights:
 
     def matrix(self, name: str) -> StoredMatrix:
         values, scales = self._weights[name], b""
-        group = values.shape[1] if self.dtype == "int8" else self.group
+        group = values.shape[1] if self.dtype == "int8" else self.group or values.shape[1]
+        scale_dtype = "bf16" if self.dtype == "int4" and self.group else "fp32"
         data: NDArray[Any] = values
         self.rounded[name] = values
         if self.dtype != "fp32":
@@ -59,12 +61,14 @@ class Weights:
             self.rounded[name] = grouped.reshape(values.shape).astype(np.float32)
             stored: NDArray[Any] = rounded.scales * np.float32(self.sign)
             if self.dtype == "int4":
-                data, stored = pack_codes(rounded.codes, bits=4), stored.astype(ml_dtypes.bfloat16)
+                data = pack_codes(rounded.codes, bits=4)
+            if scale_dtype == "bf16":
+                stored = stored.astype(ml_dtypes.bfloat16)
             scales = stored.tobytes()
         path = self._folder / f"{name}.bin"
         path.write_bytes(data.tobytes())
         backed = FileBackedData(str(path), sha256=hashlib.sha256(data.tobytes()).digest())
-        return StoredMatrix(values.shape, self.dtype, group, backed, scales)
+        return StoredMatrix(values.shape, self.dtype, group, backed, scales, scale_dtype)
 
 
 class Calls(nn.Module):
@@ -205,7 +209,7 @@ def test_rotation(heads: int, compare: Any) -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "group", "inputs"),
-    [("fp32", 0, 33), ("int8", 0, 33), ("int4", 32, 96), ("int4", 96, 96)],
+    [("fp32", 0, 33), ("int8", 0, 33), ("int4", 32, 96), ("int4", 96, 96), ("int4", 0, 34)],
 )
 def test_linear(dtype: str, group: int, inputs: int, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -231,6 +235,53 @@ def test_linear(dtype: str, group: int, inputs: int, tmp_path: Path) -> None:
         if dtype == "int4":
             exact = F.linear(x, torch.tensor(weights["weight"]), torch.tensor(weights["bias"]))
             assert (got - want).abs().mean() < 0.5 * (got - exact).abs().mean()
+
+
+@pytest.mark.parametrize("scale", [0.5, 2.0**-6, 0.03, 1e-4])
+def test_activations_are_rounded_half_to_even(scale: float, tmp_path: Path) -> None:
+    rounded = operator("round_activation")
+    store = Weights(tmp_path, {"scale": np.float32([scale])})
+    path = tmp_path / "model.pte"
+    write(lambda x: rounded(x, "scale"), (torch.zeros(1, 5, 303),), path, store)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 9, 303, generator=generator) * scale * 60
+    halves = torch.arange(-151, 152) + 0.5
+    x[0, 0] = halves * scale
+    got = run(path, x)
+    want = gemma_quant.apply_srq(x, torch.tensor(scale))
+    # A conversion multiplies by 1 / scale: where that is not exact, a half is no half any more.
+    exact = slice(0 if scale in (0.5, 2.0**-6) else 1, None)
+    assert torch.equal(got[:, exact], want[:, exact])
+    assert not torch.equal(x[:, exact], want[:, exact])
+    assert (got - want).abs().max() <= 1.01 * scale
+
+
+@pytest.mark.parametrize(("dtype", "inputs"), [("int8", 33), ("int4", 34), ("int4", 256)])
+def test_products_of_rounded_activations_are_exact(dtype: str, inputs: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    names = ("before", "after")
+    weights = {"weight": rng.normal(size=(40, inputs)).astype(np.float32)}
+    weights |= {name: np.float32([scale]) for name, scale in zip(names, (0.03, 0.2), strict=True)}
+    linear, rounded = operator("linear"), operator("round_activation")
+    x = torch.tensor(rng.normal(size=(1, 9, inputs)).astype(np.float32))
+
+    def run_with(group: int, output: str) -> Tensor:
+        store = Weights(tmp_path, weights)
+        store.dtype, store.group = dtype, group
+
+        def function(x: Tensor) -> Tensor:
+            outputs = linear(rounded(x, "before"), "weight", "", 40)
+            return rounded(outputs, output) if output else outputs
+
+        write(function, (torch.zeros(1, 5, inputs),), tmp_path / "model.pte", store)
+        before, after = (torch.tensor(weights[name]) for name in names)
+        outputs = F.linear(gemma_quant.apply_srq(x, before), torch.tensor(store.rounded["weight"]))
+        want = gemma_quant.apply_srq(outputs, after) if output else outputs
+        return (run(tmp_path / "model.pte", x) - want).abs()
+
+    assert run_with(0, "after").max() < 1e-5
+    # The control: where the output has no scale, the input is rounded once more.
+    assert run_with(0, "").max() > 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

@@ -12,8 +12,8 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import check_every_way_to_feed
-from quantized_checkpoints import E2B_RULES, PLAIN, mobile_gemma4
-from safetensors.numpy import load_file
+from quantized_checkpoints import E2B_RULES, mobile_gemma4
+from safetensors.numpy import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GemmaQuantizationConfig
 from transformers.integrations import gemma_quant
 
@@ -23,9 +23,10 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.quantized import read_quantization
 from pleexport.codes import unpack_codes
-from pleexport.errors import CheckpointError, TargetError, UnsupportedError
+from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.families.layers import Parameters
 from pleexport.parity.oracle import open_oracle
+from pleexport.show.parity import describe_parity
 
 E4B_RULES = E2B_RULES | {
     r"model\.embed_tokens_per_layer$": {"num_bits": 2},
@@ -157,6 +158,51 @@ def test_activations_are_rounded_where_the_checkpoint_has_scales(
     assert rounded.count("QuantizeLinear") == rounded.count("DequantizeLinear") == len(scales)
     plain = [n.op_type for n in ir.load(mobile_bundle.path / "model.onnx").graph]
     assert "QuantizeLinear" not in plain
+
+
+def test_rounding_of_activations_can_be_left_out(tmp_path: Path) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint", activations=True)
+    kept, left_out = (
+        pleexport.build(
+            folder, tmp_path / str(on), weight_dtype="fp32", activation_rounding=on, verify=False
+        )
+        for on in (True, False)
+    )
+    assert (kept.manifest.activation_rounding, left_out.manifest.activation_rounding) == (
+        True,
+        False,
+    )
+    nodes = [n.op_type for n in ir.load(left_out.path / "model.onnx").graph]
+    assert "Round" not in nodes
+    report = pleexport.verify(left_out, checkpoint=folder)
+    assert report is not None
+    by_what = {f.what: f.kl for f in report.fidelity}
+    # Nothing else is rounded: all that the dense part costs is what leaving it out changes.
+    assert by_what["dense"] == pytest.approx(by_what["activations"], rel=1e-3)
+    assert by_what["activations"] > 0.01
+    assert "activations not rounded" in describe_parity(report)
+    # The control: with the rounding, that line is missing, and the bundle lies close.
+    control = pleexport.verify(kept, checkpoint=folder)
+    assert control is not None
+    costs = {f.what: f.kl for f in control.fidelity}
+    assert "activations" not in costs
+    assert costs["dense"] < by_what["dense"] / 4
+    oracle = open_oracle(matched_model(folder))
+    before = oracle.logits([2, 5, 7])
+    with oracle.without_activation_rounding():
+        np.testing.assert_allclose(
+            pleexport.Runner(left_out).logits([2, 5, 7]), oracle.logits([2, 5, 7]), atol=1e-3
+        )
+    np.testing.assert_array_equal(oracle.logits([2, 5, 7]), before)
+
+
+def test_leaving_out_changes_nothing_where_nothing_is_rounded(
+    mobile: Path, mobile_bundle: pleexport.Bundle, tmp_path: Path
+) -> None:
+    bundle = pleexport.build(
+        mobile, tmp_path / "bundle", target="android", activation_rounding=False, verify=False
+    )
+    assert bundle.decoder == mobile_bundle.decoder
 
 
 @pytest.mark.parametrize("scale", [0.5, 0.03, 1e-4])
@@ -309,8 +355,14 @@ def test_codes_of_another_shape_are_named(mobile: Path, tmp_path: Path) -> None:
         matched_model(folder)
 
 
-def test_the_other_backend_says_that_it_does_not_keep_codes(mobile: Path, tmp_path: Path) -> None:
-    pytest.importorskip("executorch")
-    with pytest.raises(TargetError, match="own codes are not written for XNNPACK yet"):
-        pleexport.build(mobile, tmp_path / "bundle", backend="executorch")
-    assert PLAIN
+@pytest.mark.parametrize("value", [-0.5, np.nan, np.inf, 1e-40, [0.5, 0.5]])
+def test_scales_of_activations_that_are_none_are_named(value: Any, tmp_path: Path) -> None:
+    folder = mobile_gemma4(tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.input_activation_scale"] = np.float32(value)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        CheckpointError, match=r"input_activation_scale` has (value|shape)"
+    ) as caught:
+        matched_model(folder)
+    assert "expected one positive number, or 0 for no rounding" in caught.value.message

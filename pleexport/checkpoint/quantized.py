@@ -37,6 +37,7 @@ _SIDE_FILES = {
     "quant_config.json": "AWQ",
 }
 _WORD_BITS = 32
+_SMALLEST_SCALE = float(np.finfo(np.float32).tiny)
 _ALONE = "model."
 
 
@@ -150,7 +151,7 @@ def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint)
             found = names.entry(scale.source_key)
             if found is None and quantization.scales_may_lack:
                 continue
-            if found and quantization.scales_may_lack and not float(checkpoint.array(found)):
+            if found and quantization.scales_may_lack and not _activation_scale(checkpoint, found):
                 unused[scale.source_key] = Unused((), "0 means that nothing is rounded")
             else:
                 scales.append(scale)
@@ -185,6 +186,23 @@ class _Names:
             return self._prefix + item.keys[0].removesuffix(".weight")
         prefix = "" if item.precision == "head" else self._prefix
         return prefix + item.source_key.removesuffix(".weight")
+
+
+def _activation_scale(checkpoint: Checkpoint, name: str) -> float:
+    """The one number of a scale that activations are rounded by; 0 for none.
+
+    Raises:
+        CheckpointError: it is another tensor, or no scale.
+    """
+    array = checkpoint.array(name)
+    scale = float(array) if array.shape == () else None
+    if scale is None or not (scale == 0 or _SMALLEST_SCALE <= scale < np.inf):
+        found = f"shape {list(array.shape)}" if scale is None else f"value {scale:g}"
+        raise CheckpointError(
+            f"tensor `{name}` has {found}; expected one positive number, or 0 for no rounding",
+            hint="download the checkpoint again",
+        )
+    return scale
 
 
 def _prefix(model: Model, checkpoint: Checkpoint) -> str:

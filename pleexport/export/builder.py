@@ -70,7 +70,10 @@ def build(
     opened = Checkpoint(checkpoint)
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
-    matched = MatchedModel(model.with_cache(settings.cache_dtype), opened)
+    model = model.with_cache(settings.cache_dtype)
+    if not settings.activation_rounding:
+        model = model.without_activation_rounding()
+    matched = MatchedModel(model, opened)
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
     text_files = tokenizer_files(opened.folder if given is None else Path(given))
@@ -107,6 +110,7 @@ def build(
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
             cache_dtype=settings.cache_dtype,
+            activation_rounding=settings.activation_rounding,
             calibration_tokens=len(calibration_ids),
             target=settings.target.name,
             tables_digest=tables_digest,

@@ -40,6 +40,8 @@ class BuildOptions(TypedDict, total=False):
         cache_dtype: "fp32", "fp16" or "int8", how keys and values are held at run time in layers
             that see the whole context, or "none" where they can be looked up again; the target's
             by default.
+        activation_rounding: round inputs and outputs of matrices where a checkpoint has scales for
+            it, as the original does, the default; otherwise leave them as they are.
         context: largest number of positions; the target's by default, the model's at most.
         calibrate: a text file like those that the model will meet; int8 and int4 weights are then
             rounded for the least error on it.
@@ -57,6 +59,7 @@ class BuildOptions(TypedDict, total=False):
     symmetric: bool | None
     head_dtype: str | None
     cache_dtype: str | None
+    activation_rounding: bool | None
     context: int | None
     calibrate: str | Path | None
     tokenizer: str | Path | None
@@ -69,6 +72,7 @@ class Settings:
     """What a bundle is to be: a target, and what a build says otherwise.
 
     Attributes:
+        activation_rounding: whether the graph rounds activations where the original does.
         context: positions asked for; None for the target's, as far as the model goes.
     """
 
@@ -78,6 +82,7 @@ class Settings:
     weights: WeightRequest
     cache_dtype: CacheDtype
     context: int | None
+    activation_rounding: bool = True
 
 
 def of_target(target: Target, *, quantized: bool) -> Settings:
@@ -138,4 +143,5 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
         ),
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),
+        activation_rounding=options.get("activation_rounding") is not False,
     )

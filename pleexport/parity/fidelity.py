@@ -2,7 +2,8 @@
 
 A bundle takes looked-up vectors from outside, and so does the original: its weights with the
 bundle's vectors tell what the tables cost, the bundle's weights with the checkpoint's vectors what
-the dense part does.
+the dense part does. Where a bundle leaves rounding of activations out, the original without it
+tells what that changes.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def measure_fidelity(
         window: tokens that are read from a fresh state at a time, since their logits are in memory.
     """
     totals = dict.fromkeys(("original", "tables", "dense", "both"), _Sums())
+    if matched.model.leaves_rounding_out:
+        totals["activations"] = _Sums()
     for piece in _windows(ids, window):
         reference = oracle.logits(piece)
         stored, exact = _vectors(runner, matched, piece)
@@ -61,6 +64,9 @@ def measure_fidelity(
         totals["tables"] += _measure(reference, oracle.logits(piece, stored), piece)
         totals["dense"] += _measure(reference, runner.logits(piece, vectors=exact), piece)
         totals["both"] += _measure(reference, runner.logits(piece), piece)
+        if "activations" in totals:
+            with oracle.without_activation_rounding():
+                totals["activations"] += _measure(reference, oracle.logits(piece), piece)
     original = totals.pop("original")
     return FidelityResult(
         entries=tuple(sums.as_fidelity(what) for what, sums in totals.items()),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -53,6 +53,10 @@ class Oracle(Protocol):
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
         """What each layer hands on: `[T, H]`, or `[T, S, H]` of S streams that run side by side."""
+        ...
+
+    def without_activation_rounding(self) -> AbstractContextManager[None]:
+        """Leave activations as they are while the context lasts."""
         ...
 
 
@@ -130,6 +134,10 @@ class StepOracle:
         """See `Oracle.hidden`; one stream."""
         tokens = [[h.numpy() for h in hidden] for _, hidden in self._steps(token_ids, None)]
         return [np.stack(layer) for layer in zip(*tokens, strict=True)]
+
+    def without_activation_rounding(self) -> AbstractContextManager[None]:
+        """See `Oracle`; no reference rounds any."""
+        return nullcontext()
 
     def _steps(
         self, token_ids: Sequence[int], vectors: Mapping[str, NDArray[np.float32]] | None
@@ -229,6 +237,20 @@ class TransformersOracle:
             for hook in hooks:
                 hook.remove()
         return found
+
+    @contextmanager
+    def without_activation_rounding(self) -> Iterator[None]:
+        """See `Oracle`; a scale of 0 rounds nothing."""
+        named = self._model.named_parameters()
+        scales = [scale for name, scale in named if name.endswith("_activation_scale")]
+        kept = [scale.data for scale in scales]
+        for scale in scales:
+            scale.data = self._torch.zeros_like(scale.data)
+        try:
+            yield
+        finally:
+            for scale, own in zip(scales, kept, strict=True):
+                scale.data = own
 
     def _call(
         self,

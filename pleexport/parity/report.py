@@ -89,7 +89,8 @@ class Fidelity(msgspec.Struct, frozen=True, kw_only=True):
     """What rounding costs on a text: KL divergence in nats per token, and perplexity.
 
     Attributes:
-        what: "tables" (original weights), "dense" (original tables) or "both".
+        what: "tables" (original weights), "dense" (original tables), "both", or "activations" (the
+            original, which rounds none; of a bundle that rounds none).
         top1_agreement: share of positions with the same best token.
     """
 

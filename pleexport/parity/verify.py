@@ -51,6 +51,8 @@ def verify(
         return None
     source = Checkpoint(checkpoint)
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
+    if not opened.manifest.activation_rounding:
+        model = model.without_activation_rounding()
     matched = MatchedModel(model, source)
     graph = opened.decoder
     context = opened.manifest.context

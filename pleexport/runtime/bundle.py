@@ -54,6 +54,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
             `WeightRequest`.
         cache_dtype: of keys and values in layers that see the whole context.
+        activation_rounding: whether inputs and outputs of matrices are rounded where the original
+            rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         tables_digest: of the checkpoint's tables; the blob has it too.
         versions: of the tools that wrote the bundle.
@@ -70,6 +72,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     block_size: int
     symmetric: bool
     cache_dtype: CacheDtype
+    activation_rounding: bool = True
     calibration_tokens: int
     target: str
     tables_digest: str

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck
 from pleexport.show.tables import aligned, paragraph
 
+# What lines of fidelity are called, where it is not `Fidelity.what`.
+_ROUNDED = {"activations": "activations not rounded"}
+
 
 def describe_parity(report: ParityReport) -> str:
     """A parity report as text."""
@@ -35,7 +38,12 @@ def describe_parity(report: ParityReport) -> str:
         if report.original_perplexity is not None:
             rows.append(("original", "", f"{report.original_perplexity:.2f}", ""))
         rows += [
-            (f.what, f"{f.kl:.2e}", f"{f.perplexity:.2f}", f"{f.top1_agreement:.1%}")
+            (
+                _ROUNDED.get(f.what, f.what),
+                f"{f.kl:.2e}",
+                f"{f.perplexity:.2f}",
+                f"{f.top1_agreement:.1%}",
+            )
             for f in report.fidelity
         ]
         lines += aligned(rows, align="<>>>", indent=2)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.backends.executorch.bounds import bounds
-from pleexport.backends.executorch.storage import ExecutorchStorage
+from pleexport.backends.executorch.storage import ExecutorchStorage, refusal_of_codes
 from pleexport.backends.executorch.surroundings import undisturbed
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError, MissingDependencyError, TargetError, UnsupportedError
@@ -58,9 +58,10 @@ class ExecutorchBackend:
                 "XNNPACK's kernels have no zero points for groups of weights",
                 hint="leave `--no-symmetric` out, or build with `--backend onnx`",
             )
-        if any(request.keeps_codes(weight) for weight in model.weights):
+        kept = (weight for weight in model.weights if request.keeps_codes(weight))
+        if refusal := next(filter(None, map(refusal_of_codes, kept)), None):
             raise TargetError(
-                "a checkpoint's own codes are not written for XNNPACK yet",
+                refusal,
                 hint="build with `--backend onnx`, or round anew with `--weight-dtype int4`",
             )
         if "fp16" in {request.dtype_of(weight) for weight in model.weights}:

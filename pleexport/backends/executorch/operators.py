@@ -42,6 +42,8 @@ _define("rms_norm(Tensor x, str weight, float eps) -> Tensor", _like)
 # Mean over the last axis, which stays with size 1.
 _define("mean(Tensor x) -> Tensor", lambda x: x.new_empty(*x.shape[:-1], 1))
 _define("multiply_weight(Tensor x, str weight) -> Tensor", _like)
+# In steps of a scale of the checkpoint, -128 to 127 of them.
+_define("round_activation(Tensor x, str scale) -> Tensor", _like)
 _define("rotate(Tensor x_BTND, Tensor cos, Tensor sin) -> Tensor", _like)
 _define("activate(Tensor x, str name) -> Tensor", _like)
 _define("scale(Tensor x, float factor) -> Tensor", _like)

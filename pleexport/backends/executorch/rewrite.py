@@ -191,6 +191,21 @@ def _linear(self: _Interpreter, x: Tensor, weight: Weight, bias: Weight | None =
     return operator("linear")(x, self.name_of(weight), self.name_of(bias), weight.shape[0])
 
 
+@_rule(ours.linear_in_steps.default)
+def _linear_in_steps(
+    self: _Interpreter,
+    x: Tensor,
+    weight: Weight,
+    bias: Weight | None,
+    input_step: Weight | None,
+    output_step: Weight | None,
+) -> Any:
+    def in_steps(values: Tensor, step: Weight | None) -> Any:
+        return values if step is None else operator("round_activation")(values, self.name_of(step))
+
+    return in_steps(_linear(self, in_steps(x, input_step), weight, bias), output_step)
+
+
 @_rule(aten.rms_norm.default)
 def _rms_norm(
     self: _Interpreter, x: Tensor, shape: list[int], weight: Any = None, eps: float = 0.0

@@ -1,4 +1,4 @@
-"""Round dense weights to codes and scales as XNNPACK takes them, scales searched."""
+"""Dense weights as codes and scales that XNNPACK takes: rounded, or a checkpoint's own."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.codes import QuantizedRows
 from pleexport.quantize import best_scales, grouped_importance, grouped_values, round_to_codes
 
 # Values that are worked on at once: few enough to stay in a core's cache.
@@ -22,11 +23,33 @@ class Codes:
 
     Attributes:
         codes: `[N, K]` int8, -8 to 7 for 4 bits.
-        scales: `[N, K / group]` float32, above zero; with 4 bits exact in bfloat16.
+        scales: `[N, K / group]` float32, above zero; those of groups exact in bfloat16.
     """
 
     codes: NDArray[np.int8]
     scales: NDArray[np.float32]
+
+
+def own_codes(own: QuantizedRows, *, scale_dtype: str) -> Codes:
+    """A checkpoint's codes `[n, 1, K]` and scales, which nothing rounds.
+
+    Codes whose scale is 0 stand for zeros, and are stored as these.
+
+    Args:
+        scale_dtype: what scales are stored in, "fp32" or "bf16".
+    Raises:
+        ValueError: XNNPACK does not take a scale, or `scale_dtype` does not hold it.
+    """
+    codes, scales = own.codes[:, 0], own.scales[:, 0].astype(np.float32)
+    if not scales.all():
+        zero = np.repeat(scales == 0, codes.shape[1] // scales.shape[1], axis=1)
+        codes = np.where(zero, np.int8(0), codes)
+        scales = np.where(scales == 0, np.float32(1), scales)
+    if not (np.isfinite(scales) & (scales >= np.finfo(np.float32).tiny)).all():
+        raise ValueError("a scale is negative, or no normal number")
+    if scale_dtype == "bf16" and (scales.astype(ml_dtypes.bfloat16) != scales).any():
+        raise ValueError("XNNPACK has bfloat16 scales for groups, which do not hold its own")
+    return Codes(codes, scales)
 
 
 def round_matrix(

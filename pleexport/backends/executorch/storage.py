@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from pleexport.dtypes import packed_bytes
+from pleexport.dtypes import QUANTIZED, packed_bytes
 from pleexport.model import Model, Weight
+from pleexport.sizes import size_text
 from pleexport.weights import WeightRequest
 
 # XNNPACK's kernels take groups of this many weights, or of a multiple.
@@ -16,48 +17,92 @@ class ExecutorchStorage:
     int8 has one float32 scale for each output. int4 has groups along the inputs with a bfloat16
     scale each; they are as large as the request and the number of inputs allow. A matrix whose
     number of inputs has no such group is stored in int8.
+
+    A checkpoint's own codes keep its scales: one float32 scale for each output, or groups whose
+    scales bfloat16 holds. Codes of 2 bits are stored in 4, which hold them too, and so are codes of
+    fewer than 8 bits in 8 where a row would not be whole bytes.
     """
 
     def __init__(self, request: WeightRequest) -> None:
         self._request = request
 
+    def keeps_codes(self, weight: Weight) -> bool:
+        """Whether a weight is stored with the checkpoint's own codes."""
+        return self._request.keeps_codes(weight)
+
     def dtype_of(self, weight: Weight) -> str:
         """The dtype that one weight is stored in."""
         dtype = self._request.dtype_of(weight)
+        if self.keeps_codes(weight):
+            dtype = "int4" if dtype == "int2" else dtype
+            return "int8" if weight.shape[1] % 2 else dtype
         return "int8" if dtype == "int4" and not self._group(weight) else dtype
 
     def group_of(self, weight: Weight) -> int:
         """Weights that share a scale in a matrix of int4 or int8."""
+        if self.keeps_codes(weight):
+            assert weight.codes is not None
+            return weight.codes.group_size
         return self._group(weight) if self.dtype_of(weight) == "int4" else weight.shape[1]
+
+    def scale_dtype_of(self, weight: Weight) -> str:
+        """The dtype of a matrix's scales: groups have bfloat16 ones."""
+        if self.keeps_codes(weight) and self.group_of(weight) == weight.shape[1]:
+            return "fp32"
+        return "bf16" if self.dtype_of(weight) == "int4" else "fp32"
 
     def file_bytes(self, weight: Weight) -> int:
         """Bytes of codes and scales."""
         dtype = self.dtype_of(weight)
         codes = packed_bytes(weight.size, dtype)
-        if dtype == "int4":
-            return codes + 2 * (weight.size // self.group_of(weight))
-        return codes + (4 * weight.shape[0] if dtype == "int8" else 0)
+        if dtype not in QUANTIZED:
+            return codes
+        scales = weight.size // self.group_of(weight)
+        return codes + packed_bytes(scales, self.scale_dtype_of(weight))
 
     def resident_bytes(self, weight: Weight) -> int:
         """Bytes in memory: XNNPACK arranges weights anew, and keeps a sum for each output."""
-        dtype = self.dtype_of(weight)
-        sums = 4 * weight.shape[0] if dtype in ("int8", "int4") else 0
+        sums = 4 * weight.shape[0] if self.dtype_of(weight) in QUANTIZED else 0
         return self.file_bytes(weight) + sums
 
     def notes(self, model: Model) -> list[str]:
-        """The matrices that are stored in int8 for want of a group."""
+        """The matrices that are stored in more bits than was asked for, and why."""
         wide = [w for w in model.weights if self.dtype_of(w) != self._request.dtype_of(w)]
-        if not wide:
-            return []
-        first, inputs = wide[0].name, wide[0].shape[1]
-        return [
-            f"{len(wide)} matrices are stored in int8, `{first}` first: XNNPACK takes int4 in "
-            f"groups of {GROUP_STEP} weights or a multiple up to {self._request.block_size}, and "
-            f"none divides {inputs} inputs"
-        ]
+        own = [w for w in wide if self.keeps_codes(w)]
+        notes = []
+        for dtype in ("int2", "int4"):
+            if kept := [w for w in own if self._request.dtype_of(w) == dtype]:
+                more = sum(self.file_bytes(w) - packed_bytes(w.size, dtype) for w in kept)
+                notes.append(
+                    f"{len(kept)} matrices of {dtype} codes are stored in more bits, "
+                    f"`{kept[0].name}` first: ExecuTorch hands XNNPACK codes of 4 and 8 bits, and "
+                    f"rows of whole bytes; the values are the same, and take {size_text(more)} more"
+                )
+        if rounded := [w for w in wide if not self.keeps_codes(w)]:
+            first, inputs = rounded[0].name, rounded[0].shape[1]
+            notes.append(
+                f"{len(rounded)} matrices are stored in int8, `{first}` first: XNNPACK takes int4 "
+                f"in groups of {GROUP_STEP} weights or a multiple up to "
+                f"{self._request.block_size}, and none divides {inputs} inputs"
+            )
+        return notes
 
     def _group(self, weight: Weight) -> int:
         """The largest group of int4 codes that a matrix can have; 0 for none."""
         inputs, most = weight.shape[1], self._request.block_size
         allowed = range(most // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
         return next((size for size in allowed if inputs % size == 0), 0)
+
+
+def refusal_of_codes(weight: Weight) -> str | None:
+    """Why a checkpoint's own codes cannot be stored as they are; None where they can."""
+    codes, inputs = weight.codes, weight.shape[1]
+    if codes is None or codes.group_size == inputs:
+        return None
+    if codes.dtype == "int8" or codes.group_size % GROUP_STEP or inputs % codes.group_size:
+        return (
+            f"matrix `{weight.name}` has {codes.dtype} codes with a scale for every "
+            f"{codes.group_size} of {inputs} inputs; XNNPACK takes one for each output, and for "
+            f"groups of {GROUP_STEP} inputs or a multiple in codes of up to 4 bits"
+        )
+    return None

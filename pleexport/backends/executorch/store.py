@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-import ml_dtypes
 import numpy as np
 import xxhash
 from executorch.exir._serialize._cord import FileBackedData
 from numpy.typing import NDArray
 
-from pleexport.backends.executorch.rounding import round_matrix
+from pleexport.backends.executorch.rounding import own_codes, round_matrix
 from pleexport.backends.executorch.storage import ExecutorchStorage
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.codes import pack_codes
-from pleexport.dtypes import QUANTIZED, bits
+from pleexport.dtypes import QUANTIZED, bits, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.model import Weight
 from pleexport.parallel import map_in_order
@@ -35,7 +34,8 @@ class StoredMatrix:
     Attributes:
         group: weights that share a scale.
         data: float32 values, or codes of 8 or 4 bits; in a file.
-        scales: float32, or bfloat16 where there are several an output; empty for float32 values.
+        scales: empty for float32 values.
+        scale_dtype: "fp32" of one scale an output, "bf16" of groups.
     """
 
     shape: tuple[int, ...]
@@ -43,6 +43,12 @@ class StoredMatrix:
     group: int
     data: FileBackedData
     scales: bytes
+    scale_dtype: str = "fp32"
+
+    @property
+    def scale_values(self) -> NDArray[np.float32]:
+        """All scales, in float32."""
+        return np.frombuffer(self.scales, numpy_dtype(self.scale_dtype)).astype(np.float32)
 
 
 class WeightSource(Protocol):
@@ -129,30 +135,34 @@ class WeightStore:
                 group=self._storage.group_of(weight) if dtype in QUANTIZED else 0,
                 data=FileBackedData(str(path), sha256=sha.digest()),
                 scales=joined,
+                scale_dtype=self._storage.scale_dtype_of(weight),
             )
         return self._matrices[name]
 
     def _parts(self, weight: Weight) -> Iterator[tuple[bytes, bytes]]:
         """Some outputs of a matrix at a time: its bytes, and those of their scales."""
         dtype = self._storage.dtype_of(weight)
+        scale_dtype = self._storage.scale_dtype_of(weight)
         step = max(1, _BATCH_VALUES // weight.shape[1])
 
         def part(begin: int) -> tuple[bytes, bytes]:
-            values = self._matched.read(weight, slice(begin, begin + step))
+            rows = slice(begin, begin + step)
             if dtype not in QUANTIZED:
+                values = self._matched.read(weight, rows)
                 if not np.isfinite(values).all():
                     raise ValueError("values are not finite")
                 return values.tobytes(), b""
-            rounded = round_matrix(
-                values,
-                bits=bits(dtype),
-                group=self._storage.group_of(weight),
-                importance=self._importance.get(weight.name),
-            )
-            codes = pack_codes(rounded.codes, bits=bits(dtype)).tobytes()
-            if dtype == "int8":
-                return codes, rounded.scales.tobytes()
-            return codes, rounded.scales.astype(ml_dtypes.bfloat16).tobytes()
+            if self._storage.keeps_codes(weight):
+                made = own_codes(self._matched.codes(weight, rows), scale_dtype=scale_dtype)
+            else:
+                made = round_matrix(
+                    self._matched.read(weight, rows),
+                    bits=bits(dtype),
+                    group=self._storage.group_of(weight),
+                    importance=self._importance.get(weight.name),
+                )
+            codes = pack_codes(made.codes, bits=bits(dtype))
+            return codes.tobytes(), made.scales.astype(numpy_dtype(scale_dtype)).tobytes()
 
         try:
             yield from map_in_order(part, range(0, weight.shape[0], step))
@@ -162,7 +172,8 @@ class WeightStore:
     def _cannot_store(self, name: str, why: str) -> CheckpointError:
         return CheckpointError(
             f"weight `{name}` cannot be stored as {self._storage.dtype_of(self._weights[name])}: "
-            f"{why}"
+            f"{why}",
+            hint="check the checkpoint, or choose another weight dtype or backend",
         )
 
 

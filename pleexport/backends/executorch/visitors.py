@@ -12,7 +12,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch.fx
@@ -41,12 +41,18 @@ _FLOAT = xnn.XNNDatatype.xnn_datatype_fp32
 _Dims = list[int]
 
 
+def _upper_bounds(node: torch.fx.Node) -> _Dims:
+    """Of the sizes of a node's result."""
+    return [int(eval_upper_bound(size)) for size in node.meta["val"].shape]
+
+
 @dataclass
 class _Shared:
     """Values of one delegate that several of its nodes take, by what they are."""
 
     constants: dict[str, int] = field(default_factory=dict)
     quantized: dict[int, int] = field(default_factory=dict)
+    steps: dict[tuple[torch.fx.Node, float], int] = field(default_factory=dict)
     angles: dict[int, int] = field(default_factory=dict)
 
 
@@ -81,18 +87,34 @@ class _Sheet:
         """Upper bounds of the sizes of an argument, or of the result."""
         node = self.node if index is None else self.node.args[index]
         assert isinstance(node, torch.fx.Node)
-        return [int(eval_upper_bound(size)) for size in node.meta["val"].shape]
+        return _upper_bounds(node)
 
     def output(self) -> int:
         """The node's result."""
         self.visitor.define_tensor(self.node, self.graph, self.ids)
         return self.ids[self.node]
 
-    def value(self, dims: Sequence[int], *, quantized: bool = False) -> int:
-        """A value in between; quantized: in 8 bits, with a scale for each token."""
-        dtype = xnn.XNNDatatype.xnn_datatype_qdint8 if quantized else _FLOAT
-        quant = xnn.PerTokenDynamicQuant(num_nonbatch_dims=1) if quantized else None
-        return self._add(dims, dtype, buffer=0, quant=quant)
+    def value(self, dims: Sequence[int]) -> int:
+        """A value in between."""
+        return self._add(dims, _FLOAT, buffer=0)
+
+    def quantized(self, dims: Sequence[int], scale: float | None = None) -> int:
+        """A value in between of 8 bits, with one scale, or one that each token is given."""
+        if scale is None:
+            dtype = xnn.XNNDatatype.xnn_datatype_qdint8
+            by_token = xnn.PerTokenDynamicQuant(num_nonbatch_dims=1)
+            return self._add(dims, dtype, buffer=0, quant=by_token)
+        dtype = xnn.XNNDatatype.xnn_datatype_qint8
+        return self._add(dims, dtype, buffer=0, quant=xnn.PerTensorQuant(scale, 0))
+
+    def steps(self, node: torch.fx.Node, scale: float) -> int:
+        """The values of a node in 8 bits, rounded to steps of a scale: half to even, clipped."""
+        steps = self.shared.steps
+        if (node, scale) not in steps:
+            self.visitor.define_tensor(node, self.graph, self.ids)
+            steps[node, scale] = self.quantized(_upper_bounds(node), scale)
+            self.emit(xnn.XNNConvert, input_id=self.ids[node], output_id=steps[node, scale])
+        return steps[node, scale]
 
     def numbers(self, array: ArrayLike, *, name: str | None = None) -> int:
         """Constant float32 numbers."""
@@ -108,15 +130,17 @@ class _Sheet:
     def matrix(self, name: str, stored: StoredMatrix) -> int:
         """A matrix, in its stored form."""
         dtypes = {
-            "fp32": _FLOAT,
-            "int8": xnn.XNNDatatype.xnn_datatype_qcint8,
-            "int4": xnn.XNNDatatype.xnn_datatype_qbint4,
+            ("fp32", "fp32"): _FLOAT,
+            ("int8", "fp32"): xnn.XNNDatatype.xnn_datatype_qcint8,
+            ("int4", "fp32"): xnn.XNNDatatype.xnn_datatype_qcint4,
+            ("int4", "bf16"): xnn.XNNDatatype.xnn_datatype_qbint4,
         }
+        dtype = dtypes[stored.dtype, stored.scale_dtype]
         quant = None
         if stored.dtype != "fp32" and name not in self.shared.constants:
             buffer = self._buffer(f"{name}.scales", stored.scales)
             outputs, inputs = stored.shape
-            if stored.dtype == "int4":
+            if stored.scale_dtype == "bf16":
                 quant = xnn.PerChannelGroupQuant(
                     scale=[],
                     channel_dim=0,
@@ -128,7 +152,7 @@ class _Sheet:
                 quant = xnn.PerChannelQuant(
                     scale=[], channel_dim=0, scale_buffer_idx=buffer, num_scales=outputs
                 )
-        return self._constant(name, stored.data, stored.shape, dtypes[stored.dtype], quant)
+        return self._constant(name, stored.data, stored.shape, dtype, quant)
 
     def emit(self, kind: type[Any], **fields: Any) -> None:
         """Add a node."""
@@ -225,15 +249,67 @@ class _Sheet:
 
 def _linear(sheet: _Sheet) -> None:
     _, name, bias, _ = sheet.node.args
-    x, stored = sheet.input(0), active_store().matrix(str(name))
+    stored = active_store().matrix(str(name))
+    if scales := _static_scales(sheet.node):
+        given, wanted = scales
+        out = sheet.quantized(sheet.dims(), wanted)
+        sheet.shared.steps[sheet.node, wanted] = out
+        x = sheet.steps(_rounded_from(sheet.node.args[0]), given)
+        sheet.product(x, sheet.matrix(str(name), stored), None, out)
+        return
+    x = sheet.input(0)
     if stored.dtype != "fp32":
         quantized = sheet.shared.quantized
         if x not in quantized:
-            quantized[x] = sheet.value(sheet.dims(0), quantized=True)
+            quantized[x] = sheet.quantized(sheet.dims(0))
             sheet.emit(xnn.XNNConvert, input_id=x, output_id=quantized[x])
         x = quantized[x]
     added = sheet.weight(str(bias)) if bias else None
     sheet.product(x, sheet.matrix(str(name), stored), added, sheet.output())
+
+
+def _round_activation(sheet: _Sheet) -> None:
+    """Through 8 bits and back, unless all that takes it computes in 8 bits."""
+    if all(_static_scales(user) for user in sheet.node.users):
+        return
+    steps = sheet.steps(_rounded_from(sheet.node), _scale(sheet.node))
+    sheet.emit(xnn.XNNConvert, input_id=steps, output_id=sheet.output())
+
+
+def _static_scales(node: torch.fx.Node) -> tuple[float, float] | None:
+    """Scales of input and output of a linear layer that is computed in integers; None of others.
+
+    Both have to be rounded by the checkpoint's own scales. Products of codes are then exact, where
+    the usual kernel would round the input once more. XNNPACK refuses factors of 256 and more.
+    """
+    users = list(node.users)
+    if not (_is(node, "linear") and _is(node.args[0], "round_activation") and len(users) == 1):
+        return None
+    stored = active_store().matrix(str(node.args[1]))
+    if not (_is(users[0], "round_activation") and stored.dtype != "fp32") or node.args[2]:
+        return None
+    given, wanted = _scale(node.args[0]), _scale(users[0])
+    fits = stored.scale_dtype == "fp32" and given * stored.scale_values.max() < 255 * wanted
+    return (given, wanted) if fits else None
+
+
+def _is(node: object, name: str) -> TypeGuard[torch.fx.Node]:
+    """Whether a node is one of our operators, in the same delegate."""
+    found = getattr(node.target, "__name__", "") if isinstance(node, torch.fx.Node) else ""
+    return bool(found == f"{NAMESPACE}.{name}.default")
+
+
+def _scale(node: torch.fx.Node) -> float:
+    """The scale of a `round_activation`."""
+    return float(active_store().vector(str(node.args[1])).item())
+
+
+def _rounded_from(node: object) -> torch.fx.Node:
+    """What a `round_activation` rounds."""
+    assert isinstance(node, torch.fx.Node)
+    x = node.args[0]
+    assert isinstance(x, torch.fx.Node)
+    return x
 
 
 def _rms_norm(sheet: _Sheet) -> None:
@@ -358,6 +434,7 @@ _DEFINITIONS: dict[str, Callable[[_Sheet], None]] = {
     "rms_norm": _rms_norm,
     "mean": _mean,
     "multiply_weight": _multiply_weight,
+    "round_activation": _round_activation,
     "rotate": _rotate,
     "activate": _activate,
     "scale": _with_number(xnn.XNNMultiply),
