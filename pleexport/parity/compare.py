@@ -42,7 +42,7 @@ def compare(
         text_ids: a text to measure logits and fidelity on; random ids where there is none.
         progress: called with the number of rows checked since its last call.
     """
-    blob = Blob(bundle.blob_path)
+    blob = bundle.open_blob()
     lossless, computing_dtypes = _lossless_tables(blob, matched), _computing_dtypes(bundle)
     # Rounded activations jump by a whole step where float32 noise turns a half.
     is_smooth = not matched.model.rounds_activations
@@ -105,7 +105,9 @@ def _lossless_tables(blob: Blob, matched: MatchedModel) -> dict[str, bool]:
     for table in matched.model.tables:
         segment = next(s for s in blob.segments if s.table == table.name)
         holds = segment.dtype in LOSSLESS[table.source_dtype(matched.dtype)]
-        if table.codes:
+        if table.codes and blob.tied_table == table.name:
+            holds = True  # a head with codes is looked up in only where it keeps them
+        elif table.codes:
             codes = Codes(segment.dtype, segment.group_size or 0, segment.scale_dtype or "")
             holds = segment.dtype == "fp32" or codes == table.codes
         found[table.name] = holds

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pleexport.runtime.bundle import BLOB, Bundle
 from pleexport.show.tables import aligned
 from pleexport.sizes import size_text
+from pleexport.tied_layout import TIED
 
 ROLES = {
     "model.onnx.data": "dense weights, read at every token",
+    TIED: "output head, read at every token; its rows are looked up too",
     BLOB: "rows of all tables, looked up by token id",
     "model.onnx": "dense graph",
     "model.pte": "dense graph and weights, read at every token",

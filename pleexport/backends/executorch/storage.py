@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.dtypes import packed_bytes
-from pleexport.model import Model, Weight
+from pleexport.model import Codes, Model, Weight
 from pleexport.weights import WeightRequest
 
 # XNNPACK's kernels take groups of this many weights, or of a multiple.
@@ -43,6 +43,10 @@ class ExecutorchStorage:
         dtype = self.dtype_of(weight)
         sums = 4 * weight.shape[0] if dtype in ("int8", "int4") else 0
         return self.file_bytes(weight) + sums
+
+    def row_codes(self, weight: Weight) -> Codes | None:
+        """None: a program holds its weights itself, and XNNPACK's copies have no rows."""
+        return None
 
     def notes(self, model: Model) -> list[str]:
         """The matrices that are stored in int8 for want of a group."""
