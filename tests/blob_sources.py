@@ -212,7 +212,7 @@ def tied_source(
     codes = codes.astype(np.uint8).reshape(rows, padded)
     codes[:, width:] = 2 ** (wide - 1)
     scales = (mixed(rows * layout.num_groups, seed=9).astype(np.float64) - 30_000) / 3e6
-    scales = scales.astype(np.float32).reshape(rows, -1)
+    scales = scales.astype(np.float32).reshape(rows, layout.num_groups)
     return TiedSource(layout, join_codes(codes, bits=wide) if wide < 8 else codes, scales)
 
 

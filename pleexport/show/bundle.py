@@ -9,8 +9,8 @@ from pleexport.tied_layout import TIED
 
 ROLES = {
     "model.onnx.data": "dense weights, read at every token",
-    TIED: "output head, read at every token; its rows are looked up too",
-    BLOB: "rows of all tables, looked up by token id",
+    TIED: "output head, read at every token, and its rows",
+    BLOB: "rows of tables, looked up by token id",
     "model.onnx": "dense graph",
     "model.pte": "dense graph and weights, read at every token",
     "tokenizer.json": "tokenizer",
