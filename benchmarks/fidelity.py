@@ -97,8 +97,9 @@ def measure(checkpoint: Path, name: str, folder: Path) -> dict[str, Any]:
     report = pleexport.verify(bundle, checkpoint=checkpoint, text=SAMPLES / "heldout.txt")
     assert report is not None
     sizes = {record.name: record.size for record in bundle.manifest.files}
+    weights = sizes["model.onnx.data"] + sizes.get("tied.safetensors", 0)
     return {
-        "weights_bytes": None if name == LLAMACPP else sizes["model.onnx.data"],
+        "weights_bytes": None if name == LLAMACPP else weights,
         "blob_bytes": sizes["embeddings.safetensors"],
         "original_perplexity": report.original_perplexity,
         "tokens": report.fidelity_tokens,

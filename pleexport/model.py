@@ -496,6 +496,28 @@ class Model:
         prefixes = self.ignored_prefixes.items()
         return next((part for prefix, part in prefixes if name.startswith(prefix)), None)
 
+    @property
+    def head(self) -> Weight:
+        """The output head."""
+        return next(weight for weight in self.weights if weight.precision == "head")
+
+    @property
+    def table_of_head(self) -> Table | None:
+        """The table whose rows may be those of the output head, as the checkpoint holds it."""
+        if self.head.transposed or self.head.leading_ones:
+            return None
+        return next(
+            (
+                table
+                for table in self.tables
+                if (table.rows, table.width) == self.head.shape
+                and table.layers is None
+                and table.fold is None
+                and table.rows >= self.num_rows
+            ),
+            None,
+        )
+
     def table(self, name: str) -> Table:
         """The table called `name`."""
         return next(table for table in self.tables if table.name == name)

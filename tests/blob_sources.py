@@ -11,11 +11,12 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.codes import QuantizedRows
+from pleexport.codes import QuantizedRows, join_codes
 from pleexport.dtypes import bits
 from pleexport.export.blob_writer import write_blob
 from pleexport.export.segments import plan_segments
 from pleexport.model import Codes, Table
+from pleexport.tied_layout import TiedLayout, tied_checksums
 
 PAGE_SIZE = 16_384
 KINDS = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
@@ -183,3 +184,53 @@ def example() -> Source:
 def write(made: Source, path: Path, table_dtype: str) -> None:
     segments = plan_segments(made.model.tables, table_dtype, made.dtype)  # type: ignore[arg-type]
     write_blob(made, path, segments=segments, page_size=PAGE_SIZE)  # type: ignore[arg-type]
+
+
+class TiedSource(NamedTuple):
+    """A matrix in codes, with what goes into its file."""
+
+    layout: TiedLayout
+    codes: NDArray[np.uint8]  # [rows, code_bytes], packed, each plus 2**(bits - 1)
+    scales: NDArray[np.float32]
+
+    @property
+    def vectors(self) -> NDArray[np.float32]:
+        """`[rows, width]`, multiplier applied, each element on its own."""
+        wide, width = bits(self.layout.dtype), self.layout.width
+        single = self.codes[..., None] >> np.arange(0, 8, wide) & (2**wide - 1)
+        signed = single.reshape(len(self.codes), -1)[:, :width] - 2 ** (wide - 1)
+        scales = self.scales[:, np.arange(width) // self.layout.group_size]
+        return signed.astype(np.float32) * scales * np.float32(self.layout.multiplier)
+
+
+def tied_source(
+    dtype: str, *, rows: int, width: int, group_size: int, multiplier: float
+) -> TiedSource:
+    layout = TiedLayout("head", "embed_tokens", rows, width, dtype, group_size, multiplier)
+    wide, padded = bits(dtype), layout.num_groups * group_size
+    codes = mixed(rows * padded, seed=bits(dtype)) >> np.uint64(16 - wide)
+    codes = codes.astype(np.uint8).reshape(rows, padded)
+    codes[:, width:] = 2 ** (wide - 1)
+    scales = (mixed(rows * layout.num_groups, seed=9).astype(np.float64) - 30_000) / 3e6
+    scales = scales.astype(np.float32).reshape(rows, layout.num_groups)
+    return TiedSource(layout, join_codes(codes, bits=wide) if wide < 8 else codes, scales)
+
+
+TIED_SOURCES: dict[str, Callable[[], TiedSource]] = {
+    "int8": lambda: tied_source("int8", rows=4, width=40, group_size=16, multiplier=39.25),
+    "int4": lambda: tied_source("int4", rows=20, width=33, group_size=16, multiplier=39.25),
+    "int2": lambda: tied_source("int2", rows=5, width=50, group_size=32, multiplier=39.191835),
+}
+
+
+def tied_example() -> TiedSource:
+    """The file of the hexdump: three rows of five elements."""
+    return tied_source("int4", rows=3, width=5, group_size=16, multiplier=2.25)
+
+
+def write_tied(made: TiedSource, path: Path) -> None:
+    layout, ids = made.layout, np.arange(made.layout.rows)
+    sums = tied_checksums(made.codes, made.scales, ids)
+    parts = (made.codes, made.scales.astype("<f4"), sums.astype("<u8"))
+    head = layout.head("xxh3-128:" + "0123456789abcdef" * 2)
+    path.write_bytes(head + b"".join(part.tobytes() for part in parts))

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 import pytest
 import xxhash
-from blob_sources import VECTOR_SOURCES, example, table, write
+from blob_sources import (
+    TIED_SOURCES,
+    VECTOR_SOURCES,
+    TiedSource,
+    example,
+    table,
+    tied_example,
+    write,
+    write_tied,
+)
 from numpy.typing import NDArray
 
 from pleexport.codes import unpack_codes
@@ -25,6 +34,8 @@ from pleexport.export.segments import plan_segments, row_stride
 from pleexport.model import Codes
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import Segment
+from pleexport.runtime.tied import TiedRows
+from pleexport.tied_layout import TiedLayout
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "blob-format.md"
 VECTORS = Path(__file__).with_name("vectors")
@@ -59,7 +70,7 @@ def render_header(path: Path) -> str:
         lines.append('    ]",')
     lines[-1] = lines[-1].removesuffix(",")
     lines.append("  },")
-    for name in ("header_checksum", "rows", "checksums"):
+    for name in (name for name in header if name != "__metadata__"):
         lines.append(f"  {json.dumps(name)}: {json.dumps(header[name])},")
     lines[-1] = lines[-1].removesuffix(",")
     return "\n".join([*lines, "}"])
@@ -146,6 +157,51 @@ def render_element(path: Path) -> str:
     return textwrap.fill(text, 100)
 
 
+def render_tied_hexdump(path: Path, layout: TiedLayout) -> str:
+    """Every byte of a small file of a tied head."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    json_end = data.rindex(b"}", 0, 8 + length) + 1
+    lines = [
+        _line(data, 0, 8, f"header length: {length}"),
+        _line(data, 8, json_end, "header: JSON"),
+        _line(data, json_end, 8 + length, "header: spaces up to the checksum"),
+        _line(data, 8 + length, layout.codes_offset, "xxh3-64 of the header"),
+        "",
+    ]
+    for row in range(layout.rows):
+        begin = layout.codes_offset + row * layout.code_bytes
+        raw = np.frombuffer(data[begin : begin + layout.code_bytes], np.uint8)
+        codes = unpack_codes(raw, bits=bits(layout.dtype), width=layout.width).tolist()
+        text = f"row {row}: codes {' '.join(map(str, codes))}, pad"
+        lines.append(_line(data, begin, begin + layout.code_bytes, text))
+    for row in range(layout.rows):
+        begin = layout.scales_offset + row * 4 * layout.num_groups
+        end = begin + 4 * layout.num_groups
+        scales = np.frombuffer(data[begin:end], "<f4")
+        listed = ", ".join(str(float(scale)) for scale in scales)
+        lines.append(_line(data, begin, end, f"row {row}: scales {listed}"))
+    for row in range(layout.rows):
+        begin = layout.checksums_offset + 8 * row
+        lines.append(_line(data, begin, begin + 8, f"row {row}: xxh3-64 of codes, scales, {row}"))
+    return "\n".join([*lines, f"{len(data):08x}"])
+
+
+def render_tied_element(made: TiedSource) -> str:
+    """How the first element of the example comes about."""
+    byte, scale, layout = int(made.codes[0, 0]), made.scales[0, 0], made.layout
+    code = byte % 16 - 8
+    value = np.float32(code) * scale
+    vector = value * np.float32(layout.multiplier)
+    assert vector == made.vectors[0, 0]
+    text = (
+        f"Row 0, element 0: byte `{byte:02x}`, lowest four bits {byte % 16}, "
+        f"code {byte % 16} - 8 = {code}; value {code} * {float(scale)} = {float(value)}; "
+        f"vector {float(value)} * {layout.multiplier} = {float(vector)}."
+    )
+    return textwrap.fill(text, 100)
+
+
 def code_blocks(language: str) -> list[str]:
     text = DOCUMENT.read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)\n```$", text, flags=re.MULTILINE | re.DOTALL)
@@ -153,11 +209,16 @@ def code_blocks(language: str) -> list[str]:
 
 def documents_decoder() -> Decoder:
     """The decoder that the document prints."""
-    (block,) = code_blocks("python")
-    assert "pleexport" not in re.sub(r'"pleexport-blob"', "", block)
+    return documents_functions()["decode"]
+
+
+def documents_functions() -> dict[str, Any]:
+    """What the document's code defines."""
     namespace: dict[str, Any] = {}
-    exec(compile(block, str(DOCUMENT), "exec"), namespace)
-    return namespace["decode"]
+    for block in code_blocks("python"):
+        assert "pleexport" not in re.sub(r'"pleexport-(blob|tied)"', "", block)
+        exec(compile(block, str(DOCUMENT), "exec"), namespace)
+    return namespace
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +233,16 @@ def expected_of(path: Path) -> dict[str, Any]:
 def test_document_shows_the_example(tmp_path: Path) -> None:
     path = tmp_path / "blob"
     write(example(), path, "source")
-    assert code_blocks("text") == [render_header(path), render_hexdump(path)]
-    assert f"\n\n{render_element(path)}\n\n" in DOCUMENT.read_text(encoding="utf-8")
+    made = tied_example()
+    write_tied(made, tied := tmp_path / "tied")
+    assert code_blocks("text") == [
+        render_header(path),
+        render_hexdump(path),
+        render_header(tied),
+        render_tied_hexdump(tied, made.layout),
+    ]
+    for element in (render_element(path), render_tied_element(made)):
+        assert f"\n\n{element}\n\n" in DOCUMENT.read_text(encoding="utf-8")
 
 
 def test_document_states_the_sizes_of_rows() -> None:
@@ -236,6 +305,42 @@ def test_document_states_every_rule_that_the_reader_cites() -> None:
     stated = re.findall(r"^- \*\*(B-\d\d)\*\*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"B-\d\d", reader)) <= set(stated)
     assert stated == [f"B-{i:02}" for i in range(1, len(stated) + 1)]
+    tied = "".join((package / "runtime" / f"{m}.py").read_text() for m in ("blob", "tied"))
+    stated = re.findall(r"^- \*\*(T-\d\d)\*\*", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"T-\d\d", tied)) <= set(stated)
+    assert stated == [f"T-{i:02}" for i in range(1, len(stated) + 1)]
+
+
+@pytest.mark.parametrize("name", TIED_SOURCES)
+def test_tied_vector_is_what_is_written_and_read(name: str, tmp_path: Path) -> None:
+    made, path = TIED_SOURCES[name](), VECTORS / "tied" / f"{name}.safetensors"
+    write_tied(made, tmp_path / "tied")
+    assert path.read_bytes() == (tmp_path / "tied").read_bytes()
+    assert path.stat().st_size <= LARGEST_VECTOR
+    expected = np.array(expected_of(path)["vectors"], dtype=np.float32)
+    np.testing.assert_array_equal(expected, made.vectors)
+    rows = TiedRows(path)
+    rows.verify()
+    np.testing.assert_array_equal(rows.lookup(np.arange(rows.num_rows)), expected)
+    decode_tied = documents_functions()["decode_tied"]
+    for row, vector in enumerate(expected):
+        np.testing.assert_array_equal(decode_tied(path, row), vector)
+    damaged = bytearray(path.read_bytes())
+    damaged[made.layout.scales_offset] ^= 1
+    (tmp_path / "tied").write_bytes(damaged)
+    with pytest.raises(AssertionError, match="a damaged row"):
+        decode_tied(tmp_path / "tied", 0)
+
+
+def test_tied_vectors_hold_all_that_can_be_told_apart() -> None:
+    assert {p.stem for p in (VECTORS / "tied").glob("*.safetensors")} == set(TIED_SOURCES)
+    sources = {name: make() for name, make in TIED_SOURCES.items()}
+    assert all((made.scales < 0).any() and (made.scales > 0).any() for made in sources.values())
+    assert all(made.layout.width % made.layout.group_size for made in sources.values())
+    for name, made in sources.items():
+        wide = bits(name)
+        found = set((made.codes[..., None] >> np.arange(0, 8, wide) & (2**wide - 1)).reshape(-1))
+        assert {0, 2**wide - 1} <= {int(code) for code in found} or name == "int8"
 
 
 @pytest.mark.parametrize("name", VECTOR_SOURCES)
@@ -328,16 +433,36 @@ def main() -> None:
     hashes = [(n, xxhash.xxh3_64_hexdigest(hashed_bytes(n))) for n in HASHED_LENGTHS]
     described = {"input": "byte i is (131 i + 17) mod 256", "seed": 0, "hashes": hashes}
     HASHES.write_text(json.dumps(described) + "\n", encoding="utf-8")
-    path = VECTORS / "example.safetensors"
+    for name, make_tied in TIED_SOURCES.items():
+        made = make_tied()
+        path = VECTORS / "tied" / f"{name}.safetensors"
+        path.parent.mkdir(exist_ok=True)
+        write_tied(made, path)
+        described = {
+            "table": made.layout.table,
+            "vectors": made.vectors.astype(np.float64).tolist(),
+        }
+        path.with_suffix(".json").write_text(json.dumps(described) + "\n", encoding="utf-8")
+    path, tied = VECTORS / "example.safetensors", VECTORS / "example.tied"
     write(example(), path, "source")
+    write_tied(tied_example(), tied)
     text = DOCUMENT.read_text(encoding="utf-8")
     old = [f"```text\n{block}\n```" for block in code_blocks("text")]
-    for block, new in zip(old, (render_header(path), render_hexdump(path)), strict=True):
+    blocks = (
+        render_header(path),
+        render_hexdump(path),
+        render_header(tied),
+        render_tied_hexdump(tied, tied_example().layout),
+    )
+    for block, new in zip(old, blocks, strict=True):
         text = text.replace(block, f"```text\n{new}\n```")
+    element = re.compile(r"^Row 0, element 0: .*?\n\n", re.MULTILINE | re.DOTALL)
+    text = element.sub(f"{render_tied_element(tied_example())}\n\n", text, count=1)
     element = re.compile(r"^Token id 0, .*?\n\n", re.MULTILINE | re.DOTALL)
     text = element.sub(f"{render_element(path)}\n\n", text, count=1)
     DOCUMENT.write_text(text, encoding="utf-8")
     path.unlink()
+    tied.unlink()
 
 
 if __name__ == "__main__":

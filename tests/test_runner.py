@@ -269,7 +269,7 @@ def test_packed_weights_are_written_once_and_give_the_same_logits(
 def test_packing_that_fails_leaves_nothing(
     sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(bundle: object, folder: Path) -> None:
+    def fail(bundle: object, artifact: object, folder: Path) -> None:
         (folder / "model.onnx").write_bytes(b"half")
         raise KeyboardInterrupt
 

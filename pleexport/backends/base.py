@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from pleexport.checkpoint.matching import MatchedModel
-    from pleexport.model import Model, Weight
+    from pleexport.model import Codes, Model, Weight
+    from pleexport.tied_layout import TiedLayout
     from pleexport.weights import WeightRequest
 
 _MOST_THREADS = 256
@@ -67,6 +68,13 @@ class WeightStorage(Protocol):
 
     def resident_bytes(self, weight: Weight) -> int:
         """Bytes in memory once loaded."""
+        ...
+
+    def row_codes(self, weight: Weight) -> Codes | None:
+        """How a matrix is stored whose file can be looked up in, as docs/blob-format.md says.
+
+        None where a table of the same numbers needs rows of its own.
+        """
         ...
 
     def notes(self, model: Model) -> list[str]:
@@ -136,8 +144,14 @@ class Backend(Protocol):
         """By dynamic dimension of its graphs, the largest size; of those that are limited."""
         ...
 
-    def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
-        """Bytes of its large files by name."""
+    def planned_files(
+        self, model: Model, storage: WeightStorage, *, tied: TiedLayout | None
+    ) -> dict[str, int]:
+        """Bytes of its large files by name.
+
+        Args:
+            tied: the matrix that gets a file of its own, `tied.safetensors`; one of `row_codes`.
+        """
         ...
 
     def working_bytes(self, model: Model, storage: WeightStorage) -> int:
@@ -151,12 +165,14 @@ class Backend(Protocol):
         storage: WeightStorage,
         folder: Path,
         *,
+        tied: TiedLayout | None,
         importance: Mapping[str, NDArray[np.float32]],
         progress: Callable[[int], object],
     ) -> Artifact:
         """Write a program and its weights to a folder.
 
         Args:
+            tied: as in `planned_files`.
             importance: by weight, how much each input counts; for those that were measured.
             progress: called with the number of bytes written since its last call.
         Raises:

@@ -159,15 +159,23 @@ class MatchedModel:
                 continue
             (tied_to,) = self.entries(weight)
             mine, tied = self.checkpoint.array(own), self.checkpoint.array(tied_to.name)
-            for begin in range(0, len(mine), _ROWS_COMPARED):
-                rows = slice(begin, begin + _ROWS_COMPARED)
-                if not np.array_equal(mine[rows], tied[rows]):
-                    raise CheckpointError(
-                        f"`{self.checkpoint.path}` ties its head to `{weight.key}`, but holds a "
-                        f"different `{own}`",
-                        hint="set `tie_word_embeddings` to false in config.json, or remove the "
-                        "tensor",
-                    )
+            if not _equal(mine, tied):
+                raise CheckpointError(
+                    f"`{self.checkpoint.path}` ties its head to `{weight.key}`, but holds a "
+                    f"different `{own}`",
+                    hint="set `tie_word_embeddings` to false in config.json, or remove the tensor",
+                )
+
+    def head_has_codes_of_its_table(self) -> bool:
+        """Whether the output head of a quantized checkpoint is its input embedding once more.
+
+        Reads both, up to the first difference.
+        """
+        head, table = self.model.head, self.model.table_of_head
+        if not head.codes or table is None or head.codes != table.codes:
+            return False
+        pairs = zip(head.codes.keys, table.codes.keys, strict=True)
+        return all(_equal(self._array(a), self._array(b)) for a, b in pairs)
 
     def _array(self, key: str) -> NDArray[np.generic]:
         array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))
@@ -302,6 +310,12 @@ def _in_segments(rows: QuantizedRows, table: Table) -> QuantizedRows:
     if zero_points is not None:
         zero_points = zero_points.repeat(repeated, axis=-1).reshape(shape)
     return QuantizedRows(rows.codes.reshape(shape), scales, zero_points)
+
+
+def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
+    """Whether two tensors hold the same numbers; of mapped ones, a part at a time is in memory."""
+    parts = (slice(begin, begin + _ROWS_COMPARED) for begin in range(0, len(one), _ROWS_COMPARED))
+    return all(np.array_equal(one[rows], other[rows]) for rows in parts)
 
 
 def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:

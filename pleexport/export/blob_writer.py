@@ -12,6 +12,7 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pleexport.checked_header import CHECKSUM_BYTES, checked_head
 from pleexport.codes import QuantizedRows, Scales, pack_codes
 from pleexport.dtypes import bits, numpy_dtype
 from pleexport.errors import CheckpointError
@@ -20,17 +21,15 @@ from pleexport.model import Codes, Model, Rows, Table
 from pleexport.parallel import map_in_order
 from pleexport.quantize import quantize_rows
 from pleexport.runtime.blob_layout import (
-    CHECKSUM_BYTES,
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
     FORMAT,
-    HEADER_CHECKSUM,
     ROWS,
     VERSION,
     Segment,
     row_checksums,
 )
-from pleexport.sizes import align, groups
+from pleexport.sizes import groups
 
 _BATCH_BYTES = 2 << 20
 
@@ -61,15 +60,15 @@ def write_blob(
     page_size: int,
     progress: Callable[[int], object] = lambda _: None,
 ) -> str:
-    """Write all tables to `path`.
+    """Write tables to `path`.
 
     Args:
-        source: the tables.
-        segments: of a row; see `plan_segments`.
+        source: all tables of a model.
+        segments: of a row; see `plan_segments`. A table that has none is left out.
         page_size: bytes; the rows begin at a multiple of it.
         progress: called with the number of bytes written since its last call.
     Returns:
-        a digest of the source tables.
+        a digest of the source rows.
     Raises:
         CheckpointError: a table holds values that cannot be stored in the dtype.
     Source: docs/blob-format.md.
@@ -78,14 +77,15 @@ def write_blob(
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
     checksums = _Checksums()
-    digests = {table.name: xxhash.xxh3_128() for table in model.tables}
     own = {t.name: [s for s in segments if s.table == t.name] for t in model.tables}
+    tables = [table for table in model.tables if own[table.name]]
+    digests = {table.name: xxhash.xxh3_128() for table in tables}
 
     def encode(begin: int) -> tuple[NDArray[np.uint8], dict[str, NDArray[np.uint8]]]:
         ids = np.arange(begin, min(begin + batch_rows, model.num_rows))
         batch = np.zeros((len(ids), stride), dtype=np.uint8)
         sources = {}
-        for table in model.tables:
+        for table in tables:
             rows = _source_rows(source, table, ids)
             sources[table.name] = _source_bytes(rows)
             _encode(batch, rows, table, own[table.name])
@@ -102,7 +102,7 @@ def write_blob(
             checksums.update(batch)
             progress(batch.nbytes)
         file.write(checksums.finish().tobytes())
-        digest = "xxh3-128:" + "".join(digests[t.name].hexdigest() for t in model.tables)
+        digest = "xxh3-128:" + "".join(digests[t.name].hexdigest() for t in tables)
         file.seek(0)
         file.write(_head(model, segments, page_size, digest))
     return digest
@@ -234,26 +234,13 @@ class _Checksums:
 
 def _rows_offset(model: Model, segments: list[Segment], page_size: int) -> int:
     """Byte of the file at which row 0 begins."""
-    digest = "xxh3-128:" + "0" * 32 * len(model.tables)
+    digest = "xxh3-128:" + "0" * 32 * len({segment.table for segment in segments})
     return len(_head(model, segments, page_size, digest))
 
 
 def _head(model: Model, segments: list[Segment], page_size: int, source_digest: str) -> bytes:
-    """What comes before the rows, which begin at a multiple of the page size.
-
-    The header and its checksum: of the header's length, its JSON, and the spaces behind it.
-    """
-    raw = json.dumps(_header(model, segments, page_size, source_digest), separators=(",", ":"))
-    length = align(8 + len(raw) + CHECKSUM_BYTES, page_size) - CHECKSUM_BYTES - 8
-    header = length.to_bytes(8, "little") + raw.encode().ljust(length)
-    return header + xxhash.xxh3_64_intdigest(header).to_bytes(CHECKSUM_BYTES, "little")
-
-
-def _header(
-    model: Model, segments: list[Segment], page_size: int, source_digest: str
-) -> dict[str, object]:
-    row_bytes = model.num_rows * row_stride(segments)
-    chunks = groups(row_bytes, CHECKSUM_CHUNK_BYTES)
+    """What comes before the rows, which begin at a multiple of the page size."""
+    stride = row_stride(segments)
     metadata = {
         "format": FORMAT,
         "version": VERSION,
@@ -264,14 +251,8 @@ def _header(
         "segments": msgspec.json.encode(segments).decode(),
         "source_digest": source_digest,
     }
-    header: dict[str, object] = {"__metadata__": metadata}
-    position = 0
-    for name, dtype, shape, nbytes in (
-        (HEADER_CHECKSUM, "U64", [1], CHECKSUM_BYTES),
-        (ROWS, "U8", [model.num_rows, row_stride(segments)], row_bytes),
-        (CHECKSUMS, "U64", [chunks], CHECKSUM_BYTES * chunks),
-    ):
-        end = position + nbytes
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    return header
+    tensors = {
+        ROWS: ("U8", [model.num_rows, stride]),
+        CHECKSUMS: ("U64", [groups(model.num_rows * stride, CHECKSUM_CHUNK_BYTES)]),
+    }
+    return checked_head(metadata, tensors, page_size=page_size)

@@ -83,7 +83,12 @@ def build(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
-    plan = make_plan(matched.model, settings, source=matched.dtype)
+    plan = make_plan(
+        matched.model,
+        settings,
+        source=matched.dtype,
+        equal_codes=matched.head_has_codes_of_its_table(),
+    )
     plan.backend.require()
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), plan)
     matched.check_tied_head()
@@ -106,7 +111,7 @@ def build(
             eos_token_ids=_eos_token_ids(matched),
             table_dtype=settings.table_dtype,
             weight_dtype=settings.weights.dtype,
-            head_dtype=_head_dtype(plan),
+            head_dtype=plan.storage.dtype_of(plan.model.head),
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
             cache_dtype=settings.cache_dtype,
@@ -226,15 +231,11 @@ def _write_model(
                 matched,
                 plan.storage,
                 folder,
+                tied=plan.tied,
                 importance=important,
                 progress=work.advance,
             )
             return rows.result(), artifact
-
-
-def _head_dtype(plan: Plan) -> str:
-    heads = (weight for weight in plan.model.weights if weight.precision == "head")
-    return plan.storage.dtype_of(next(heads))
 
 
 def _eos_token_ids(matched: MatchedModel) -> list[int]:

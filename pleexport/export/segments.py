@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pleexport.checked_header import CHECKSUM_BYTES
 from pleexport.dtypes import TableDtype, packed_bytes
 from pleexport.model import Codes, Table
 from pleexport.runtime.blob_layout import (
-    CHECKSUM_BYTES,
     ROW_ALIGNMENT,
     SEGMENT_ALIGNMENT,
     Segment,

@@ -42,7 +42,7 @@ def compare(
         text_ids: a text to measure logits and fidelity on; random ids where there is none.
         progress: called with the number of rows checked since its last call.
     """
-    blob = Blob(bundle.blob_path)
+    blob = bundle.open_blob()
     lossless, computing_dtypes = _lossless_tables(blob, matched), _computing_dtypes(bundle)
     if matched.model.leaves_rounding_out:
         computing_dtypes.add("int8")  # what is left out moves logits as far as rounding would
@@ -109,7 +109,9 @@ def _lossless_tables(blob: Blob, matched: MatchedModel) -> dict[str, bool]:
         segment = next(s for s in blob.segments if s.table == table.name)
         codes = Codes(segment.dtype, segment.group_size or 0, segment.scale_dtype or "")
         holds = segment.dtype in LOSSLESS[table.source_dtype(matched.dtype)]
-        found[table.name] = holds or codes == table.segment_codes
+        # A head with codes is looked up in only where it keeps them.
+        own = table.codes is not None and blob.tied_table == table.name
+        found[table.name] = holds or own or codes == table.segment_codes
     return found
 
 

@@ -27,11 +27,12 @@ class TableCheck(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         lossless: rows must equal the source bit for bit. Otherwise values must be within half a
-            quantization step; with 4 bits, whose scales are searched, a group of values must be as
-            close to the source as rounding to nearest would bring it.
+            quantization step; where scales are searched, which is with 4 bits and in a tied head, a
+            group of values must be as close to the source as rounding to nearest would bring it.
         max_error: largest absolute difference, multiplier applied.
         max_steps: largest difference, in the quantization steps that clip nothing.
         first_bad_row: token id, or None.
+        tied: the rows are those of the output head.
     """
 
     table: str
@@ -42,6 +43,7 @@ class TableCheck(msgspec.Struct, frozen=True, kw_only=True):
     max_steps: float | None
     first_bad_row: int | None
     first_bad_layer: int | None
+    tied: bool = False
 
 
 class LogitsCheck(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,6 +60,7 @@ def check_table(
         progress: called with the number of rows checked since its last call.
     """
     segment = next(s for s in blob.segments if s.table == table.name)
+    tied = blob.tied_table == table.name
     batches = []
     for ids in _batches(blob.num_rows, table.row_width):
         batches.append(
@@ -69,6 +70,7 @@ def check_table(
                 _stored(blob, table, ids),
                 multiplier=np.float32(table.multiplier),
                 rounding=None if lossless else segment,
+                tied=tied,
             )
         )
         progress(len(ids))
@@ -83,6 +85,7 @@ def check_table(
         max_steps=None if lossless else float(np.max(steps, initial=0.0)),
         first_bad_row=first_bad[0] if first_bad else None,
         first_bad_layer=first_bad[1] if first_bad and table.layers is not None else None,
+        tied=tied,
     )
 
 
@@ -93,23 +96,24 @@ def _check_batch(
     *,
     multiplier: np.float32,
     rounding: Segment | None,
+    tied: bool,
 ) -> _Batch:
     """Compare looked-up vectors with the source's.
 
     Args:
         multiplier: the model's, not the blob's, which may be wrong. It is in `got_NLW` only.
         rounding: how they were rounded; None where they must be equal bit for bit.
+        tied: they were rounded as a matrix, whose scales are searched with 8 bits too.
     """
     difference_NLW = np.abs(got_NLW - expected_NLW * multiplier)
     max_error = float(difference_NLW.max())
     # Comparisons are turned around so that a NaN is bad too.
     if rounding is None:
         return _Batch(max_error, None, _first(~(difference_NLW.max(axis=-1) == 0), ids))
-    steps_NLW = _quantization_steps(expected_NLW, rounding)
-    in_steps_NLW = difference_NLW / (steps_NLW * multiplier)
-    if rounding.dtype == "int4":
-        group_size = rounding.group_size or 1
-        bad_NL = _further_than_nearest(expected_NLW, got_NLW / multiplier, steps_NLW, group_size)
+    steps_NLW = (_matrix_steps if tied else _quantization_steps)(expected_NLW, rounding)
+    in_steps_NLW = difference_NLW / np.abs(steps_NLW * multiplier)
+    if tied or rounding.dtype == "int4":
+        bad_NL = _further_than_nearest(expected_NLW, got_NLW / multiplier, steps_NLW, rounding)
     else:
         bad_NL = ~(in_steps_NLW.max(axis=-1) <= 0.5 + _SLACK)
     return _Batch(max_error, float(in_steps_NLW.max()), _first(bad_NL, ids))
@@ -155,19 +159,38 @@ def _quantization_steps(expected_NLW: NDArray[np.float32], segment: Segment) -> 
     return np.maximum(steps[..., : expected_NLW.shape[-1]], np.float32(_SMALLEST_STEP))
 
 
+def _matrix_steps(expected_NLW: NDArray[np.float32], segment: Segment) -> NDArray[np.float32]:
+    """By element, the distance between neighbouring codes of a matrix, from the source alone.
+
+    The value of largest magnitude gets the lowest code, so steps may be negative.
+    """
+    width, size = expected_NLW.shape[-1], segment.group_size or 1
+    starts = np.arange(0, width, size)
+    top = np.maximum.reduceat(expected_NLW, starts, axis=-1)
+    bottom = np.minimum.reduceat(expected_NLW, starts, axis=-1)
+    largest = np.where(top > -bottom, -top, -bottom)
+    steps = np.repeat(largest, size, axis=-1)[..., :width] / np.float32(
+        2 ** (bits(segment.dtype) - 1)
+    )
+    usable = np.abs(steps) > _SMALLEST_STEP
+    return np.where(usable, steps, np.float32(_SMALLEST_STEP)).astype(np.float32, copy=False)
+
+
 def _further_than_nearest(
     expected_NLW: NDArray[np.float32],
     got_NLW: NDArray[np.float32],
     steps_NLW: NDArray[np.float32],
-    group_size: int,
+    segment: Segment,
 ) -> NDArray[np.bool_]:
     """`[N, L]`: whether a group of values is further off than rounding to nearest.
 
-    Scales of 4-bit codes are searched for: single values may be more than half a step off, and the
-    group as a whole is closer for it.
+    Where scales are searched for, single values may be more than half a step off, and the group as
+    a whole is closer for it.
     """
-    starts = np.arange(0, expected_NLW.shape[-1], group_size)
-    nearest = np.rint(expected_NLW / steps_NLW) * steps_NLW - expected_NLW
+    starts = np.arange(0, expected_NLW.shape[-1], segment.group_size or 1)
+    highest = 2 ** (bits(segment.dtype) - 1) - 1
+    codes = np.minimum(np.rint(expected_NLW / steps_NLW), highest)
+    nearest = codes * steps_NLW - expected_NLW
     error, bound, size = (
         np.sqrt(np.add.reduceat(np.square(values), starts, axis=-1))
         for values in (got_NLW - expected_NLW, nearest, expected_NLW)

@@ -14,7 +14,6 @@ from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
 from pleexport.parity.report import ParityReport
 from pleexport.progress import Progress
-from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.tokenizer import open_tokenizer
 
@@ -44,7 +43,7 @@ def verify(
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     with progress.bytes("Checking file digests", opened.nbytes) as update:
         opened.verify_files(update)
-    blob = Blob(opened.blob_path)
+    blob = opened.open_blob()
     with progress.bytes("Checking row checksums", blob.nbytes) as update:
         blob.verify(update)
     if checkpoint is None:

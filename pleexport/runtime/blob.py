@@ -23,6 +23,8 @@ from pleexport.runtime.blob_layout import (
     row_checksums,
     stored_checksums,
 )
+from pleexport.runtime.pages import PageRuns, ask_for, page_runs
+from pleexport.runtime.tied import TiedRows
 from pleexport.safetensors_file import SafetensorsFile
 from pleexport.sizes import groups
 
@@ -32,22 +34,28 @@ class Blob:
 
     Args:
         path: the file.
+        tied: a table that is not in the blob, but in the file of a matrix.
+    Attributes:
+        segments: of a row, those of the blob first.
     Raises:
         BlobError: the file breaks a rule of docs/blob-format.md.
         CheckFailed: its header does not match its checksum.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, tied: TiedRows | None = None) -> None:
         self.path = Path(path)
         self._file = SafetensorsFile(self.path, error=BlobError)
         header = read_header(self._file)
-        self.segments = header.segments
+        self.segments = header.segments + ([tied.segment] if tied else [])
         self.row_aliases = header.row_aliases
         self.num_rows = header.num_rows
         self.row_stride = header.row_stride
         self.num_chunks = header.num_chunks
         self.source_digest = header.source_digest
         self._runs = header.runs
+        self._tied = tied
+        if tied:
+            _check_tied(self, tied)
 
     @cached_property
     def rows(self) -> NDArray[np.uint8]:
@@ -61,16 +69,27 @@ class Blob:
 
     @property
     def nbytes(self) -> int:
-        """Size of the file."""
-        return self._file.file_bytes
+        """Bytes of all files that rows are read from."""
+        return self._file.file_bytes + (self._tied.nbytes if self._tied else 0)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a token id's row, in all files."""
+        return self.row_stride + (self._tied.row_bytes if self._tied else 0)
+
+    @property
+    def tied_table(self) -> str | None:
+        """The table that is not in the blob, but in the file of a matrix."""
+        return self._tied.segment.table if self._tied else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """By table, the shape of what a token id looks up: `(width,)` or `(layers, width)`."""
-        return {
+        own: dict[str, tuple[int, ...]] = {
             name: (run.count, run.first.width) if run.per_layer else (run.first.width,)
             for name, run in self._runs.items()
         }
+        return own | ({self._tied.segment.table: (self._tied.segment.width,)} if self._tied else {})
 
     def row_ids(self, ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         """The rows that token ids select, aliases replaced.
@@ -98,15 +117,14 @@ class Blob:
 
     def prefetch(self, row_ids: NDArray[np.int64]) -> None:
         """Ask the system to read the pages of all distinct rows at once."""
-        if not hasattr(self._file.mapping, "madvise"):
-            return
-        for first, end in self._page_runs(row_ids):
-            self._file.mapping.madvise(
-                mmap.MADV_WILLNEED, first * mmap.PAGESIZE, (end - first) * mmap.PAGESIZE
-            )
+        ask_for(self._file.mapping, self._page_runs(row_ids))
+        if self._tied:
+            self._tied.prefetch(row_ids)
 
     def forget_pages(self) -> None:
         """Drop the blob from this process's memory and from the page cache, for cold timings.
+
+        What is tied stays: every token is multiplied by it.
 
         Raises:
             InputError: the system has no way to ask for it.
@@ -125,8 +143,9 @@ class Blob:
             os.close(descriptor)
 
     def pages(self, row_ids: NDArray[np.int64]) -> int:
-        """How many distinct pages of the file the rows lie on."""
-        return sum(end - first for first, end in self._page_runs(row_ids))
+        """How many distinct pages of the files the rows lie on."""
+        runs = self._page_runs(row_ids) + (self._tied.page_runs(row_ids) if self._tied else [])
+        return sum(end - first for first, end in runs)
 
     def lookup(
         self, row_ids: NDArray[np.int64], tables: Collection[str] | None = None
@@ -140,11 +159,14 @@ class Blob:
         """
         gathered = self.rows[row_ids]
         self._check_rows(row_ids, gathered)
-        wanted = self._runs if tables is None else tables
-        return {name: _decode(gathered, self._runs[name]) for name in wanted}
+        wanted = self.shapes if tables is None else tables
+        found = {n: _decode(gathered, self._runs[n]) for n in wanted if n in self._runs}
+        if self._tied and self.tied_table in wanted:
+            found[self._tied.segment.table] = self._tied.lookup(row_ids)
+        return found
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
-        """Compare every row and every chunk with its checksum.
+        """Compare every row, in all files, and every chunk with its checksum.
 
         Raises:
             CheckFailed: names the first damaged row.
@@ -157,6 +179,8 @@ class Blob:
             self._check_rows(np.arange(first, min(last, self.num_rows)), self.rows[first:last])
             self._check_chunk(chunk)
             progress(CHECKSUM_CHUNK_BYTES)
+        if self._tied:
+            self._tied.verify(progress)
 
     def _check_rows(self, row_ids: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
         bad = row_checksums(rows) != stored_checksums(rows)
@@ -180,19 +204,21 @@ class Blob:
                 hint="copy the bundle again, or rebuild it",
             )
 
-    def _page_runs(self, row_ids: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Page ranges `[first, end)` of the file that distinct rows lie on, neighbours joined."""
-        distinct = np.unique(row_ids)
-        begin = self.rows_offset + distinct * self.row_stride
-        firsts = begin // mmap.PAGESIZE
-        ends = (begin + self.row_stride - 1) // mmap.PAGESIZE + 1
-        runs: list[tuple[int, int]] = []
-        for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
-            if runs and first <= runs[-1][1]:
-                runs[-1] = (runs[-1][0], end)
-            else:
-                runs.append((first, end))
-        return runs
+    def _page_runs(self, row_ids: NDArray[np.int64]) -> PageRuns:
+        return page_runs(row_ids, begin=self.rows_offset, row_bytes=self.row_stride)
+
+
+def _check_tied(blob: Blob, tied: TiedRows) -> None:
+    """Refuse a table in a file of its own that does not go with a blob."""
+    table = tied.segment.table
+    twice = any(segment.table == table for segment in blob.segments[:-1])
+    if twice or tied.num_rows < blob.num_rows:
+        problem = "both have" if twice else f"it has {tied.num_rows} rows of"
+        raise BlobError(
+            f"`{tied.path}` does not go with `{blob.path}`, which has {blob.num_rows} rows: "
+            f"{problem} table `{table}` (T-07)",
+            hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
+        )
 
 
 def _decode(rows: NDArray[np.uint8], run: Run) -> NDArray[np.float32]:

@@ -8,16 +8,14 @@ from typing import Any
 
 import msgspec
 import numpy as np
-import xxhash
 
+from pleexport.checked_header import CHECKSUM_BYTES, HEADER_CHECKSUM, header_is_damaged
 from pleexport.dtypes import CODED, COMPUTED
 from pleexport.errors import BlobError, CheckFailed
 from pleexport.runtime.blob_layout import (
-    CHECKSUM_BYTES,
     CHECKSUM_CHUNK_BYTES,
     CHECKSUMS,
     FORMAT,
-    HEADER_CHECKSUM,
     MINIMUM_PAGE_SIZE,
     ROW_ALIGNMENT,
     ROWS,
@@ -107,11 +105,8 @@ def _broken(file: SafetensorsFile, what: str, hint: str = _DAMAGED) -> BlobError
 
 
 def _check_checksum(file: SafetensorsFile) -> None:
-    entry = file.entries.get(HEADER_CHECKSUM)
-    if entry is None or (entry.dtype, entry.shape) != ("uint64", (1,)):
-        return  # version 1 has none; in any other file this is B-01
-    found = xxhash.xxh3_64_intdigest(file.mapping[: file.data_offset])
-    if found != int(file.array(HEADER_CHECKSUM)[0]):
+    # Version 1 has none; in any other file that is B-01.
+    if header_is_damaged(file):
         raise CheckFailed(
             f"`{file.path}` is damaged: its header does not match its checksum (B-11)",
             hint=_DAMAGED,

@@ -9,15 +9,14 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from pleexport.checked_header import CHECKSUM_BYTES
 from pleexport.dtypes import bits, packed_bytes
 from pleexport.sizes import groups
 
 FORMAT = "pleexport-blob"
 VERSION = "2"
-HEADER_CHECKSUM = "header_checksum"
 ROWS = "rows"
 CHECKSUMS = "checksums"
-CHECKSUM_BYTES = 8
 CHECKSUM_CHUNK_BYTES = 1 << 20
 SEGMENT_ALIGNMENT = 4
 ROW_ALIGNMENT = 64

@@ -13,7 +13,10 @@ from pleexport.backends.registry import NAMES, load
 from pleexport.contract import Artifact
 from pleexport.dtypes import CacheDtype
 from pleexport.errors import BundleError, CheckFailed
+from pleexport.runtime.blob import Blob
+from pleexport.runtime.tied import TiedRows
 from pleexport.runtime.tokenizer import tokenizer_files
+from pleexport.tied_layout import TIED
 
 SCHEMA = 2
 DECODER = "decoder"
@@ -117,6 +120,23 @@ class Bundle:
     def blob_path(self) -> Path:
         """The blob."""
         return self.path / BLOB
+
+    def open_blob(self) -> Blob:
+        """The blob, with the table that the decoder's files hold where they hold one.
+
+        Raises:
+            BlobError, CheckFailed: a file breaks a rule of docs/blob-format.md.
+            BundleError: files of two bundles are mixed.
+        """
+        if TIED not in self.decoder.files:
+            return Blob(self.blob_path)
+        tied = TiedRows(self.path / TIED)
+        if tied.weights_digest != self.decoder.weights_digest:
+            raise BundleError(
+                f"`{tied.path}` is of another bundle: its graph is not that of the manifest",
+                hint="copy the bundle again, or rebuild it",
+            )
+        return Blob(self.blob_path, tied=tied)
 
     @property
     def tokenizer_files(self) -> dict[str, Path]:

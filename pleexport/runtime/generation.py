@@ -110,7 +110,7 @@ class _Watch:
         stats, rows = self._stats, self._reader.rows_read
         stats.decode_seconds = time.perf_counter() - self._first_at
         stats.rows = sum(map(len, rows))
-        stats.row_bytes = stats.rows * self._blob.row_stride
+        stats.row_bytes = stats.rows * self._blob.row_bytes
         minor, major = page_faults()
         stats.minor_page_faults = minor - self._faults[0]
         stats.major_page_faults = major - self._faults[1]

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from pleexport.backends.registry import load
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime import generation
-from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.reader import Reader, Vectors
 from pleexport.runtime.sampling import Sampling
@@ -48,7 +47,7 @@ class Runner:
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
         self.context = self.bundle.manifest.context
-        self.blob = Blob(self.bundle.blob_path)
+        self.blob = self.bundle.open_blob()
         if self.blob.source_digest != self.bundle.manifest.tables_digest:
             raise BundleError(
                 f"`{self.blob.path}` is the blob of another bundle: its tables are not those of "

@@ -26,8 +26,8 @@ class Stats:
         prompt_tokens: tokens that were prefilled; those of an earlier turn are not read again.
         first_token_seconds: from the call to the first token.
         rows: rows looked up.
-        row_bytes: bytes of these rows in the blob.
-        pages: distinct pages of the blob that these rows lie on.
+        row_bytes: bytes of these rows, in all files.
+        pages: distinct pages of the files that these rows lie on.
         anonymous_bytes, file_backed_bytes: resident memory at the end; None where not known.
     """
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pleexport.runtime.bundle import BLOB, Bundle
 from pleexport.show.tables import aligned
 from pleexport.sizes import size_text
+from pleexport.tied_layout import TIED
 
 ROLES = {
     "model.onnx.data": "dense weights, read at every token",
-    BLOB: "rows of all tables, looked up by token id",
+    TIED: "output head, read at every token, and its rows",
+    BLOB: "rows of tables, looked up by token id",
     "model.onnx": "dense graph",
     "model.pte": "dense graph and weights, read at every token",
     "tokenizer.json": "tokenizer",

@@ -65,7 +65,7 @@ def row_verdict(check: TableCheck) -> str:
         return f"DIFFERS first at token id {check.first_bad_row}"
     if check.lossless:
         return "as the source, bit for bit"
-    if check.dtype == "int4":
+    if check.dtype == "int4" or check.tied:
         return "no group further off than rounding to nearest"
     return "within half a step"
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pleexport.backends.executorch.session import ExecutorchSession
     from pleexport.checkpoint.matching import MatchedModel
     from pleexport.model import Model
+    from pleexport.tied_layout import TiedLayout
     from pleexport.weights import WeightRequest
 
 PROGRAM = "model.pte"
@@ -99,7 +100,9 @@ class ExecutorchBackend:
         """All dynamic dimensions are limited, since memory is planned for them."""
         return bounds(contract, context=context)
 
-    def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
+    def planned_files(
+        self, model: Model, storage: WeightStorage, *, tied: TiedLayout | None
+    ) -> dict[str, int]:
         """Bytes of the program's weights; its structure is small."""
         return {PROGRAM: sum(storage.file_bytes(weight) for weight in model.weights)}
 
@@ -114,6 +117,7 @@ class ExecutorchBackend:
         storage: WeightStorage,
         folder: Path,
         *,
+        tied: TiedLayout | None,
         importance: Mapping[str, NDArray[np.float32]],
         progress: Callable[[int], object],
     ) -> Artifact:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.dtypes import QUANTIZED, packed_bytes
-from pleexport.model import Model, Weight
+from pleexport.model import Codes, Model, Weight
 from pleexport.sizes import size_text
 from pleexport.weights import WeightRequest
 
@@ -64,6 +64,10 @@ class ExecutorchStorage:
         """Bytes in memory: XNNPACK arranges weights anew, and keeps a sum for each output."""
         sums = 4 * weight.shape[0] if self.dtype_of(weight) in QUANTIZED else 0
         return self.file_bytes(weight) + sums
+
+    def row_codes(self, weight: Weight) -> Codes | None:
+        """None: a program holds its weights itself, and XNNPACK's copies have no rows."""
+        return None
 
     def notes(self, model: Model) -> list[str]:
         """The matrices that are stored in more bits than was asked for, and why."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.contract import Artifact, GraphContract
 from pleexport.program import Program
+from pleexport.tied_layout import TIED, TiedLayout
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,11 +47,15 @@ class OnnxBackend:
         """Any size goes."""
         return {}
 
-    def planned_files(self, model: Model, storage: WeightStorage) -> dict[str, int]:
-        """Bytes of the data file; the graph's structure is small."""
+    def planned_files(
+        self, model: Model, storage: WeightStorage, *, tied: TiedLayout | None
+    ) -> dict[str, int]:
+        """Bytes of the data files; the graph's structure is small."""
         from pleexport.backends.onnx.files import GRAPH_DATA
 
-        return {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in model.weights)}
+        own = (w for w in model.weights if tied is None or w.name != tied.weight)
+        sizes = {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in own)}
+        return sizes | ({TIED: tied.nbytes} if tied else {})
 
     def working_bytes(self, model: Model, storage: WeightStorage) -> int:
         """None: weights are written where they stay."""
@@ -63,22 +68,23 @@ class OnnxBackend:
         storage: WeightStorage,
         folder: Path,
         *,
+        tied: TiedLayout | None,
         importance: Mapping[str, NDArray[np.float32]],
         progress: Callable[[int], object],
     ) -> Artifact:
-        """Write `model.onnx` and `model.onnx.data`."""
+        """Write `model.onnx`, `model.onnx.data` and, where a matrix is tied, `tied.safetensors`."""
         from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA
         from pleexport.backends.onnx.lower import translate
         from pleexport.backends.onnx.storage import OnnxStorage
         from pleexport.backends.onnx.weights import attach_weights, save
 
         assert isinstance(storage, OnnxStorage)
-        graph = attach_weights(translate(program), matched, storage, importance)
+        graph = attach_weights(translate(program), matched, storage, importance, tied=tied)
         digest = save(graph, folder / GRAPH, progress=progress)
         return Artifact(
             backend=self.name,
             contract=program.contract,
-            files=[GRAPH, GRAPH_DATA],
+            files=[GRAPH, GRAPH_DATA, *([TIED] if tied else [])],
             weights_digest=digest,
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
         )

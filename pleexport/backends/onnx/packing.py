@@ -46,7 +46,7 @@ def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
                 hint="choose another folder for the packed weights",
             ) from err
         try:
-            _write_packed(bundle, staging)
+            _write_packed(bundle, artifact, staging)
             try:
                 staging.rename(place)
             except OSError:
@@ -57,8 +57,8 @@ def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
     return place / GRAPH
 
 
-def _write_packed(bundle: Path, folder: Path) -> None:
-    size = (bundle / GRAPH_DATA).stat().st_size
+def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
+    size = sum((bundle / name).stat().st_size for name in artifact.files)
     free, needed = shutil.disk_usage(folder).free, int(size * _PACKED_SHARE)
     if free < needed:
         raise InputError(

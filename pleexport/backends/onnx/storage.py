@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pleexport.dtypes import CODED, bits, packed_bytes
-from pleexport.model import Model, Weight
+from pleexport.model import Codes, Model, Weight
 from pleexport.sizes import groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
@@ -62,6 +62,13 @@ class OnnxStorage:
         """Bytes in memory: ONNX Runtime widens fp16 weights to fp32 when it loads them."""
         factor = 2 if self.dtype_of(weight) == "fp16" else 1
         return factor * self.file_bytes(weight)
+
+    def row_codes(self, weight: Weight) -> Codes | None:
+        """How rows of a matrix are stored; None in numbers, or with zero points of their own."""
+        dtype = self.dtype_of(weight)
+        if dtype not in CODED or self.has_zero_points(weight):
+            return None
+        return Codes(dtype, self.block_size_of(weight), "fp32")
 
     def notes(self, model: Model) -> list[str]:
         """Every matrix can be stored as asked for."""

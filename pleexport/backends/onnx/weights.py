@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from pleexport.backends.onnx.blocks import Blocks, blocks_of_codes, quantize_blocks
+from pleexport.backends.onnx.files import GRAPH_DATA
 from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import CODED, bits, numpy_dtype
@@ -21,6 +23,7 @@ from pleexport.errors import CheckpointError
 from pleexport.model import Weight, misused_weight, unused_weight
 from pleexport.parallel import map_in_order
 from pleexport.sizes import align, groups
+from pleexport.tied_layout import TIED, TiedLayout, tied_checksums
 
 MICROSOFT = "com.microsoft"
 _PAGE = 4096
@@ -34,13 +37,18 @@ class StoredTensor:
 
     Attributes:
         produce: yields consecutive parts of the tensor.
+        file: name of the file that it lies in.
+        offset: byte of the file at which it begins.
+        in_graph: False for what others read.
     """
 
     name: str
     dtype: ir.DataType
     shape: tuple[int, ...]
     produce: Callable[[], Iterator[NDArray[Any]]]
+    file: str = GRAPH_DATA
     offset: int = 0
+    in_graph: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -50,9 +58,15 @@ class StoredTensor:
 
 @dataclass
 class OnnxGraph:
-    """A graph without weight values, and the plan of its data file."""
+    """A graph without weight values, and the plan of its data files.
+
+    Attributes:
+        tensors: in the order in which they are written.
+        tied: the matrix with a file of its own.
+    """
 
     model: ir.Model
+    tied: TiedLayout | None = None
     tensors: list[StoredTensor] = field(default_factory=list)
 
 
@@ -61,6 +75,8 @@ def attach_weights(
     matched: MatchedModel,
     storage: OnnxStorage,
     importance: Mapping[str, NDArray[np.float32]],
+    *,
+    tied: TiedLayout | None = None,
 ) -> OnnxGraph:
     """Replace the weights by references into a data file, in their stored form.
 
@@ -69,10 +85,11 @@ def attach_weights(
 
     Args:
         importance: by weight, see `quantize_blocks`; none for those that were not measured.
+        tied: the matrix that gets a file of its own.
     Raises:
         FamilyError: declared weights and the traced function contradict each other.
     """
-    result = OnnxGraph(graph_model)
+    result = OnnxGraph(graph_model, tied)
     graph = graph_model.graph
     for weight in matched.model.weights:
         value = graph.initializers.pop(weight.name, None)
@@ -86,6 +103,8 @@ def attach_weights(
             graph.remove(transpose, safe=True)
     position = 0
     for tensor in result.tensors:
+        if tensor.file != GRAPH_DATA:
+            continue
         alignment = _PAGE if tensor.nbytes >= _PAGE else _CACHE_LINE
         tensor.offset = align(position, alignment)
         position = tensor.offset + tensor.nbytes
@@ -98,7 +117,7 @@ def save(
     *,
     progress: Callable[[int], object] = lambda _: None,
 ) -> str:
-    """Write `path` and its data file `path.data`.
+    """Write `path` and, beside it, its data files.
 
     Args:
         progress: called with the number of bytes written since its last call.
@@ -107,10 +126,12 @@ def save(
     Raises:
         CheckpointError: a weight holds values that cannot be stored.
     """
-    data_path = path.with_name(path.name + ".data")
+    initializers = onnx_graph.model.graph.initializers
     for tensor in onnx_graph.tensors:
-        onnx_graph.model.graph.initializers[tensor.name].const_value = ir.ExternalTensor(
-            data_path.name,
+        if not tensor.in_graph:
+            continue
+        initializers[tensor.name].const_value = ir.ExternalTensor(
+            tensor.file,
             tensor.offset,
             tensor.nbytes,
             tensor.dtype,
@@ -118,13 +139,19 @@ def save(
             name=tensor.name,
             base_dir=str(path.parent),
         )
-    digest = xxhash.xxh3_128()
-    with data_path.open("wb") as file:
+    hashed = xxhash.xxh3_128()
+    with ExitStack() as stack:
+        names = sorted({tensor.file for tensor in onnx_graph.tensors})
+        files = {n: stack.enter_context((path.parent / n).open("wb")) for n in names}
         for tensor in onnx_graph.tensors:
-            file.seek(tensor.offset)
-            _write_tensor(file, tensor, digest, progress)
+            files[tensor.file].seek(tensor.offset)
+            _write_tensor(files[tensor.file], tensor, hashed, progress)
+        digest = f"xxh3-128:{hashed.hexdigest()}"
+        if onnx_graph.tied:
+            files[TIED].seek(0)
+            files[TIED].write(onnx_graph.tied.head(digest))
     ir.save(onnx_graph.model, path)
-    return f"xxh3-128:{digest.hexdigest()}"
+    return digest
 
 
 def _products(value: ir.Value, weight: Weight) -> list[tuple[ir.Node, ir.Node]]:
@@ -174,10 +201,10 @@ def _replace_matmul(
             "block_size": storage.block_size_of(weight),
             "accuracy_level": 4,
         }
-        stored = [
-            _initializer(result, tensor)
-            for tensor in _quantized(matched, weight, storage, importance)
-        ]
+        tied = result.tied if result.tied and result.tied.weight == weight.name else None
+        tensors = _quantized(matched, weight, storage, importance, tied)
+        stored = [_initializer(result, tensor) for tensor in tensors if tensor.in_graph]
+        result.tensors += [tensor for tensor in tensors if not tensor.in_graph]
         nodes = [ir.node("MatMulNBits", [x, *stored], attributes, domain=MICROSOFT)]
         graph.opset_imports[MICROSOFT] = 1
     else:
@@ -222,16 +249,18 @@ def _quantized(
     weight: Weight,
     storage: OnnxStorage,
     importance: NDArray[np.float32] | None,
+    tied: TiedLayout | None,
 ) -> list[StoredTensor]:
-    """Codes, scales and zero points of a matrix.
+    """Codes, scales and zero points of a matrix, and the checksums of rows of a tied one.
 
-    Scales and zero points, a tenth of the codes, are kept while the codes are written.
+    All but the codes, a tenth of these, is kept while the codes are written.
     """
     outputs, inputs = weight.shape
     code_bits, block_size = bits(storage.dtype_of(weight)), storage.block_size_of(weight)
     blocks = groups(inputs, block_size)
     scales: list[NDArray[np.float32]] = []
     zero_points: list[NDArray[np.uint8]] = []
+    checksums: list[NDArray[np.uint64]] = []
 
     def quantize(rows: slice) -> Blocks:
         if weight.codes is not None and storage.keeps_codes(weight):
@@ -244,13 +273,18 @@ def _quantized(
             bits=code_bits,
             block_size=block_size,
             symmetric=storage.symmetric,
-            importance=importance,
+            # In a lookup, all elements of a row count alike.
+            importance=None if tied else importance,
         )
 
     def produce_codes() -> Iterator[NDArray[Any]]:
         step = max(1, _BATCH_VALUES // inputs)
-        parts = (slice(begin, begin + step) for begin in range(0, outputs, step))
-        for part in map_in_order(quantize, parts):
+        begins = range(0, outputs, step)
+        found = map_in_order(quantize, (slice(begin, begin + step) for begin in begins))
+        for begin, part in zip(begins, found, strict=True):
+            if tied:
+                ids = np.arange(begin, begin + len(part.codes))
+                checksums.append(tied_checksums(part.codes, part.scales, ids))
             scales.append(part.scales)
             if part.zero_points is not None:
                 zero_points.append(part.zero_points)
@@ -279,7 +313,28 @@ def _quantized(
                 lambda: produce_kept(zero_points),
             )
         )
-    return stored
+    return _in_their_file(stored, weight, tied, lambda: produce_kept(checksums)) if tied else stored
+
+
+def _in_their_file(
+    stored: list[StoredTensor],
+    weight: Weight,
+    tied: TiedLayout,
+    produce_checksums: Callable[[], Iterator[NDArray[Any]]],
+) -> list[StoredTensor]:
+    """Codes and scales of a tied matrix in their places, and the checksums of its rows."""
+    sums = StoredTensor(
+        f"{weight.name}.checksums",
+        ir.DataType.UINT64,
+        (tied.rows,),
+        produce_checksums,
+        in_graph=False,
+    )
+    offsets = (tied.codes_offset, tied.scales_offset, tied.checksums_offset)
+    return [
+        replace(tensor, file=TIED, offset=offset)
+        for tensor, offset in zip((*stored, sums), offsets, strict=True)
+    ]
 
 
 def _finite(weight: Weight, values: NDArray[Any]) -> NDArray[Any]:

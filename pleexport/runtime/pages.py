@@ -1,0 +1,41 @@
+"""Pages of mapped files: which ones rows lie on, and how to ask for them in advance."""
+
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+from numpy.typing import NDArray
+
+# Page ranges `[first, end)` of a file.
+PageRuns = list[tuple[int, int]]
+
+
+def page_runs(
+    row_ids: NDArray[np.int64], *, begin: int, row_bytes: int, page_size: int = mmap.PAGESIZE
+) -> PageRuns:
+    """The pages that distinct rows lie on, neighbours joined.
+
+    Args:
+        begin: byte of the file at which row 0 begins.
+        row_bytes: from one row to the next.
+    """
+    first_bytes = begin + np.unique(row_ids) * row_bytes
+    firsts = first_bytes // page_size
+    ends = (first_bytes + row_bytes - 1) // page_size + 1
+    runs: PageRuns = []
+    for first, end in zip(firsts.tolist(), ends.tolist(), strict=True):
+        if runs and first <= runs[-1][1]:
+            runs[-1] = (runs[-1][0], end)
+        else:
+            runs.append((first, end))
+    return runs
+
+
+def ask_for(mapping: mmap.mmap, runs: PageRuns) -> None:
+    """Ask the system to read pages of a mapped file at once, where it can be asked."""
+    if not hasattr(mapping, "madvise"):
+        return
+    for first, end in runs:
+        begin = first * mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_WILLNEED, begin, (end - first) * mmap.PAGESIZE)
