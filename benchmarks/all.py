@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import budget
 import builds
 import compare
 import fidelity
@@ -75,6 +76,7 @@ BENCHMARKS = (
         False,
     ),
     Benchmark("fidelity", (), "fidelity", fidelity.sections, True),
+    Benchmark("budget", (), "budget", budget.sections, False, False),
 )
 
 

@@ -15,6 +15,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +60,34 @@ def rounded_by_llamacpp(checkpoint: Path, folder: Path) -> Path:
     The projection of all layers' vectors stays as it is, as in the files of `llama-quantize`; that
     gives the head 6 bits, and Q8_0 is kinder. The embedding table stays too: heads are compared.
     """
+
+    def q4_0(_: str, matrix: torch.Tensor) -> torch.Tensor:
+        return _rounded(matrix, gguf.GGMLQuantizationType.Q4_0)
+
+    return rounded_checkpoint(checkpoint, folder, q4_0)
+
+
+def rounded_checkpoint(
+    checkpoint: Path, folder: Path, rounded: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Path:
+    """A Gemma 4 whose matrices of blocks of 32 are rounded and widened, its head by Q8_0."""
     out = folder / "rounded"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(checkpoint, out)
     tensors = load_file(checkpoint / "model.safetensors")
-    rounded = {}
-    for name, tensor in tensors.items():
-        whole = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
-        left = "embed_tokens" in name or "per_layer_model_projection" in name
-        q4_0 = gguf.GGMLQuantizationType.Q4_0
-        rounded[name] = _rounded(tensor, q4_0) if whole and not left else tensor
+    found = {n: rounded(n, t) if is_rounded(n, t.shape) else t for n, t in tensors.items()}
     head = tensors["model.embed_tokens.weight"]
-    rounded["lm_head.weight"] = _rounded(head, gguf.GGMLQuantizationType.Q8_0)
-    save_file(rounded, out / "model.safetensors", metadata={"format": "pt"})
+    found["lm_head.weight"] = _rounded(head, gguf.GGMLQuantizationType.Q8_0)
+    save_file(found, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((out / "config.json").read_text()) | {"tie_word_embeddings": False}
     (out / "config.json").write_text(json.dumps(config))
     return out
+
+
+def is_rounded(name: str, shape: Sequence[int]) -> bool:
+    """Whether `llama-quantize` rounds a tensor of a Gemma 4; tables and the head go apart."""
+    left = "embed_tokens" in name or "per_layer_model_projection" in name
+    return len(shape) == 2 and shape[1] % 32 == 0 and not left
 
 
 def _rounded(tensor: torch.Tensor, qtype: gguf.GGMLQuantizationType) -> torch.Tensor:
@@ -89,18 +102,31 @@ def measure(checkpoint: Path, name: str, folder: Path) -> dict[str, Any]:
         source = rounded_by_llamacpp(checkpoint, folder)
         options = {"weight_dtype": "fp32", "table_dtype": "int8"}
     if "calibrate" in options:
-        text = (SAMPLES / "heldout.txt").read_text(encoding="utf-8")
-        calibration = folder / options["calibrate"]
-        calibration.write_text(text[len(text) // 2 :], encoding="utf-8")
-        options = options | {"calibrate": calibration}
-    bundle = pleexport.build(source, folder / "bundle", overwrite=True, verify=False, **options)
+        options = options | {"calibrate": calibration_text(folder / options["calibrate"])}
+    found = measure_bundle(source, checkpoint, options, folder / "bundle")
+    return found | ({"weights_bytes": None} if name == LLAMACPP else {})
+
+
+def calibration_text(path: Path) -> Path:
+    """The end of the held-out text, which is not measured on, in a file."""
+    text = (SAMPLES / "heldout.txt").read_text(encoding="utf-8")
+    path.write_text(text[len(text) // 2 :], encoding="utf-8")
+    return path
+
+
+def measure_bundle(
+    source: Path, checkpoint: Path, options: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """Build a bundle of `source`, and compare it with the original `checkpoint`."""
+    bundle = pleexport.build(source, out, overwrite=True, verify=False, **options)
     report = pleexport.verify(bundle, checkpoint=checkpoint, text=SAMPLES / "heldout.txt")
     assert report is not None
     sizes = {record.name: record.size for record in bundle.manifest.files}
     weights = sizes["model.onnx.data"] + sizes.get("tied.safetensors", 0)
     return {
-        "weights_bytes": None if name == LLAMACPP else weights,
+        "weights_bytes": weights,
         "blob_bytes": sizes["embeddings.safetensors"],
+        "bundle_bytes": bundle.nbytes,
         "original_perplexity": report.original_perplexity,
         "tokens": report.fidelity_tokens,
         "fidelity": {entry.what: msgspec.to_builtins(entry) for entry in report.fidelity},

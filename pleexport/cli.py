@@ -135,6 +135,14 @@ def build(
         int | None,
         typer.Option(help="Largest number of positions.", show_default="the target's"),
     ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest bundle; dtypes that you leave open are chosen for it.",
+            metavar="2.2GB",
+            show_default="what the store delivers",
+        ),
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help=f"{', '.join(NAMES)}.", show_default="the target's")
     ] = None,

@@ -10,16 +10,59 @@ of a cache, D size of a head.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch.utils import _pytree as pytree
 
 # A slot that holds nothing, or nothing that may be seen.
 _HIDDEN = -torch.inf
 
 
-@torch.library.custom_op("pleexport::rotate", mutates_args=())
+def _operator(definition: Callable[..., Any]) -> CustomOpDef:
+    """An operator of ours, named as its definition; its gradient is the definition's.
+
+    Gradients are for calibration alone; a program that is traced has none.
+    """
+    name = f"pleexport::{definition.__name__}"
+    operator = torch.library.custom_op(name, mutates_args=())(definition)
+
+    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.given = inputs
+
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        return _gradients(definition, ctx.given, gradients)
+
+    operator.register_autograd(backward, setup_context=keep_inputs)
+    return operator
+
+
+def _gradients(
+    definition: Callable[..., Any], given: tuple[Any, ...], gradients: Sequence[Tensor | None]
+) -> Any:
+    """By input, the gradient, found by computing once more; None for what has none."""
+    flat, form = pytree.tree_flatten(given)
+    moving = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.is_floating_point()]
+    for i in moving:
+        flat[i] = flat[i].detach().requires_grad_()
+    with torch.enable_grad():
+        outputs = pytree.tree_leaves(definition(*pytree.tree_unflatten(flat, form)))
+    pairs = zip(outputs, gradients, strict=True)
+    used = [(out, grad) for out, grad in pairs if grad is not None and out.requires_grad]
+    found = torch.autograd.grad(
+        [out for out, _ in used],
+        [flat[i] for i in moving],
+        [grad for _, grad in used],
+        allow_unused=True,
+    )
+    by_place = dict(zip(moving, found, strict=True))
+    return tuple(pytree.tree_unflatten([by_place.get(i) for i in range(len(flat))], form))
+
+
+@_operator
 def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of N heads; element i pairs with i + D/2. Source: arXiv 2104.09864.
 
@@ -36,7 +79,7 @@ def _(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x_BTND)
 
 
-@torch.library.custom_op("pleexport::write_cache", mutates_args=())
+@_operator
 def write_cache(cache: Tensor, new_BTKD: Tensor, slots_BT: Tensor) -> Tensor:
     """A tensor of a cache with T new entries in consecutive slots, wrapping around at its end.
 
@@ -51,7 +94,7 @@ def _(cache: Tensor, new_BTKD: Tensor, slots_BT: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
-@torch.library.custom_op("pleexport::attend_window", mutates_args=())
+@_operator
 def attend_window(query_BQND: Tensor, keys: Tensor, values: Tensor, bias_BQC: Tensor) -> Tensor:
     """`[B, Q, N * D]`: softmax(q k + bias) v with scale 1; K key heads serve N query heads.
 
@@ -67,15 +110,15 @@ def _(query_BQND: Tensor, keys: Tensor, values: Tensor, bias_BQC: Tensor) -> Ten
     return query_BQND.new_empty(*query_BQND.shape[:2], query_BQND.shape[2] * values.shape[3])
 
 
-@torch.library.custom_op("pleexport::attend_context", mutates_args=())
+@_operator
 def attend_context(
     query_BQND: Tensor,
     cache: Sequence[Tensor],
     query_ids_BQ: Tensor,
     held_C: Tensor,
     block: int,
-    softcap: float = 0.0,
-    window: int = 0,
+    softcap: float,
+    window: int,
 ) -> Tensor:
     """`[B, Q, N * D]`: as `attend_window`, for a cache of a whole context.
 
@@ -102,13 +145,13 @@ def _(
     query_ids_BQ: Tensor,
     held_C: Tensor,
     block: int,
-    softcap: float = 0.0,
-    window: int = 0,
+    softcap: float,
+    window: int,
 ) -> Tensor:
     return query_BQND.new_empty(*query_BQND.shape[:2], query_BQND.shape[2] * cache[1].shape[3])
 
 
-@torch.library.custom_op("pleexport::linear_in_steps", mutates_args=())
+@_operator
 def linear_in_steps(
     x: Tensor,
     weight: Tensor,
@@ -140,7 +183,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@torch.library.custom_op("pleexport::wkv7", mutates_args=())
+@_operator
 def wkv7(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

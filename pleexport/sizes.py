@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 _UNITS = (("GB", 10**9), ("MB", 10**6), ("kB", 10**3))
 
 
@@ -21,3 +23,16 @@ def size_text(nbytes: int) -> str:
         if nbytes >= scale:
             return f"{nbytes / scale:.2f} {unit}"
     return f"{nbytes} B"
+
+
+def parse_size(text: str) -> int:
+    """The bytes that a text such as "2.2GB", "900 kB" or "1000000" says.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    found = re.fullmatch(r"\s*(\d{1,15}(?:\.\d{1,9})?)\s*([kMG]?)B?\s*", text)
+    if found is None:
+        raise ValueError(text)
+    scales = {name.removesuffix("B"): scale for name, scale in _UNITS} | {"": 1}
+    return round(float(found[1]) * scales[found[2]])

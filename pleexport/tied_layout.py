@@ -55,6 +55,11 @@ class TiedLayout:
         return packed_bytes(self.num_groups * self.group_size, self.dtype)
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of the scales of a row."""
+        return self.num_groups * _SCALE_BYTES
+
+    @property
     def codes_offset(self) -> int:
         """Byte of the file at which the codes begin."""
         return len(self.head(_NO_DIGEST))
@@ -67,7 +72,7 @@ class TiedLayout:
     @property
     def checksums_offset(self) -> int:
         """Byte of the file at which the checksums of rows begin."""
-        return self.scales_offset + self.rows * self.num_groups * _SCALE_BYTES
+        return self.scales_offset + self.rows * self.scale_bytes
 
     @property
     def nbytes(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal, get_args
 
 from pleexport.dtypes import WeightDtype
@@ -28,12 +29,14 @@ class WeightRequest:
         block_size: how many weights may share a scale, along the inputs of a matrix.
         symmetric: one zero point for all blocks; otherwise each has its own.
         head_dtype: of the output head; None for what goes with `dtype`.
+        dtypes: of matrices that are stored otherwise, by name.
     """
 
     dtype: WeightDtype
     block_size: BlockSize = DEFAULT_BLOCK_SIZE
     symmetric: bool = True
     head_dtype: WeightDtype | None = None
+    dtypes: Mapping[str, WeightDtype] = field(default_factory=dict)
 
     def keeps_codes(self, weight: Weight) -> bool:
         """Whether a weight is stored with the checkpoint's own codes."""
@@ -53,6 +56,8 @@ class WeightRequest:
         return asked
 
     def _asked_for(self, weight: Weight) -> WeightDtype:
+        if weight.name in self.dtypes:
+            return self.dtypes[weight.name]
         if weight.precision == "head" and self.head_dtype is not None:
             return self.head_dtype
         if self.dtype == "int4" and weight.precision != "full":

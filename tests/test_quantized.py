@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from conftest import check_every_way_to_feed
-from quantized_checkpoints import E2B_RULES, mobile_gemma4
+from quantized_checkpoints import E2B_RULES, PLAIN, mobile_gemma4
 from safetensors.numpy import load_file, save_file
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GemmaQuantizationConfig
 from transformers.integrations import gemma_quant

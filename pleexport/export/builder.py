@@ -6,12 +6,12 @@ import importlib.metadata
 import platform
 import shutil
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
 from pleexport import families
-from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -25,8 +25,10 @@ from pleexport.errors import (
 from pleexport.export.blob_writer import write_blob
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
-from pleexport.export.plan import Plan, make_plan
+from pleexport.export.plan import Plan, copied_files, make_plan
 from pleexport.export.sealing import seal, staging_folder
+from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
+from pleexport.model import Model
 from pleexport.parallel import Work, beside
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import (
@@ -38,13 +40,18 @@ from pleexport.runtime.bundle import (
     Manifest,
     ParitySummary,
 )
-from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
+from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer
 from pleexport.sizes import size_text
+
+if TYPE_CHECKING:
+    from pleexport.export.gradients import Gradients
 
 # Room for the graph's structure, tokenizer and reports beside weights and blob.
 _OVERHEAD_BYTES = 64 << 20
 # More changes importances by little, and every 512 read all weights once.
 _CALIBRATION_TOKENS = 4096
+# Each 128 read all weights twice.
+_GRADIENT_TOKENS = 512
 
 
 def build(
@@ -76,21 +83,25 @@ def build(
     matched = MatchedModel(model, opened)
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
-    text_files = tokenizer_files(opened.folder if given is None else Path(given))
-    tokenizer = open_tokenizer(text_files)
+    copied = copied_files(opened, None if given is None else Path(given))
+    tokenizer = open_tokenizer(copied)
     if tokenizer is None and given is not None:
         raise CheckpointError(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
+    calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
     plan = make_plan(
         matched.model,
         settings,
         source=matched.dtype,
         equal_codes=matched.head_has_codes_of_its_table(),
+        sensitivity=_sensitivity(matched, calibration_ids, progress),
+        copied=copied.values(),
     )
     plan.backend.require()
-    calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), plan)
+    if calibration_ids:
+        _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
     destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
@@ -98,9 +109,6 @@ def build(
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress)
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
-        copied = dict(text_files)
-        if (opened.folder / GENERATION_CONFIG).is_file():
-            copied[GENERATION_CONFIG] = opened.folder / GENERATION_CONFIG
         for name, file in copied.items():
             shutil.copyfile(file, staging / name)
         manifest = Manifest(
@@ -110,13 +118,16 @@ def build(
             context=plan.context,
             eos_token_ids=_eos_token_ids(matched),
             table_dtype=settings.table_dtype,
+            table_dtypes=dict(plan.settings.table_dtypes),
             weight_dtype=settings.weights.dtype,
             head_dtype=plan.storage.dtype_of(plan.model.head),
+            weight_dtypes=dict(plan.settings.weights.dtypes),
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
             cache_dtype=settings.cache_dtype,
             activation_rounding=settings.activation_rounding,
             calibration_tokens=len(calibration_ids),
+            max_bytes=settings.max_bytes,
             target=settings.target.name,
             tables_digest=tables_digest,
             versions=_versions(),
@@ -131,7 +142,7 @@ def build(
 
 
 def _calibration_ids(
-    tokenizer: Tokenizer | None, calibrate: str | Path | None, plan: Plan
+    tokenizer: Tokenizer | None, calibrate: str | Path | None, model: Model
 ) -> list[int]:
     """The ids of the text to calibrate on; none where there is no such text."""
     if calibrate is None:
@@ -141,6 +152,12 @@ def _calibration_ids(
             f"there is no tokenizer, so `{calibrate}` cannot be read as tokens",
             hint=f"put {' or '.join(TOKENIZERS)} beside the weights, or add `--tokenizer PATH`",
         )
+    ids = tokenizer.encode_file(Path(calibrate), num_rows=model.num_rows)
+    return ids[:_CALIBRATION_TOKENS]
+
+
+def _check_calibration(plan: Plan) -> None:
+    """Refuse a text that nothing is rounded by."""
     dtypes = {plan.storage.dtype_of(weight) for weight in plan.model.weights}
     if not dtypes & set(QUANTIZED):
         raise TargetError(
@@ -148,8 +165,23 @@ def _calibration_ids(
             f"{', '.join(sorted(dtypes))}",
             hint="add `--weight-dtype int4`, or leave the text out",
         )
-    ids = tokenizer.encode_file(Path(calibrate), num_rows=plan.model.num_rows)
-    return ids[:_CALIBRATION_TOKENS]
+
+
+def _sensitivity(
+    matched: MatchedModel, calibration_ids: list[int], progress: Progress
+) -> Sensitivity:
+    """What a budget chooses by: the text where there is one. Nothing is read before it has to."""
+    if not calibration_ids:
+        return SampledSensitivity(matched)
+    ids = calibration_ids[:_GRADIENT_TOKENS]
+
+    def measure() -> Gradients:
+        from pleexport.export.gradients import gradients
+
+        with progress.count("Measuring gradients on the text", len(ids), "tokens") as update:
+            return gradients(matched, ids, progress=update)
+
+    return MeasuredSensitivity(matched, ids, measure)
 
 
 def _check_disk(folder: Path, plan: Plan) -> None:
@@ -186,6 +218,8 @@ def _say_what_is_special(
         )
     for note in (*plan.storage.notes(plan.model), *notes_on_codes(plan), *plan.delivery):
         progress.note(f"note: {note}")
+    for line in plan.chosen():
+        progress.note(line)
 
 
 def _write_model(

@@ -35,7 +35,7 @@ def importance(
         token_ids: a text, read 512 tokens at a time.
         progress: called with the number of tokens read since its last call.
     """
-    weights = _ObservedParameters(_Weights(matched), matched)
+    weights = _ObservedParameters(CheckpointWeights(matched), matched)
     ids = np.asarray(token_ids, dtype=np.int64)
     with torch.no_grad():
         for begin in range(0, len(ids), _WINDOW):
@@ -45,7 +45,7 @@ def importance(
     return {name: (total / len(ids)).numpy() for name, total in weights.squares.items()}
 
 
-class _Weights(Mapping[str, Tensor]):
+class CheckpointWeights(Mapping[str, Tensor]):
     """The weights of a checkpoint in float32, read when they are used."""
 
     def __init__(self, matched: MatchedModel) -> None:
@@ -85,7 +85,7 @@ class _ObservedParameters(Parameters):
 def _read(matched: MatchedModel, weights: Parameters, ids: NDArray[np.int64]) -> None:
     """Run the model on a text from its start, in as many calls as it needs."""
     model = matched.model.with_cache("fp32")
-    caches = {cache.layer: _empty(cache, len(ids)) for cache in model.caches}
+    caches = {cache.layer: empty_cache(cache, len(ids)) for cache in model.caches}
     states = {s.name: torch.zeros(1, *s.shape) for s in model.states}
     for piece in pieces(len(ids), model.tokens_per_call or len(ids)):
         begin, end = piece.start, piece.stop
@@ -106,6 +106,7 @@ def _read(matched: MatchedModel, weights: Parameters, ids: NDArray[np.int64]) ->
         caches, states = dict(outputs.caches), dict(outputs.states)
 
 
-def _empty(cache: Cache, positions: int) -> tuple[Tensor, ...]:
+def empty_cache(cache: Cache, positions: int) -> tuple[Tensor, ...]:
+    """The tensors of a cache that has room for so many positions."""
     slots = align(positions, cache.block)
     return tuple(torch.zeros(1, cache.heads, slots, b.width) for b in cache.buffers)

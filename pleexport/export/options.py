@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict, cast, get_args
 
@@ -18,8 +18,12 @@ from pleexport.dtypes import (
     WeightDtype,
 )
 from pleexport.errors import TargetError
+from pleexport.sizes import parse_size
 from pleexport.targets import Target
 from pleexport.weights import BlockSize, WeightRequest
+
+# What a budget may choose dtypes for, unless they were asked for.
+PARTS = frozenset({"tables", "weights", "head"})
 
 
 class BuildOptions(TypedDict, total=False):
@@ -43,8 +47,11 @@ class BuildOptions(TypedDict, total=False):
         activation_rounding: round inputs and outputs of matrices where a checkpoint has scales for
             it, as the original does, the default; otherwise leave them as they are.
         context: largest number of positions; the target's by default, the model's at most.
+        max_bytes: how large the bundle may be, as a number or like "2.2GB"; dtypes that are not
+            asked for are then chosen for the least predicted divergence. What the target's store
+            delivers by default, within which nothing becomes wider than the target says.
         calibrate: a text file like those that the model will meet; int8 and int4 weights are then
-            rounded for the least error on it.
+            rounded for the least error on it, and dtypes chosen for the least divergence.
         tokenizer: a tokenizer.json, a vocabulary of RWKV's World tokenizer, or a folder with
             either; what lies beside the weights by default.
         overwrite: replace a bundle at the same place; False by default.
@@ -61,6 +68,7 @@ class BuildOptions(TypedDict, total=False):
     cache_dtype: str | None
     activation_rounding: bool | None
     context: int | None
+    max_bytes: int | str | None
     calibrate: str | Path | None
     tokenizer: str | Path | None
     overwrite: bool | None
@@ -74,6 +82,9 @@ class Settings:
     Attributes:
         activation_rounding: whether the graph rounds activations where the original does.
         context: positions asked for; None for the target's, as far as the model goes.
+        max_bytes: what was asked for; None for what the target's store delivers.
+        open: of `PARTS`, those whose dtypes a budget may choose.
+        table_dtypes: of tables that are stored otherwise, by name.
     """
 
     target: Target
@@ -83,6 +94,9 @@ class Settings:
     cache_dtype: CacheDtype
     context: int | None
     activation_rounding: bool = True
+    max_bytes: int | None = None
+    open: frozenset[str] = PARTS
+    table_dtypes: Mapping[str, TableDtype] = field(default_factory=dict)
 
 
 def of_target(target: Target, *, quantized: bool) -> Settings:
@@ -128,6 +142,7 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
     target = named.with_backend(cast(str, chosen("backend", named.backend, registry.NAMES)))
     default = of_target(target, quantized=quantized)
     symmetric = options.get("symmetric")
+    max_bytes = options.get("max_bytes")
     return Settings(
         target=target,
         backend=target.backend,
@@ -144,4 +159,31 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),
         activation_rounding=options.get("activation_rounding") is not False,
+        max_bytes=None if max_bytes is None else _size(max_bytes),
+        open=PARTS - _asked_for(options),
     )
+
+
+def _asked_for(options: BuildOptions) -> set[str]:
+    """The parts whose dtypes are settled; the head goes with the weights."""
+    asked = {"tables": options.get("table_dtype"), "weights": options.get("weight_dtype")}
+    asked["head"] = options.get("head_dtype") or options.get("weight_dtype")
+    return {part for part, dtype in asked.items() if dtype is not None}
+
+
+def _size(given: int | str) -> int:
+    """Bytes, of a number or of a text such as "2.2GB".
+
+    Raises:
+        TargetError: it is neither, or not above zero.
+    """
+    try:
+        nbytes = given if isinstance(given, int) else parse_size(given)
+    except ValueError:
+        nbytes = 0
+    if nbytes < 1:
+        raise TargetError(
+            f"max bytes `{given}` is no size; expected a number of bytes, kB, MB or GB",
+            hint="write it like `--max-bytes 2.2GB`",
+        )
+    return nbytes

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pleexport import targets
 from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
+from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.contract import GraphContract
-from pleexport.dtypes import QUANTIZED, bits, packed_bytes
+from pleexport.dtypes import packed_bytes
 from pleexport.errors import TargetError
-from pleexport.export.blob_writer import blob_bytes
+from pleexport.export.budget import choose
+from pleexport.export.layout import Part, lay_out
 from pleexport.export.options import Settings
-from pleexport.export.segments import plan_segments
+from pleexport.export.sensitivity import Sensitivity, TypicalSensitivity
 from pleexport.model import Model
 from pleexport.runtime.blob_layout import Segment
-from pleexport.runtime.bundle import BLOB
+from pleexport.runtime.tokenizer import tokenizer_files
+from pleexport.sizes import size_text
 from pleexport.tied_layout import TiedLayout
+
+# Room for manifest and reports, for the graph's structure, and for what aligns a matrix's tensors.
+_OTHER_BYTES = 64 << 10
+_BYTES_OF_A_WEIGHT = 2 << 10
+_BYTES_OF_A_MATRIX = 3 << 10
 
 
 @dataclass(frozen=True)
@@ -25,11 +36,14 @@ class Plan:
     """A bundle before it is written; sizes in bytes.
 
     Attributes:
+        settings: with the dtypes that a budget chose.
         context: positions that it is built for.
         segments: of the blob's rows.
         tied: the output head, where a table's rows are read out of it; None where all tables are in
             the blob.
         sizes: of the large files, by name.
+        parts: what these files are made of.
+        costs: of the parts, what a budget predicts; see `Choice`.
         cache_bytes: states, and keys and values of a full context.
         resident_bytes: what has to stay in memory: dense weights once loaded, and cache.
         problems: limits of the target that it exceeds, with the numbers.
@@ -45,6 +59,8 @@ class Plan:
     segments: list[Segment]
     tied: TiedLayout | None
     sizes: dict[str, int]
+    parts: list[Part]
+    costs: Mapping[str, float]
     cache_bytes: int
     resident_bytes: int
     problems: list[str]
@@ -54,6 +70,40 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the large files."""
         return sum(self.sizes.values())
+
+    @property
+    def read_bytes(self) -> int:
+        """What a token reads: all dense weights, and a row of each table."""
+        return sum(part.read_bytes for part in self.parts)
+
+    @property
+    def predicted_divergence(self) -> float | None:
+        """Nats per token, where a budget chose dtypes."""
+        return sum(self.costs.values()) if self.costs else None
+
+    def shares(self) -> list[float | None]:
+        """By part the share of the predicted divergence; what two parts share is the first's."""
+        told: set[str] = set()
+        found: list[float | None] = []
+        for part in self.parts:
+            cost = None if part.name in told else self.costs.get(part.name)
+            told.add(part.name)
+            total = self.predicted_divergence
+            found.append(None if cost is None or not total else cost / total)
+        return found
+
+    def chosen(self) -> list[str]:
+        """What a budget chose, as aligned lines; none where it had nothing to choose."""
+        if not self.costs:
+            return []
+        name = max(len(part.name) for part in self.parts)
+        lines = [f"{'':{name}}  number  dtype       bytes  share of the predicted divergence"]
+        for part, share in zip(self.parts, self.shares(), strict=True):
+            size, told = size_text(part.nbytes), "" if share is None else f"{share:.1%}"
+            line = f"{part.name:{name}}  {part.count:6}  {part.dtype:5}  {size:>10}  {told:>6}"
+            lines.append(line.rstrip())
+        what = f"predicted divergence {self.predicted_divergence:.1e} nats per token"
+        return [*lines, f"{'together':{name}}  {size_text(self.nbytes)}, {what}"]
 
     def check(self) -> None:
         """Refuse what the target cannot hold.
@@ -69,16 +119,26 @@ class Plan:
             )
 
 
-def make_plan(model: Model, settings: Settings, *, source: str, equal_codes: bool = False) -> Plan:
+def make_plan(
+    model: Model,
+    settings: Settings,
+    *,
+    source: str,
+    sensitivity: Sensitivity | None = None,
+    copied: Iterable[Path] = (),
+    equal_codes: bool = False,
+) -> Plan:
     """Plan a bundle.
 
     Args:
         model: with the cache that the settings ask for.
         source: the checkpoint's dtype, which the table dtype "source" means.
+        sensitivity: what a budget chooses dtypes by; what is typical by default.
+        copied: files that a bundle gets as they are.
         equal_codes: the codes of the head are those of the input embedding, which headers do not
             tell.
     Raises:
-        TargetError: a context beyond the model's, or dtypes that the backend lacks.
+        TargetError: a context beyond the model's, dtypes that the backend lacks, or too few bytes.
         UnsupportedError: the backend cannot compute such a model.
     """
     target = settings.target
@@ -91,59 +151,56 @@ def make_plan(model: Model, settings: Settings, *, source: str, equal_codes: boo
     context = settings.context or min(target.context, model.max_context)
     backend = registry.load(settings.backend)
     backend.check(model, settings.weights)
-    storage = backend.storage(settings.weights)
-    tied = _tied(model, settings, storage, equal_codes=equal_codes)
-    own_rows = [table for table in model.tables if tied is None or table.name != tied.table]
-    segments = plan_segments(own_rows, settings.table_dtype, source)
-    sizes = backend.planned_files(model, storage, tied=tied) | {
-        BLOB: blob_bytes(model, segments, target.page_size)
-    }
+    lay = partial(lay_out, model, backend=backend, source=source, equal_codes=equal_codes)
+    choice = choose(
+        model,
+        settings,
+        backend,
+        lay,
+        source=source,
+        sensitivity=sensitivity or TypicalSensitivity(model),
+        beside_bytes=sum(p.stat().st_size for p in copied) + _structure_bytes(model),
+    )
+    layout = lay(choice.settings)
+    storage, sizes = layout.storage, layout.sizes
+    delivery = targets.delivery_notes(target, sizes)
     cache = cache_bytes(model, context)
     resident = cache + sum(storage.resident_bytes(weight) for weight in model.weights)
     return Plan(
         model=model,
-        settings=settings,
+        settings=choice.settings,
         backend=backend,
         storage=storage,
         contract=describe(model, backend, context=context),
         context=context,
-        segments=segments,
-        tied=tied,
+        segments=layout.segments,
+        tied=layout.tied,
         sizes=sizes,
+        parts=layout.parts(),
+        costs=choice.costs,
         cache_bytes=cache,
         resident_bytes=resident,
         problems=targets.exceeded(target, resident_bytes=resident, sizes=sizes),
-        delivery=targets.delivery_notes(target, sizes),
+        delivery=[*delivery, choice.remark] if choice.remark else delivery,
     )
 
 
-def _tied(
-    model: Model, settings: Settings, storage: WeightStorage, *, equal_codes: bool
-) -> TiedLayout | None:
-    """The head whose stored rows are looked up in place of a table's; None for none.
+def copied_files(checkpoint: Checkpoint, tokenizer: Path | None = None) -> dict[str, Path]:
+    """What a bundle gets as it is, by the names that it has there.
 
-    It holds the same numbers, with at least the bits that the build wants in the table. The blob
-    keeps a table.
+    Args:
+        tokenizer: a file or folder; what lies beside the weights by default.
     """
-    head, table, codes = model.head, model.table_of_head, storage.row_codes(model.head)
-    if table is None or codes is None or len(model.tables) == 1:
-        return None
-    if head.codes or table.codes:
-        same = equal_codes and settings.weights.keeps_codes(head)
-    else:
-        asked, tied = settings.table_dtype, head.source_key == table.keys[0]
-        same = tied and asked in QUANTIZED and bits(asked) <= bits(codes.dtype)
-    if not same:
-        return None
-    return TiedLayout(
-        weight=head.name,
-        table=table.name,
-        rows=table.rows,
-        width=table.width,
-        dtype=codes.dtype,
-        group_size=codes.group_size,
-        multiplier=table.multiplier,
-    )
+    files = tokenizer_files(tokenizer or checkpoint.folder)
+    generation = checkpoint.folder / GENERATION_CONFIG
+    return files | ({GENERATION_CONFIG: generation} if generation.is_file() else {})
+
+
+def _structure_bytes(model: Model) -> int:
+    """About what a bundle has beside its large files, and beside what is copied into it."""
+    matrices = sum(weight.precision != "full" for weight in model.weights)
+    named = _BYTES_OF_A_WEIGHT * len(model.weights) + _BYTES_OF_A_MATRIX * matrices
+    return _OTHER_BYTES + named
 
 
 def cache_bytes(model: Model, context: int) -> int:

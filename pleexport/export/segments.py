@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from pleexport.checked_header import CHECKSUM_BYTES
 from pleexport.dtypes import TableDtype, packed_bytes
@@ -20,18 +21,26 @@ _GROUP_SIZES = {"int8": 128, "int4": 32}
 _SCALE_DTYPE = "fp16"
 
 
-def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str) -> list[Segment]:
+def plan_segments(
+    tables: Iterable[Table],
+    table_dtype: TableDtype,
+    source: str,
+    *,
+    dtypes: Mapping[str, TableDtype] = MappingProxyType({}),
+) -> list[Segment]:
     """Lay out the segments of a row: tables in order, layer after layer.
 
     Args:
         table_dtype: what a build asks for.
         source: the checkpoint's dtype, which "source" means but for tables with codes.
+        dtypes: of tables that are stored otherwise, by name.
     """
     segments: list[Segment] = []
     position = 0
     for table in tables:
-        codes = _segment_codes(table, table_dtype)
-        dtype = table.source_dtype(source) if table_dtype == "source" else table_dtype
+        asked = dtypes.get(table.name, table_dtype)
+        codes = _segment_codes(table, asked)
+        dtype = table.source_dtype(source) if asked == "source" else asked
         for layer in range(table.layers or 1):
             segment = Segment(
                 name=table.name if table.layers is None else f"{table.name}.{layer}",
@@ -56,7 +65,12 @@ def _segment_codes(table: Table, table_dtype: TableDtype) -> Codes | None:
         return table.segment_codes
     if table_dtype not in _GROUP_SIZES:
         return None
-    return Codes(table_dtype, min(_GROUP_SIZES[table_dtype], table.width), _SCALE_DTYPE)
+    return Codes(table_dtype, table_group_size(table, table_dtype), _SCALE_DTYPE)
+
+
+def table_group_size(table: Table, dtype: str) -> int:
+    """Values of a row that share a scale in int8 or int4."""
+    return min(_GROUP_SIZES[dtype], table.width)
 
 
 def _scale_offset(codes_begin: int, width: int, codes: Codes) -> int:

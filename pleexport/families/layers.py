@@ -54,7 +54,8 @@ class Parameters(Mapping[str, Tensor]):
         steps = [self._optional(f"{name}.{put}_activation_scale") for put in ("input", "output")]
         if steps == [None, None]:
             return F.linear(x, weight, bias)
-        return operators.linear_in_steps(x, weight, bias, *steps)
+        outputs: Tensor = operators.linear_in_steps(x, weight, bias, *steps)
+        return outputs
 
     def _optional(self, name: str) -> Tensor | None:
         """A weight that a model may lack."""

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
 from pleexport.dtypes import TABLE_DTYPES
 from pleexport.export.blob_writer import blob_bytes
 from pleexport.export.options import of_target
 from pleexport.export.plan import make_plan
 from pleexport.export.segments import plan_segments, row_stride
-from pleexport.inspection.info import BlobInfo, StoredTable, TableInfo, TargetEstimate
+from pleexport.inspection.info import BlobInfo, PartInfo, StoredTable, TableInfo, TargetEstimate
 from pleexport.model import Model, Table
 from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
 from pleexport.runtime.bundle import BLOB
 from pleexport.targets import Target
 
 
-def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
+def estimate(
+    model: Model, target: Target, source: str, *, copied: Iterable[Path] = ()
+) -> TargetEstimate:
     """What a build of a model for a target will weigh.
 
     Args:
         source: the checkpoint's dtype, e.g. "bf16".
+        copied: files that a bundle gets as they are.
     """
     settings = of_target(target, quantized=model.is_quantized)
-    plan = make_plan(model.with_cache(target.cache_dtype), settings, source=source)
+    model = model.with_cache(target.cache_dtype)
+    plan = make_plan(model, settings, source=source, copied=copied)
     blob = plan.sizes[BLOB]
     return TargetEstimate(
         target=target.name,
@@ -37,6 +45,12 @@ def estimate(model: Model, target: Target, source: str) -> TargetEstimate:
         fits=not plan.problems,
         problems=plan.problems,
         delivery=plan.delivery,
+        read_bytes=plan.read_bytes,
+        parts=[
+            PartInfo(share=share, **dataclasses.asdict(part))
+            for part, share in zip(plan.parts, plan.shares(), strict=True)
+        ],
+        predicted_divergence=plan.predicted_divergence,
     )
 
 

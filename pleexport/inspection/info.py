@@ -112,6 +112,28 @@ class Effective(msgspec.Struct, frozen=True, kw_only=True):
     explanation: list[str]
 
 
+class PartInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """Matrices of one kind in one dtype, or a table, as a build would store them; sizes in bytes.
+
+    Attributes:
+        name: what the matrices' names have in common, or the table's.
+        kind: "table", "matrices" or "vectors".
+        count: of a table's layers, of matrices or of vectors.
+        read_bytes: what a token reads of it: a row of a table, all of the others.
+        share: of the predicted divergence, where a budget chose dtypes; else None, and so for what
+            is part of a kind that has its share already.
+    """
+
+    name: str
+    kind: str
+    dtype: str
+    count: int
+    parameters: int
+    nbytes: int
+    read_bytes: int
+    share: float | None
+
+
 class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
     """What a build for a target will weigh; sizes in bytes.
 
@@ -122,6 +144,10 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
         fits: whether the target's limits allow it.
         problems: the limits that do not, with the numbers.
         delivery: what the target's store cannot deliver in one piece.
+        read_bytes: what a token reads: all dense weights, and a row.
+        parts: what the bundle is made of.
+        predicted_divergence: nats per token, where dtypes were chosen so that the bundle can be
+            delivered; from shapes alone, as no weight was read. None where nothing was chosen.
     """
 
     target: str
@@ -137,6 +163,9 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
     fits: bool
     problems: list[str]
     delivery: list[str]
+    read_bytes: int
+    parts: list[PartInfo]
+    predicted_divergence: float | None
 
 
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
+from pleexport.export.plan import copied_files
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
@@ -32,6 +33,7 @@ def inspect(path: str | Path) -> ModelInfo:
     model, source = families.resolve(checkpoint), checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     towers, scalars = find_towers(model, matched)
+    copied = copied_files(checkpoint).values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
@@ -47,7 +49,9 @@ def inspect(path: str | Path) -> ModelInfo:
         blobs=estimate_blobs(model, source),
         towers=towers,
         effective=effective_count(model, counts),
-        targets=[estimate(model, targets.load(name), source) for name in targets.names()],
+        targets=[
+            estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
+        ],
         notes=[
             *unmatched_notes,
             *_notes_on_dtypes(matched, checkpoint),

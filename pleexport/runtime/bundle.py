@@ -48,7 +48,9 @@ class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_logit_error: float | None = None
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
     """`manifest.json`. A reader that meets an unknown schema or field stops.
 
     Attributes:
@@ -56,6 +58,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         graphs: by role; `decoder` computes logits.
         weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
             `WeightRequest`.
+        weight_dtypes, table_dtypes: of matrices and tables that a budget stored otherwise, by name.
+        max_bytes: how large the bundle was allowed to be; None where that was not said.
         cache_dtype: of keys and values in layers that see the whole context.
         activation_rounding: whether inputs and outputs of matrices are rounded where the original
             rounds them; true where it rounds none.
@@ -82,6 +86,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     versions: dict[str, str]
     parity: ParitySummary
     files: list[FileRecord]
+    weight_dtypes: dict[str, str] = {}
+    table_dtypes: dict[str, str] = {}
+    max_bytes: int | None = None
 
 
 class Bundle:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pleexport.runtime.bundle import BLOB, Bundle
+from pleexport.runtime.bundle import BLOB, Bundle, Manifest
 from pleexport.show.tables import aligned
 from pleexport.sizes import size_text
 from pleexport.tied_layout import TIED
@@ -18,6 +18,16 @@ ROLES = {
 }
 
 
+def _chosen(manifest: Manifest) -> list[str]:
+    """What a budget stored otherwise."""
+    counted = [
+        (len(manifest.table_dtypes), "tables"),
+        (len(manifest.weight_dtypes), "matrices"),
+    ]
+    told = [f"{count} {what}" for count, what in counted if count]
+    return [f"to fit, {' and '.join(told)} have another dtype"] if told else []
+
+
 def describe_bundle(bundle: Bundle) -> str:
     """Where the bytes of a bundle went."""
     manifest, total = bundle.manifest, bundle.nbytes
@@ -25,6 +35,7 @@ def describe_bundle(bundle: Bundle) -> str:
         f"{bundle.path}: {manifest.family} for {manifest.target}, "
         f"{manifest.weight_dtype} weights, {manifest.table_dtype} tables, "
         f"{manifest.cache_dtype} cache, context {manifest.context:,}",
+        *_chosen(manifest),
         "",
     ]
     records = sorted(manifest.files, key=lambda record: -record.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pleexport.inspection.info import ModelInfo, TargetEstimate
+from pleexport.inspection.info import ModelInfo, PartInfo, TargetEstimate
 from pleexport.show.tables import aligned, paragraph
 from pleexport.sizes import size_text
 
@@ -16,6 +16,7 @@ def describe_model(info: ModelInfo) -> str:
         _sizes(info),
         _effective(info),
         _targets(info),
+        _bits(info),
         _notes(info),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -106,7 +107,7 @@ def _targets(info: ModelInfo) -> list[str]:
     rows += [
         [
             estimate.target,
-            estimate.table_dtype,
+            _table_dtypes(estimate),
             estimate.weight_dtype,
             f"{estimate.context:,}",
             size_text(estimate.blob_bytes),
@@ -122,6 +123,46 @@ def _targets(info: ModelInfo) -> list[str]:
     for estimate in info.targets:
         lines += _remarks(estimate)
     return lines
+
+
+def _table_dtypes(estimate: TargetEstimate) -> str:
+    """What the target wants, or what the tables have where they differ."""
+    stored = dict.fromkeys(part.dtype for part in estimate.parts if part.kind == "table")
+    return estimate.table_dtype if len(stored) < 2 else ", ".join(stored)
+
+
+def _bits(info: ModelInfo) -> list[str]:
+    """Targets that store all alike share a column."""
+    alike: dict[str, list[TargetEstimate]] = {}
+    for estimate in info.targets:
+        stored = [(part.name, part.dtype, part.count) for part in estimate.parts]
+        alike.setdefault(repr(stored), []).append(estimate)
+    columns = [estimates[0] for estimates in alike.values()]
+    header = [", ".join(e.target for e in estimates) for estimates in alike.values()]
+    names = dict.fromkeys(part.name for estimate in columns for part in estimate.parts)
+    rows = [["", "number", *header]]
+    for name in names:
+        own = [[part for part in estimate.parts if part.name == name] for estimate in columns]
+        rows.append([name, f"{sum(p.count for p in own[0]):,}", *map(_stored_as, own)])
+    rows.append(["a token reads", "", *(size_text(e.read_bytes) for e in columns)])
+    lines = ["Bits of tables and matrices, by target (a token reads a row, and all matrices)"]
+    lines += aligned(rows, align="<>" + ">" * len(columns), indent=2)
+    for estimate in info.targets:
+        if estimate.predicted_divergence is not None:
+            lines += paragraph(
+                f"{estimate.target}: dtypes are chosen so that the store delivers the bundle; "
+                f"shapes alone predict {estimate.predicted_divergence:.1e} nats per token, and a "
+                "build looks at the weights too."
+            )
+    return lines
+
+
+def _stored_as(parts: list[PartInfo]) -> str:
+    """Dtype and bytes of all matrices of a kind; how many have each, where dtypes differ."""
+    total = size_text(sum(part.nbytes for part in parts))
+    if len(parts) == 1:
+        return f"{parts[0].dtype} {total:>9}"
+    return f"{' + '.join(f'{part.count} {part.dtype}' for part in parts)} {total:>9}"
 
 
 def _remarks(estimate: TargetEstimate) -> list[str]:
