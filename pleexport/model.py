@@ -472,12 +472,13 @@ class Model:
         """The model that leaves inputs and outputs of matrices as they are."""
         if not self.rounds_activations:
             return self
-        scales = [w.name for w in self.weights if w.name.endswith(ACTIVATION_SCALE)]
-        left = Unused((), "activations are not rounded, as the build asks")
+        scales = [w for w in self.weights if w.name.endswith(ACTIVATION_SCALE)]
+        reason = "activations are not rounded, as the build asks"
+        left = {w.source_key: Unused(w.source_shape, reason) for w in scales}
         return replace(
             self,
-            weights=tuple(w for w in self.weights if w.name not in scales),
-            unused={**self.unused, **dict.fromkeys(scales, left)},
+            weights=tuple(w for w in self.weights if not w.name.endswith(ACTIVATION_SCALE)),
+            unused={**self.unused, **left},
             leaves_rounding_out=True,
         )
 

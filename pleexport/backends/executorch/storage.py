@@ -101,6 +101,10 @@ class ExecutorchStorage:
 def refusal_of_codes(weight: Weight) -> str | None:
     """Why a checkpoint's own codes cannot be stored as they are; None where they can."""
     codes, inputs = weight.codes, weight.shape[1]
+    if codes is not None and codes.zero_points:
+        return (
+            f"matrix `{weight.name}` has codes with zero points; XNNPACK takes codes around 0 only"
+        )
     if codes is None or codes.group_size == inputs:
         return None
     if codes.dtype == "int8" or codes.group_size % GROUP_STEP or inputs % codes.group_size:
