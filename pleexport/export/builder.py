@@ -13,6 +13,7 @@ import msgspec
 from pleexport import families
 from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
 from pleexport.errors import (
@@ -69,7 +70,7 @@ def build(
     opened = Checkpoint(checkpoint)
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
-    matched = MatchedModel(model.with_cache(settings.cache_dtype), opened)
+    matched = mark_grids(MatchedModel(model.with_cache(settings.cache_dtype), opened))
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
     text_files = tokenizer_files(opened.folder if given is None else Path(given))
@@ -100,14 +101,15 @@ def build(
             graphs={DECODER: artifact},
             context=plan.context,
             eos_token_ids=_eos_token_ids(matched),
-            table_dtype=settings.table_dtype,
-            weight_dtype=settings.weights.dtype,
+            table_dtype=plan.settings.table_dtype,
+            weight_dtype=plan.settings.weights.dtype,
             head_dtype=_head_dtype(plan),
-            block_size=settings.weights.block_size,
-            symmetric=settings.weights.symmetric,
-            cache_dtype=settings.cache_dtype,
+            block_size=plan.settings.weights.block_size,
+            symmetric=plan.settings.weights.symmetric,
+            trained_grid=any(plan.settings.weights.on_grid(w) for w in plan.model.weights),
+            cache_dtype=plan.settings.cache_dtype,
             calibration_tokens=len(calibration_ids),
-            target=settings.target.name,
+            target=plan.settings.target.name,
             tables_digest=tables_digest,
             versions=_versions(),
             parity=ParitySummary(checked=False),
@@ -174,7 +176,7 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    for note in (*plan.storage.notes(plan.model), *plan.delivery):
+    for note in (*notes_on_grids(matched), *plan.storage.notes(plan.model), *plan.delivery):
         progress.note(f"note: {note}")
 
 

@@ -31,9 +31,10 @@ class BuildOptions(TypedDict, total=False):
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
             by default, and "source" for a quantized checkpoint.
         weight_dtype: "source" (the codes of a quantized checkpoint), "fp32", "fp16", "int8" or
-            "int4"; the target's by default, and "source" for a quantized checkpoint.
+            "int4"; the target's by default, and "source" for a quantized checkpoint. What was
+            trained for a grid of 4 bits is stored on it by default, tables likewise.
         block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
-            the target's by default.
+            the target's by default. If given, no trained grid is followed.
         symmetric: one zero point for all blocks, the default; otherwise each has its own, which is
             closer to the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.
@@ -70,6 +71,7 @@ class Settings:
 
     Attributes:
         context: positions asked for; None for the target's, as far as the model goes.
+        trained_grid: tables that were trained for a grid of 4 bits are stored on it.
     """
 
     target: Target
@@ -78,6 +80,7 @@ class Settings:
     weights: WeightRequest
     cache_dtype: CacheDtype
     context: int | None
+    trained_grid: bool = True
 
 
 def of_target(target: Target, *, quantized: bool) -> Settings:
@@ -135,7 +138,10 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
                 WeightDtype | None,
                 chosen("head_dtype", default.weights.head_dtype, WEIGHT_DTYPES),
             ),
+            trained_grid=options.get("block_size") is None
+            and options.get("weight_dtype") in (None, "int4"),
         ),
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),
+        trained_grid=options.get("table_dtype") in (None, "int4"),
     )

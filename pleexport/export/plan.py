@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pleexport import targets
 from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
 from pleexport.contract import GraphContract
-from pleexport.dtypes import packed_bytes
+from pleexport.dtypes import QUANTIZED, packed_bytes
 from pleexport.errors import TargetError
 from pleexport.export.blob_writer import blob_bytes
 from pleexport.export.options import Settings
@@ -86,7 +86,9 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
     backend = registry.load(settings.backend)
     backend.check(model, settings.weights)
     storage = backend.storage(settings.weights)
-    segments = plan_segments(model.tables, settings.table_dtype, source)
+    segments = plan_segments(
+        model.tables, settings.table_dtype, source, trained_grid=settings.trained_grid
+    )
     sizes = backend.planned_files(model, storage) | {
         BLOB: blob_bytes(model, segments, target.page_size)
     }
@@ -94,7 +96,7 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
     resident = cache + sum(storage.resident_bytes(weight) for weight in model.weights)
     return Plan(
         model=model,
-        settings=settings,
+        settings=_as_stored(settings, model, storage),
         backend=backend,
         storage=storage,
         contract=describe(model, backend, context=context),
@@ -106,6 +108,17 @@ def make_plan(model: Model, settings: Settings, *, source: str) -> Plan:
         problems=targets.exceeded(target, resident_bytes=resident, sizes=sizes),
         delivery=targets.delivery_notes(target, sizes),
     )
+
+
+def _as_stored(settings: Settings, model: Model, storage: WeightStorage) -> Settings:
+    """The same settings, whose dtypes are those of what lies on a trained grid, if all does."""
+    weights, table_dtype = settings.weights, settings.table_dtype
+    most = [weight for weight in model.weights if weight.precision == "quantizable"]
+    if most and all(w.on_grid and storage.dtype_of(w) == "int4" for w in most):
+        weights = replace(weights, dtype="int4")
+    if settings.trained_grid and table_dtype in QUANTIZED and all(t.on_grid for t in model.tables):
+        table_dtype = "int4"
+    return replace(settings, weights=weights, table_dtype=table_dtype)
 
 
 def cache_bytes(model: Model, context: int) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pleexport.dtypes import TableDtype, packed_bytes
+from pleexport.dtypes import QUANTIZED, TableDtype, packed_bytes
 from pleexport.model import Codes, Table
+from pleexport.quantize import GRID_GROUP
 from pleexport.runtime.blob_layout import (
     CHECKSUM_BYTES,
     ROW_ALIGNMENT,
@@ -16,21 +17,25 @@ from pleexport.runtime.blob_layout import (
 from pleexport.sizes import align
 
 # Values of a row that share a scale.
-_GROUP_SIZES = {"int8": 128, "int4": 32}
+_GROUP_SIZES = {"int8": 128, "int4": GRID_GROUP}
 _SCALE_DTYPE = "fp16"
 
 
-def plan_segments(tables: Iterable[Table], table_dtype: TableDtype, source: str) -> list[Segment]:
+def plan_segments(
+    tables: Iterable[Table], table_dtype: TableDtype, source: str, *, trained_grid: bool = False
+) -> list[Segment]:
     """Lay out the segments of a row: tables in order, layer after layer.
 
     Args:
         table_dtype: what a build asks for.
         source: the checkpoint's dtype, which "source" means but for tables with codes.
+        trained_grid: tables that were trained for a grid of 4 bits are stored on it.
     """
     segments: list[Segment] = []
     position = 0
     for table in tables:
-        codes = _segment_codes(table, table_dtype)
+        on_grid = trained_grid and table.on_grid and table_dtype in QUANTIZED
+        codes = _segment_codes(table, "int4" if on_grid else table_dtype)
         dtype = table.source_dtype(source) if table_dtype == "source" else table_dtype
         for layer in range(table.layers or 1):
             segment = Segment(

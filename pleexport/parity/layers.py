@@ -57,6 +57,7 @@ def _weight_request(manifest: Manifest) -> WeightRequest:
         cast(BlockSize, manifest.block_size),
         manifest.symmetric,
         cast(WeightDtype, manifest.head_dtype),
+        trained_grid=manifest.trained_grid,
     )
 
 

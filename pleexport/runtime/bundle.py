@@ -51,8 +51,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Attributes:
         context: largest number of positions the bundle was built for.
         graphs: by role; `decoder` computes logits.
-        weight_dtype, head_dtype, block_size, symmetric: how dense weights are stored; see
-            `WeightRequest`.
+        weight_dtype, head_dtype, block_size, symmetric, trained_grid: how dense weights are
+            stored; see `WeightRequest`.
         cache_dtype: of keys and values in layers that see the whole context.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         tables_digest: of the checkpoint's tables; the blob has it too.
@@ -69,6 +69,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     head_dtype: str
     block_size: int
     symmetric: bool
+    trained_grid: bool = False
     cache_dtype: CacheDtype
     calibration_tokens: int
     target: str

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pleexport.dtypes import packed_bytes
 from pleexport.model import Model, Weight
+from pleexport.quantize import GRID_GROUP
 from pleexport.weights import WeightRequest
 
 # XNNPACK's kernels take groups of this many weights, or of a multiple.
@@ -16,10 +19,14 @@ class ExecutorchStorage:
     int8 has one float32 scale for each output. int4 has groups along the inputs with a bfloat16
     scale each; they are as large as the request and the number of inputs allow. A matrix whose
     number of inputs has no such group is stored in int8.
+
+    A grid that matrices were trained for has scales of either sign, and XNNPACK takes positive ones
+    only. So they are rounded anew, in groups of the grid's size, and what keeps 8 bits keeps them.
     """
 
     def __init__(self, request: WeightRequest) -> None:
-        self._request = request
+        self._request = replace(request, trained_grid=False)
+        self._on_grid = request.on_grid
 
     def dtype_of(self, weight: Weight) -> str:
         """The dtype that one weight is stored in."""
@@ -45,7 +52,19 @@ class ExecutorchStorage:
         return self.file_bytes(weight) + sums
 
     def notes(self, model: Model) -> list[str]:
-        """The matrices that are stored in int8 for want of a group."""
+        """The matrices that cannot be stored as asked for, or as they were trained."""
+        return [*self._notes_on_grids(model), *self._notes_on_widened(model)]
+
+    def _notes_on_grids(self, model: Model) -> list[str]:
+        grid = [w for w in model.weights if self._on_grid(w) and self.dtype_of(w) == "int4"]
+        if not grid:
+            return []
+        return [
+            f"{len(grid)} of the matrices on a grid are rounded anew, in groups of {GRID_GROUP}: "
+            "the grid has scales of either sign, and XNNPACK takes positive ones only"
+        ]
+
+    def _notes_on_widened(self, model: Model) -> list[str]:
         wide = [w for w in model.weights if self.dtype_of(w) != self._request.dtype_of(w)]
         if not wide:
             return []
@@ -58,6 +77,7 @@ class ExecutorchStorage:
 
     def _group(self, weight: Weight) -> int:
         """The largest group of int4 codes that a matrix can have; 0 for none."""
-        inputs, most = weight.shape[1], self._request.block_size
+        inputs = weight.shape[1]
+        most = GRID_GROUP if self._on_grid(weight) else self._request.block_size
         allowed = range(most // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
         return next((size for size in allowed if inputs % size == 0), 0)

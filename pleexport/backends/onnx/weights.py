@@ -243,8 +243,9 @@ def _quantized(
             values,
             bits=code_bits,
             block_size=block_size,
-            symmetric=storage.symmetric,
+            symmetric=not storage.has_zero_points(weight),
             importance=importance,
+            rounding=storage.rounding_of(weight),
         )
 
     def produce_codes() -> Iterator[NDArray[Any]]:
