@@ -128,7 +128,9 @@ def grid_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
     """The steps of a trained grid of 4 bits: one for each group of `[..., groups, G]`, signed.
 
     That of Q4_0 gives the largest value by magnitude the code -8. Where all codes of a group are
-    smaller, the step that fits far better is a seventh, sixth or fifth of that value.
+    smaller, the step that fits far better is a seventh, sixth or fifth of that value. Values were
+    rounded when they were stored, the largest too: the scale that fits all codes best is nearest to
+    the trained one.
 
     Source: ggml `quantize_row_q4_0_ref`.
     """
@@ -142,7 +144,10 @@ def grid_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
         better = errors < least * np.float32(_CLEARLY_LESS)
         np.copyto(best, scales, where=better)
         np.copyto(least, errors, where=better)
-    return best + np.float32(0)  # a group of zeros has the scale 0, not -0
+    codes = round_to_codes(values, best, GRID_LOWEST, GRID_HIGHEST)
+    square = np.maximum(np.einsum("...g,...g->...", codes, codes), np.float32(SMALLEST))
+    fitting: NDArray[np.float32] = np.einsum("...g,...g->...", values, codes) / square
+    return fitting
 
 
 def grid_errors(values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
