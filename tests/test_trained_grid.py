@@ -150,6 +150,11 @@ def products(bundle: pleexport.Bundle) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "MatMulNBits"]
 
 
+def block_size(bundle: pleexport.Bundle, weight: str) -> int:
+    nodes = (n for n in products(bundle) if n.inputs[1].name == f"{weight}.codes")
+    return int(next(nodes).attributes["block_size"].as_int())
+
+
 def test_matrices_are_stored_as_q4_0_stores_them(
     trained: Path, trained_bundle: pleexport.Bundle
 ) -> None:
@@ -167,7 +172,8 @@ def test_matrices_are_stored_as_q4_0_stores_them(
         packed, stored = (node.inputs[i].const_value.numpy() for i in (1, 2))
         got = np.stack((packed & 15, packed >> 4), axis=-1).reshape(codes.shape)
         np.testing.assert_array_equal(got.astype(np.int8) - 8, codes)
-        np.testing.assert_allclose(stored, scales, rtol=2**-8)
+        # Q4_0's come from the largest value alone, which has noise of its own.
+        np.testing.assert_allclose(stored, scales, rtol=2**-6)
         compared += 1
     assert compared == sum(w.on_grid for w in marked(trained).model.weights)
 
@@ -209,8 +215,8 @@ def test_a_build_says_what_it_found(trained: Path, tmp_path: Path, capsys: Any) 
     )
     assert not other.manifest.trained_grid
     assert other.manifest.table_dtype == "int8"
-    sizes = {node.attributes["block_size"].as_int() for node in products(other)}
-    assert sizes != {node.attributes["block_size"].as_int() for node in products(bundle)}
+    assert block_size(bundle, "layers.0.self_attn.q_proj.weight") == 32
+    assert block_size(other, "layers.0.self_attn.q_proj.weight") == 64
     assert {s.dtype for s in pleexport.Runner(other).blob.segments} == {"int8"}
 
 
