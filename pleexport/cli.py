@@ -107,7 +107,8 @@ def build(
     block_size: Annotated[
         int | None,
         typer.Option(
-            help="How many weights may share a scale: 16, 32, 64, 128, 256.",
+            help="How many weights may share a scale: 16, 32, 64, 128, 256. "
+            "If given, no grid that matrices were trained for is followed.",
             show_default="the target's",
         ),
     ] = None,

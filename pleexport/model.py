@@ -89,6 +89,7 @@ class Table:
         fold: how rows are computed, where they are not the tensors' own.
         whole_text: each call gets the vectors of all tokens so far, not of the new ones only.
         codes: how the checkpoint holds it, where it is quantized.
+        on_grid: its rows were trained for 4 bits and lie close to a grid of `GRID_GROUP` values.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Table:
     fold: Fold | None = None
     whole_text: bool = False
     codes: Codes | None = None
+    on_grid: bool = False
 
     @property
     def row_width(self) -> int:
@@ -145,6 +147,7 @@ class Weight:
         transposed: the checkpoint holds `[inputs, outputs]` of a matrix.
         leading_ones: axes of one that the checkpoint puts before the shape.
         codes: how the checkpoint holds it, where it is quantized.
+        on_grid: it was trained for 4 bits and lies close to a grid of `GRID_GROUP` values.
     """
 
     name: str
@@ -156,6 +159,7 @@ class Weight:
     transposed: bool = False
     leading_ones: int = 0
     codes: Codes | None = None
+    on_grid: bool = False
 
     @property
     def source_key(self) -> str:

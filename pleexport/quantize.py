@@ -6,9 +6,13 @@ are computed, so no value is clipped and each is within half a step. With 4 bits
 searched for the least squared error of its group, which clips the largest values of some groups.
 
 Dense weights are a backend's own matter, but use the same search.
+
+What was trained for a grid of 4 bits needs no search: each group says itself what its step is.
 """
 
 from __future__ import annotations
+
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,13 +24,24 @@ MAX_CODE = {8: 127, 4: 7}
 # codes that each leads to is computed, not searched; with 8 bits clipping never pays.
 SHRINKS = {8: (1.0,), 4: (1.0, 0.93, 0.86, 0.79, 0.72)}
 SMALLEST = float(np.finfo(np.float32).tiny)
+# How scales are found: for the least squared error, or as those of the grid that values lie on.
+Rounding = Literal["searched", "grid"]
+# Values that share a step of a trained grid, and the range of its codes.
+GRID_GROUP = 32
+GRID_LOWEST, GRID_HIGHEST = -8, 7
+# What the largest code of a group may be, by magnitude. With 8 the steps are the smallest, so it
+# stands unless another leaves a fourth of the squared error: as if by chance it rarely does.
+_LARGEST_CODES = (8, 7, 6, 5)
+_CLEARLY_LESS = 0.25
 
 
 def quantize_rows(
-    values: NDArray[np.float32], *, bits: int, group_size: int
+    values: NDArray[np.float32], *, bits: int, group_size: int, rounding: Rounding = "searched"
 ) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Quantize `[..., W]` to codes `[..., W]` and scales `[..., groups]`.
 
+    Args:
+        rounding: "grid" for values that were trained for 4 bits in such groups.
     Raises:
         ValueError: a value is not finite, or too large for a float16 scale.
     """
@@ -40,9 +55,22 @@ def quantize_rows(
         with np.errstate(under="ignore"):
             narrowed = np.minimum(found.astype(np.float16), scales)
         scales = np.where(narrowed > 0, narrowed, scales)
-    codes = round_to_codes(grouped, scales.astype(np.float32), -limit, limit)
+    lowest = -limit
+    if rounding == "grid":
+        scales, lowest = _grid_where_closer(grouped, scales), GRID_LOWEST
+    codes = round_to_codes(grouped, scales.astype(np.float32), lowest, limit)
     codes = codes.reshape(*values.shape[:-1], -1)[..., :width]
     return codes.astype(np.int8), scales
+
+
+def _grid_where_closer(
+    grouped: NDArray[np.float32], searched: NDArray[np.float16]
+) -> NDArray[np.float16]:
+    """The scales of the grid, but for groups that lie on none: rows that nothing has trained."""
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        own = grid_scales(grouped).astype(np.float16)
+        errors = [grid_errors(grouped, scales.astype(np.float32)) for scales in (own, searched)]
+    return np.where(errors[0] <= errors[1], own, searched)
 
 
 def group_scales(values: NDArray[np.float32], *, bits: int, group_size: int) -> NDArray[np.float16]:
@@ -94,6 +122,39 @@ def best_scales(
         np.copyto(best_gain, gain, where=better)
         np.copyto(best, product / square, where=better)
     return best
+
+
+def grid_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The steps of a trained grid of 4 bits: one for each group of `[..., groups, G]`, signed.
+
+    That of Q4_0 gives the largest value by magnitude the code -8. Where all codes of a group are
+    smaller, the step that fits far better is a seventh, sixth or fifth of that value. Values were
+    rounded when they were stored, the largest too: the scale that fits all codes best is nearest to
+    the trained one.
+
+    Source: ggml `quantize_row_q4_0_ref`.
+    """
+    top, bottom = values.max(axis=-1), values.min(axis=-1)
+    largest: NDArray[np.float32] = np.where(top > -bottom, top, bottom)
+    best: NDArray[np.float32] = largest / np.float32(-_LARGEST_CODES[0])
+    least = grid_errors(values, best)
+    for code in _LARGEST_CODES[1:]:
+        scales = largest / np.float32(-code)
+        errors = grid_errors(values, scales)
+        better = errors < least * np.float32(_CLEARLY_LESS)
+        np.copyto(best, scales, where=better)
+        np.copyto(least, errors, where=better)
+    codes = round_to_codes(values, best, GRID_LOWEST, GRID_HIGHEST)
+    square = np.maximum(np.einsum("...g,...g->...", codes, codes), np.float32(SMALLEST))
+    fitting: NDArray[np.float32] = np.einsum("...g,...g->...", values, codes) / square
+    return fitting
+
+
+def grid_errors(values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The squared error of each group of `[..., groups, G]` in codes of a trained grid."""
+    rounded = round_to_codes(values, scales, GRID_LOWEST, GRID_HIGHEST)
+    errors: NDArray[np.float32] = np.square(rounded * scales[..., None] - values).sum(axis=-1)
+    return errors
 
 
 def round_to_codes(

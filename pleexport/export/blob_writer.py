@@ -184,7 +184,10 @@ def _quantized(
     assert segment.group_size is not None
     try:
         return quantize_rows(
-            values.astype(np.float32), bits=bits(segment.dtype), group_size=segment.group_size
+            values.astype(np.float32),
+            bits=bits(segment.dtype),
+            group_size=segment.group_size,
+            rounding="grid" if table.on_grid and segment.dtype == "int4" else "searched",
         )
     except ValueError as err:
         raise CheckpointError(

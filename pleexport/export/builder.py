@@ -13,6 +13,7 @@ import msgspec
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
 from pleexport.errors import (
@@ -80,7 +81,7 @@ def build(
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
-    matched = MatchedModel(model, opened)
+    matched = mark_grids(MatchedModel(model, opened))
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
@@ -117,13 +118,14 @@ def build(
             graphs={DECODER: artifact},
             context=plan.context,
             eos_token_ids=_eos_token_ids(matched),
-            table_dtype=settings.table_dtype,
+            table_dtype=plan.settings.table_dtype,
             table_dtypes=dict(plan.settings.table_dtypes),
-            weight_dtype=settings.weights.dtype,
-            head_dtype=plan.storage.dtype_of(plan.model.head),
+            weight_dtype=plan.settings.weights.dtype,
             weight_dtypes=dict(plan.settings.weights.dtypes),
+            head_dtype=plan.storage.dtype_of(plan.model.head),
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
+            trained_grid=any(plan.settings.weights.on_grid(w) for w in plan.model.weights),
             cache_dtype=settings.cache_dtype,
             activation_rounding=settings.activation_rounding,
             calibration_tokens=len(calibration_ids),
@@ -216,7 +218,8 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    for note in (*plan.storage.notes(plan.model), *notes_on_codes(plan), *plan.delivery):
+    notes = [*notes_on_grids(matched), *plan.storage.notes(plan.model), *notes_on_codes(plan)]
+    for note in (*notes, *plan.delivery):
         progress.note(f"note: {note}")
     for line in plan.chosen():
         progress.note(line)

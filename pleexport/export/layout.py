@@ -103,7 +103,8 @@ def lay_out(
     storage = backend.storage(settings.weights)
     tied = _tied(model, settings, storage, equal_codes=equal_codes)
     own_rows = [table for table in model.tables if tied is None or table.name != tied.table]
-    segments = plan_segments(own_rows, settings.table_dtype, source, dtypes=settings.table_dtypes)
+    dtypes = {table.name: settings.dtype_of_table(table) for table in own_rows}
+    segments = plan_segments(own_rows, settings.table_dtype, source, dtypes=dtypes)
     blob = blob_bytes(model, segments, settings.target.page_size)
     sizes = backend.planned_files(model, storage, tied=tied) | {BLOB: blob}
     return Layout(model, storage, segments, tied, sizes)
@@ -123,7 +124,7 @@ def _tied(
     if head.codes or table.codes:
         same = equal_codes and settings.weights.keeps_codes(head)
     else:
-        asked = settings.table_dtypes.get(table.name, settings.table_dtype)
+        asked = settings.dtype_of_table(table)
         tied = head.source_key == table.keys[0]
         same = tied and asked in QUANTIZED and bits(asked) <= bits(codes.dtype)
     if not same:

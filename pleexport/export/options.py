@@ -11,6 +11,7 @@ from pleexport import targets
 from pleexport.backends import registry
 from pleexport.dtypes import (
     CACHE_DTYPES,
+    QUANTIZED,
     TABLE_DTYPES,
     WEIGHT_DTYPES,
     CacheDtype,
@@ -18,6 +19,7 @@ from pleexport.dtypes import (
     WeightDtype,
 )
 from pleexport.errors import TargetError
+from pleexport.model import Table
 from pleexport.sizes import parse_size
 from pleexport.targets import Target
 from pleexport.weights import BlockSize, WeightRequest
@@ -35,9 +37,10 @@ class BuildOptions(TypedDict, total=False):
         table_dtype: "source" (bit-exact), "fp32", "fp16", "bf16", "int8" or "int4"; the target's
             by default, and "source" for a quantized checkpoint.
         weight_dtype: "source" (the codes of a quantized checkpoint), "fp32", "fp16", "int8" or
-            "int4"; the target's by default, and "source" for a quantized checkpoint.
+            "int4"; the target's by default, and "source" for a quantized checkpoint. What was
+            trained for a grid of 4 bits is stored on it by default, tables likewise.
         block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
-            the target's by default.
+            the target's by default. If given, no trained grid is followed.
         symmetric: one zero point for all blocks, the default; otherwise each has its own, which is
             closer to the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.
@@ -85,6 +88,7 @@ class Settings:
         max_bytes: what was asked for; None for what the target's store delivers.
         open: of `PARTS`, those whose dtypes a budget may choose.
         table_dtypes: of tables that are stored otherwise, by name.
+        trained_grid: tables that were trained for a grid of 4 bits are stored on it.
     """
 
     target: Target
@@ -97,6 +101,12 @@ class Settings:
     max_bytes: int | None = None
     open: frozenset[str] = PARTS
     table_dtypes: Mapping[str, TableDtype] = field(default_factory=dict)
+    trained_grid: bool = True
+
+    def dtype_of_table(self, table: Table) -> TableDtype:
+        """What one table is stored as."""
+        asked = self.table_dtypes.get(table.name, self.table_dtype)
+        return "int4" if self.trained_grid and table.on_grid and asked in QUANTIZED else asked
 
 
 def of_target(target: Target, *, quantized: bool) -> Settings:
@@ -155,12 +165,15 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
                 WeightDtype | None,
                 chosen("head_dtype", default.weights.head_dtype, WEIGHT_DTYPES),
             ),
+            trained_grid=options.get("block_size") is None
+            and options.get("weight_dtype") in (None, "int4"),
         ),
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),
         activation_rounding=options.get("activation_rounding") is not False,
         max_bytes=None if max_bytes is None else _size(max_bytes),
         open=PARTS - _asked_for(options),
+        trained_grid=options.get("table_dtype") in (None, "int4"),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
 from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.contract import GraphContract
-from pleexport.dtypes import packed_bytes
+from pleexport.dtypes import QUANTIZED, packed_bytes
 from pleexport.errors import TargetError
 from pleexport.export.budget import choose
 from pleexport.export.layout import Part, lay_out
@@ -168,7 +168,7 @@ def make_plan(
     resident = cache + sum(storage.resident_bytes(weight) for weight in model.weights)
     return Plan(
         model=model,
-        settings=choice.settings,
+        settings=_as_stored(choice.settings, model, storage),
         backend=backend,
         storage=storage,
         contract=describe(model, backend, context=context),
@@ -201,6 +201,17 @@ def _structure_bytes(model: Model) -> int:
     matrices = sum(weight.precision != "full" for weight in model.weights)
     named = _BYTES_OF_A_WEIGHT * len(model.weights) + _BYTES_OF_A_MATRIX * matrices
     return _OTHER_BYTES + named
+
+
+def _as_stored(settings: Settings, model: Model, storage: WeightStorage) -> Settings:
+    """The same settings, whose dtypes are those of what lies on a trained grid, if all does."""
+    weights, table_dtype = settings.weights, settings.table_dtype
+    most = [weight for weight in model.weights if weight.precision == "quantizable"]
+    if most and all(w.on_grid and storage.dtype_of(w) == "int4" for w in most):
+        weights = replace(weights, dtype="int4")
+    if settings.trained_grid and table_dtype in QUANTIZED and all(t.on_grid for t in model.tables):
+        table_dtype = "int4"
+    return replace(settings, weights=weights, table_dtype=table_dtype)
 
 
 def cache_bytes(model: Model, context: int) -> int:

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from pleexport.checked_header import CHECKSUM_BYTES
 from pleexport.dtypes import TableDtype, packed_bytes
 from pleexport.model import Codes, Table
+from pleexport.quantize import GRID_GROUP
 from pleexport.runtime.blob_layout import (
     ROW_ALIGNMENT,
     SEGMENT_ALIGNMENT,
@@ -17,7 +18,7 @@ from pleexport.runtime.blob_layout import (
 from pleexport.sizes import align
 
 # Values of a row that share a scale.
-_GROUP_SIZES = {"int8": 128, "int4": 32}
+_GROUP_SIZES = {"int8": 128, "int4": GRID_GROUP}
 _SCALE_DTYPE = "fp16"
 
 

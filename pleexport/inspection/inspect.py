@@ -7,6 +7,7 @@ from pathlib import Path
 from pleexport import families, targets
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
 from pleexport.export.plan import copied_files
@@ -18,7 +19,9 @@ from pleexport.model import Model
 
 
 def inspect(path: str | Path) -> ModelInfo:
-    """Describe a checkpoint without reading its weights.
+    """Describe a checkpoint without reading its weights, but for a few rows of each matrix.
+
+    These tell whether it was trained for a grid of 4 bits.
 
     A folder that has only a config is described as the text-only checkpoint that fits it, and so
     is one whose weights do not fit their config; a note says why.
@@ -32,6 +35,7 @@ def inspect(path: str | Path) -> ModelInfo:
     checkpoint = Checkpoint(path)
     model, source = families.resolve(checkpoint), checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
+    model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
     copied = copied_files(checkpoint).values()
     counts = count_parameters(model, matched, towers, scalars)
@@ -55,6 +59,7 @@ def inspect(path: str | Path) -> ModelInfo:
         notes=[
             *unmatched_notes,
             *_notes_on_dtypes(matched, checkpoint),
+            *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
         ],
     )
@@ -68,7 +73,7 @@ def _match(model: Model, checkpoint: Checkpoint) -> tuple[MatchedModel | None, l
             "config.json."
         ]
     try:
-        return MatchedModel(model, checkpoint), []
+        return mark_grids(MatchedModel(model, checkpoint)), []
     except CheckpointError as err:
         return None, [
             "The weights do not fit the model, so a build would be refused; the counts are those "
@@ -88,6 +93,12 @@ def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> li
         f"config.json says {torch_name(checkpoint.dtype)}, and the tables are stored as "
         f"{', '.join(sorted(stored))}: they are rounded to it, as the original does."
     ]
+
+
+def _notes_on_grids(matched: MatchedModel | None) -> list[str]:
+    """What was trained for a grid of 4 bits; the numbers of a build follow from it."""
+    found = notes_on_grids(matched) if matched else []
+    return [f"{note[0].upper()}{note[1:]}." for note in found]
 
 
 def _notes_on_counts(model: Model, counts: Counts) -> list[str]:

@@ -58,6 +58,7 @@ def _weight_request(manifest: Manifest) -> WeightRequest:
         manifest.symmetric,
         cast(WeightDtype, manifest.head_dtype),
         cast(dict[str, WeightDtype], manifest.weight_dtypes),
+        trained_grid=manifest.trained_grid,
     )
 
 

@@ -9,6 +9,7 @@ from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
 from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
@@ -52,7 +53,7 @@ def verify(
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
-    matched = MatchedModel(model, source)
+    matched = mark_grids(MatchedModel(model, source))
     graph = opened.decoder
     context = opened.manifest.context
     if describe(model, load(graph.backend), context=context) != graph.contract:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pleexport.dtypes import QUANTIZED, packed_bytes
 from pleexport.model import Codes, Model, Weight
+from pleexport.quantize import GRID_GROUP
 from pleexport.sizes import size_text
 from pleexport.weights import WeightRequest
 
@@ -21,10 +24,14 @@ class ExecutorchStorage:
     A checkpoint's own codes keep its scales: one float32 scale for each output, or groups whose
     scales bfloat16 holds. Codes of 2 bits are stored in 4, which hold them too, and so are codes of
     fewer than 8 bits in 8 where a row would not be whole bytes.
+
+    A grid that matrices were trained for has scales of either sign, and XNNPACK takes positive ones
+    only. So they are rounded anew, in groups of the grid's size, and what keeps 8 bits keeps them.
     """
 
     def __init__(self, request: WeightRequest) -> None:
-        self._request = request
+        self._request = replace(request, trained_grid=False)
+        self._on_grid = request.on_grid
 
     def keeps_codes(self, weight: Weight) -> bool:
         """Whether a weight is stored with the checkpoint's own codes."""
@@ -70,6 +77,19 @@ class ExecutorchStorage:
         return None
 
     def notes(self, model: Model) -> list[str]:
+        """The matrices that cannot be stored as asked for, or as they were trained."""
+        return [*self._notes_on_grids(model), *self._notes_on_widened(model)]
+
+    def _notes_on_grids(self, model: Model) -> list[str]:
+        grid = [w for w in model.weights if self._on_grid(w) and self.dtype_of(w) == "int4"]
+        if not grid:
+            return []
+        return [
+            f"{len(grid)} of the matrices on a grid are rounded anew, in groups of {GRID_GROUP}: "
+            "the grid has scales of either sign, and XNNPACK takes positive ones only"
+        ]
+
+    def _notes_on_widened(self, model: Model) -> list[str]:
         """The matrices that are stored in more bits than was asked for, and why."""
         wide = [w for w in model.weights if self.dtype_of(w) != self._request.dtype_of(w)]
         own = [w for w in wide if self.keeps_codes(w)]
@@ -93,7 +113,8 @@ class ExecutorchStorage:
 
     def _group(self, weight: Weight) -> int:
         """The largest group of int4 codes that a matrix can have; 0 for none."""
-        inputs, most = weight.shape[1], self._request.block_size
+        inputs = weight.shape[1]
+        most = GRID_GROUP if self._on_grid(weight) else self._request.block_size
         allowed = range(most // GROUP_STEP * GROUP_STEP, 0, -GROUP_STEP)
         return next((size for size in allowed if inputs % size == 0), 0)
 

@@ -1,4 +1,4 @@
-"""Round dense weights to what ONNX Runtime's `MatMulNBits` takes, scales searched."""
+"""Round dense weights to what ONNX Runtime's `MatMulNBits` takes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pleexport.dtypes import bits as bits_of
 from pleexport.model import Codes
 from pleexport.quantize import (
     SMALLEST,
+    Rounding,
     best_scales,
+    grid_scales,
     grouped_importance,
     grouped_values,
     round_to_codes,
@@ -46,14 +48,16 @@ def quantize_blocks(
     block_size: int,
     symmetric: bool = True,
     importance: NDArray[np.float32] | None = None,
+    rounding: Rounding = "searched",
 ) -> Blocks:
-    """Quantize a matrix for ONNX Runtime's `MatMulNBits`, scales searched.
+    """Quantize a matrix for ONNX Runtime's `MatMulNBits`.
 
     Args:
         weight_NK: `[N, K]`, N outputs.
         symmetric: one zero point for all blocks, 2**(bits - 1); otherwise each has its own.
         importance: `[K]`, how much a squared error in each input's weights counts; all alike by
             default.
+        rounding: "grid" for a symmetric matrix of 4 bits that was trained for these blocks.
     Raises:
         ValueError: a value is not finite.
     Source: onnxruntime docs/ContribOperators.md, `com.microsoft.MatMulNBits`.
@@ -73,7 +77,11 @@ def quantize_blocks(
         widest, zero_points[rows] = _widest(grouped, bits=bits, symmetric=symmetric)
         zero = zero_points[rows].astype(np.float32)[..., None]
         lowest, highest = -zero, np.float32(2**bits - 1) - zero
-        scales[rows] = best_scales(grouped, widest, lowest, highest, bits=bits, importance=weighted)
+        scales[rows] = (
+            grid_scales(grouped)
+            if rounding == "grid"
+            else best_scales(grouped, widest, lowest, highest, bits=bits, importance=weighted)
+        )
         rounded = round_to_codes(grouped, scales[rows], lowest, highest)
         codes[rows] = np.add(rounded, zero, out=rounded)
     if bits == 4:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pleexport.dtypes import CODED, bits, packed_bytes
 from pleexport.model import Codes, Model, Weight
+from pleexport.quantize import GRID_GROUP, Rounding
 from pleexport.sizes import groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
@@ -30,11 +31,15 @@ class OnnxStorage:
         """Whether a weight is stored with the checkpoint's own codes."""
         return self._request.keeps_codes(weight)
 
+    def rounding_of(self, weight: Weight) -> Rounding:
+        """How a weight that is rounded finds its scales."""
+        return "grid" if self._request.on_grid(weight) else "searched"
+
     def has_zero_points(self, weight: Weight) -> bool:
         """Whether each block of a weight that is stored in codes has a zero point of its own."""
         if weight.codes and self.keeps_codes(weight):
             return bool(weight.codes.zero_points)
-        return not self.symmetric
+        return not self.symmetric and self.rounding_of(weight) != "grid"
 
     def block_size_of(self, weight: Weight) -> int:
         """Weights that share a scale in one matrix.
@@ -42,6 +47,8 @@ class OnnxStorage:
         Rows are padded to whole blocks: of the sizes allowed, it is the one with fewest bytes.
         Smaller blocks are slower, larger ones lose more.
         """
+        if self.rounding_of(weight) == "grid":
+            return GRID_GROUP
         most: int = self._request.block_size
         if self.keeps_codes(weight) and bits(self.dtype_of(weight)) == 2:
             most = min(most, _MOST_OF_2_BITS)

@@ -272,9 +272,10 @@ def _quantized(
             values,
             bits=code_bits,
             block_size=block_size,
-            symmetric=storage.symmetric,
+            symmetric=not storage.has_zero_points(weight),
             # In a lookup, all elements of a row count alike.
             importance=None if tied else importance,
+            rounding=storage.rounding_of(weight),
         )
 
     def produce_codes() -> Iterator[NDArray[Any]]:
