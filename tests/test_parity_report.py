@@ -127,6 +127,7 @@ def test_the_file_has_every_field_and_the_verdict(tmp_path: Path) -> None:
         "max_steps",
         "first_bad_row",
         "first_bad_layer",
+        "tied",
     ]
     assert list(written["logits"][0]) == [
         "mode",

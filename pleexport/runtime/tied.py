@@ -181,6 +181,8 @@ def _check_tensors(file: SafetensorsFile, metadata: _Metadata) -> None:
     if list(found.items()) != list(_TENSORS.items()):
         raise _broken(file, f"does not have the tensors {', '.join(_TENSORS)}, in order (T-01)")
     rows = file.entries[CODES].shape[0]
+    if rows == 0:
+        raise _broken(file, "has no rows (T-05)")
     expected = TiedLayout(
         weight="",
         table=metadata.table,
@@ -197,7 +199,7 @@ def _check_tensors(file: SafetensorsFile, metadata: _Metadata) -> None:
         CHECKSUMS: (rows,),
     }
     for name, shape in shapes.items():
-        if file.entries[name].shape != shape or not rows:
+        if file.entries[name].shape != shape:
             raise _broken(
                 file,
                 f"has tensor `{name}` of shape {list(file.entries[name].shape)}; a row of "
