@@ -396,13 +396,14 @@ def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
     info = inspect(folder)
     model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="bf16")
-    android = next(e for e in info.targets if e.target == "android")
+    ios = next(e for e in info.targets if e.target == "ios")
     storage = OnnxStorage(WeightRequest("int4"))
-    assert android.graph_bytes == sum(storage.file_bytes(w) for w in model.weights)
-    assert android.blob_bytes == info.blobs[TABLE_DTYPES.index("int8")].file_bytes
-    assert android.bundle_bytes == android.graph_bytes + android.blob_bytes
-    assert android.resident_bytes == android.graph_bytes + android.cache_bytes
-    assert android.fits
+    assert ios.graph_bytes == sum(storage.file_bytes(w) for w in model.weights)
+    assert ios.blob_bytes == info.blobs[TABLE_DTYPES.index("int8")].file_bytes
+    assert ios.bundle_bytes == ios.graph_bytes + ios.blob_bytes
+    assert ios.resident_bytes == ios.graph_bytes + ios.cache_bytes
+    assert ios.fits
+    android = next(e for e in info.targets if e.target == "android")
     assert "2 parts of at most 1.50 GB" in android.delivery[0]
 
 
