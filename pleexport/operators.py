@@ -22,22 +22,25 @@ from torch.utils import _pytree as pytree
 _HIDDEN = -torch.inf
 
 
-def _operator(definition: Callable[..., Any]) -> CustomOpDef:
-    """An operator of ours, named as its definition; its gradient is the definition's.
+def _custom_op(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make an operator of ours of a definition; its gradient is the definition's.
 
-    Gradients are for calibration alone; a program that is traced has none.
+    Gradients are for choosing dtypes by a text; a program that is traced has none.
     """
-    name = f"pleexport::{definition.__name__}"
-    operator = torch.library.custom_op(name, mutates_args=())(definition)
 
-    def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.given = inputs
+    def make(definition: Callable[..., Any]) -> CustomOpDef:
+        operator = torch.library.custom_op(name, mutates_args=())(definition)
 
-    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        return _gradients(definition, ctx.given, gradients)
+        def keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.given = inputs
 
-    operator.register_autograd(backward, setup_context=keep_inputs)
-    return operator
+        def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+            return _gradients(definition, ctx.given, gradients)
+
+        operator.register_autograd(backward, setup_context=keep_inputs)
+        return operator
+
+    return make
 
 
 def _gradients(
@@ -62,7 +65,7 @@ def _gradients(
     return tuple(pytree.tree_unflatten([by_place.get(i) for i in range(len(flat))], form))
 
 
-@_operator
+@_custom_op("pleexport::rotate")
 def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of N heads; element i pairs with i + D/2. Source: arXiv 2104.09864.
 
@@ -79,7 +82,7 @@ def _(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x_BTND)
 
 
-@_operator
+@_custom_op("pleexport::write_cache")
 def write_cache(cache: Tensor, new_BTKD: Tensor, slots_BT: Tensor) -> Tensor:
     """A tensor of a cache with T new entries in consecutive slots, wrapping around at its end.
 
@@ -94,7 +97,7 @@ def _(cache: Tensor, new_BTKD: Tensor, slots_BT: Tensor) -> Tensor:
     return torch.empty_like(cache)
 
 
-@_operator
+@_custom_op("pleexport::attend_window")
 def attend_window(query_BQND: Tensor, keys: Tensor, values: Tensor, bias_BQC: Tensor) -> Tensor:
     """`[B, Q, N * D]`: softmax(q k + bias) v with scale 1; K key heads serve N query heads.
 
@@ -110,7 +113,7 @@ def _(query_BQND: Tensor, keys: Tensor, values: Tensor, bias_BQC: Tensor) -> Ten
     return query_BQND.new_empty(*query_BQND.shape[:2], query_BQND.shape[2] * values.shape[3])
 
 
-@_operator
+@_custom_op("pleexport::attend_context")
 def attend_context(
     query_BQND: Tensor,
     cache: Sequence[Tensor],
@@ -151,7 +154,7 @@ def _(
     return query_BQND.new_empty(*query_BQND.shape[:2], query_BQND.shape[2] * cache[1].shape[3])
 
 
-@_operator
+@_custom_op("pleexport::linear_in_steps")
 def linear_in_steps(
     x: Tensor,
     weight: Tensor,
@@ -183,7 +186,7 @@ def _(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@_operator
+@_custom_op("pleexport::wkv7")
 def wkv7(
     r: Tensor, log_w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:

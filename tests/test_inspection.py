@@ -396,17 +396,18 @@ def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", gemma4_text())
     info = inspect(folder)
     model = families.from_config(json.loads((folder / "config.json").read_text()), dtype="bf16")
-    android = next(e for e in info.targets if e.target == "android")
+    ios = next(e for e in info.targets if e.target == "ios")
     storage = OnnxStorage(WeightRequest("int4"))
     weights = sum(storage.file_bytes(w) for w in model.weights)
     # The head has a file of its own: a page for its header, and checksums of its rows.
-    assert android.graph_bytes == weights + 16_384 + 8 * 262_144
+    assert ios.graph_bytes == weights + 16_384 + 8 * 262_144
     # The input embedding is in it, and not in the blob.
-    saved = info.blobs[TABLE_DTYPES.index("int8")].file_bytes - android.blob_bytes
+    saved = info.blobs[TABLE_DTYPES.index("int8")].file_bytes - ios.blob_bytes
     assert 262_144 * (10_688 - 9152) <= saved < 402_700_000
-    assert android.bundle_bytes == android.graph_bytes + android.blob_bytes
-    assert android.resident_bytes == weights + android.cache_bytes
-    assert android.fits
+    assert ios.bundle_bytes == ios.graph_bytes + ios.blob_bytes
+    assert ios.resident_bytes == weights + ios.cache_bytes
+    assert ios.fits
+    android = next(e for e in info.targets if e.target == "android")
     assert "2 parts of at most 1.50 GB" in android.delivery[0]
 
 

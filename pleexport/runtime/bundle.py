@@ -75,6 +75,9 @@ class Manifest(
     eos_token_ids: list[int]
     table_dtype: str
     weight_dtype: str
+    table_dtypes: dict[str, str] = {}
+    weight_dtypes: dict[str, str] = {}
+    max_bytes: int | None = None
     head_dtype: str
     block_size: int
     symmetric: bool
@@ -87,9 +90,6 @@ class Manifest(
     versions: dict[str, str]
     parity: ParitySummary
     files: list[FileRecord]
-    weight_dtypes: dict[str, str] = {}
-    table_dtypes: dict[str, str] = {}
-    max_bytes: int | None = None
 
 
 class Bundle:
