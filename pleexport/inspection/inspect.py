@@ -73,10 +73,11 @@ def _match(model: Model, checkpoint: Checkpoint) -> tuple[MatchedModel | None, l
 
 
 def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> list[str]:
-    """That tensors are stored in another dtype than config.json names."""
+    """That tensors are stored in another dtype than config.json names; codes are none of its."""
     if matched is None or not checkpoint.config:
         return []
-    stored = {e.dtype for t in matched.model.tables for e in matched.entries(t)}
+    numbers = [t for t in matched.model.tables if t.codes is None]
+    stored = {e.dtype for t in numbers for e in matched.entries(t)}
     if stored <= {checkpoint.dtype}:
         return []
     return [
