@@ -12,7 +12,7 @@ BUNDLE := build/$(FAMILY)-android
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
-	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma3n, rwkv7a or embformer"
+	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
 	@echo "make test               lint, type check and tests, as CI runs them"
 
 # The environment is made once, and again when the dependencies change.

@@ -43,12 +43,20 @@ FORMATS: dict[str, dict[str, Any]] = {
     "int4, head too": _INT4 | {"head_dtype": "int4"},
     "int4 weights, int4 tables": {"weight_dtype": "int4", "table_dtype": "int4"},
 }
+# Of a checkpoint that is quantized: as it is, and rounded a second time.
+QUANTIZED_FORMATS: dict[str, dict[str, Any]] = {
+    "its own codes (android)": {"weight_dtype": "source", "table_dtype": "source"},
+    "int8 weights, int8 tables": FORMATS["int8 weights, int8 tables"],
+    "int4 weights, int8 tables": _INT4,
+}
 LLAMACPP = "llama.cpp's Q4_0, head Q8_0"
 
 
 def formats(checkpoint: Path) -> dict[str, dict[str, Any]]:
     """The formats that a checkpoint is measured in, and their options."""
     config = checkpoint / "config.json"
+    if config.is_file() and "quantization_config" in json.loads(config.read_text()):
+        return QUANTIZED_FORMATS
     in_one_file = (checkpoint / "model.safetensors").is_file() and config.is_file()
     known = in_one_file and json.loads(config.read_text())["model_type"].startswith("gemma4")
     return FORMATS | ({LLAMACPP: {}} if known else {})

@@ -1,4 +1,7 @@
-"""Measures a checkpoint on the held-out text: perplexity, baselines and ablations."""
+"""Measures a checkpoint on the held-out text: perplexity, baselines and ablations.
+
+Of a bundle, the perplexity alone.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,18 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from corpus import read_chapters, read_heldout, split_chapters
-from models import FAMILIES, Family, Rows
+from models import FAMILIES, Family, QuantizedGemmaFamily, Rows
 from tokenizer import encode_documents
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pleexport import families
+from pleexport import Runner, families
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity.oracle import open_oracle
@@ -26,6 +30,7 @@ STRIDE = 128
 PROMPT = "In the beginning"
 NOT_SCORED = -100
 COMPARED_TOKENS = 64
+CALIBRATING_WINDOWS = 16
 SAMPLED_FROM = 50  # the most likely tokens, as in `transformers`
 
 # Logits of windows of ids.
@@ -119,6 +124,33 @@ def measure_ablations(
     }
 
 
+def family_name(folder: Path) -> str:
+    """Return by what name `FAMILIES` has the family of a checkpoint."""
+    model = families.resolve(Checkpoint(folder))
+    quantized = any(weight.codes for weight in model.weights)
+    return f"{model.family}-qat" if quantized else model.family
+
+
+@torch.no_grad()
+def measure_plain_rounding(
+    family: QuantizedGemmaFamily,
+    training: Sequence[Sequence[int]],
+    heldout: Sequence[Sequence[int]],
+) -> dict[str, float]:
+    """Return the losses of what training started from: as it was, and rounded to the same bits.
+
+    Scales of weights have the least squared error, those of activations fit a training batch.
+    """
+    losses = {"start": measure_loss(make_scorer(family, family.load_start()), heldout)}
+    model = family.build().eval()
+    losses["start_weights_rounded"] = measure_loss(make_scorer(family, model), heldout)
+    windows = (window for document in training for window in cut_windows(document, stride=CONTEXT))
+    whole = (inputs for inputs, targets in windows if NOT_SCORED not in targets)
+    make_scorer(family, model.train())(torch.tensor(list(islice(whole, CALIBRATING_WINDOWS))))
+    losses["start_rounded"] = measure_loss(make_scorer(family, model.eval()), heldout)
+    return losses
+
+
 @torch.no_grad()
 def measure_difference(folder: Path, score: Scorer, ids: Sequence[int]) -> float:
     """Return the largest difference to the logits of the original that bundles are checked with."""
@@ -157,7 +189,7 @@ def generate_text(
 
 def evaluate_checkpoint(folder: Path) -> dict[str, object]:
     """Return every metric of the checkpoint in `folder`, computed on the CPU in fp32."""
-    family = FAMILIES[families.resolve(Checkpoint(folder)).family]
+    family = FAMILIES[family_name(folder)]
     vocabulary = family.vocabulary
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     training = encode_documents(tokenizer, split_chapters(read_chapters())[0], vocabulary)
@@ -169,7 +201,9 @@ def evaluate_checkpoint(folder: Path) -> dict[str, object]:
     score = make_scorer(family, model)
     loss = measure_loss(score, heldout)
     unigram_loss = measure_unigram_loss(training, heldout, vocab_size=vocabulary.size)
-    ablations = measure_ablations(family, model, heldout)
+    others = measure_ablations(family, model, heldout)
+    if isinstance(family, QuantizedGemmaFamily):
+        others |= measure_plain_rounding(family, training, heldout)
 
     def write(tokens: int, temperature: float) -> str:
         return generate_text(
@@ -190,18 +224,35 @@ def evaluate_checkpoint(folder: Path) -> dict[str, object]:
         "bits_per_byte": round(loss * tokens / size / math.log(2), 3),
         "perplexity": round(math.exp(loss), 2),
         "perplexity_unigram": round(math.exp(unigram_loss), 2),
-        **{f"perplexity_{name}": round(math.exp(value), 2) for name, value in ablations.items()},
+        **{f"perplexity_{name}": round(math.exp(value), 2) for name, value in others.items()},
         "difference_to_original": measure_difference(folder, score, heldout[0][:COMPARED_TOKENS]),
         "greedy_text": write(64, 0.0),
         "sampled_text": write(120, 0.7),
     }
 
 
+def evaluate_bundle(folder: Path) -> dict[str, object]:
+    """Return loss and perplexity of a bundle, as it runs on a device."""
+    runner = Runner(folder)
+    vocabulary = FAMILIES[runner.bundle.manifest.family].vocabulary
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    heldout = encode_documents(tokenizer, read_heldout(), vocabulary)
+
+    def score(ids_BT: Tensor) -> Tensor:
+        return torch.stack([torch.from_numpy(runner.logits(ids)) for ids in ids_BT.tolist()])
+
+    loss = measure_loss(score, heldout)
+    return {"loss": round(loss, 4), "perplexity": round(math.exp(loss), 2)}
+
+
 def main() -> None:
-    """Print the metrics of one checkpoint folder as JSON."""
+    """Print the metrics of one folder as JSON."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path)
-    print(json.dumps(evaluate_checkpoint(parser.parse_args().checkpoint), indent=2))
+    parser.add_argument("folder", type=Path, help="a checkpoint, or a bundle of one")
+    folder = parser.parse_args().folder
+    is_bundle = (folder / "manifest.json").is_file()
+    measured = evaluate_bundle(folder) if is_bundle else evaluate_checkpoint(folder)
+    print(json.dumps(measured, indent=2))
 
 
 if __name__ == "__main__":

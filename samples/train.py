@@ -1,7 +1,8 @@
 """Trains one of the sample models: `python samples/train.py gemma4`.
 
 The run saves its state every `--save-every` steps and continues from there when it is started
-again; the result is the same as that of an uninterrupted run on the same machine.
+again; the result is the same as that of an uninterrupted run on the same machine. Started again
+with another `--steps`, it goes on at the rates of a run of that length.
 """
 
 from __future__ import annotations
@@ -20,7 +21,14 @@ from pathlib import Path
 import torch
 from corpus import HELDOUT_PATH, read_chapters, read_heldout, split_chapters, write_heldout
 from evaluate import CONTEXT, evaluate_checkpoint, make_scorer, measure_loss
-from models import FAMILIES, Family, count_parameters, load_trained_state, trained_state
+from models import (
+    FAMILIES,
+    Family,
+    QuantizedGemmaFamily,
+    count_parameters,
+    load_trained_state,
+    trained_state,
+)
 from report import write_loss_plot, write_readme
 from safetensors.torch import load_file, save_file
 from tokenizer import encode_documents, train_tokenizer
@@ -51,7 +59,12 @@ class Settings:
 
 @dataclass
 class Progress:
-    """What a run has done so far."""
+    """What a run has done so far.
+
+    Attributes:
+        lengths: from which step on it was to have how many; more than one, where a run was
+            continued with another `--steps`.
+    """
 
     step: int
     seconds: float
@@ -59,6 +72,7 @@ class Progress:
     best_step: int
     train_losses: list[float]
     heldout_losses: list[tuple[int, float]]
+    lengths: list[tuple[int, int]]
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
@@ -96,9 +110,11 @@ def join_documents(documents: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def build_optimizer(model: nn.Module, settings: Settings) -> torch.optim.AdamW:
-    """Return AdamW; matrices and tables decay, vectors and scalars do not."""
-    matrices = [value for value in model.parameters() if value.squeeze().ndim >= 2]
-    others = [value for value in model.parameters() if value.squeeze().ndim < 2]
+    """Return AdamW; matrices and tables decay, vectors, scalars and scales do not."""
+    matrices, others = [], []
+    for name, value in model.named_parameters():
+        decays = value.squeeze().ndim >= 2 and not name.endswith("_log_scale")
+        (matrices if decays else others).append(value)
     groups = [
         {"params": matrices, "weight_decay": settings.weight_decay},
         {"params": others, "weight_decay": 0.0},
@@ -118,7 +134,7 @@ def train_step(
     """Make one update and return the training loss. Each window starts as a text does."""
     inputs, targets = batch[:, :-1].clone(), batch[:, 1:]
     inputs[:, 0] = family.vocabulary.start_id
-    with torch.autocast(batch.device.type, torch.bfloat16):
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=family.trains_in_bf16):
         logits = family.compute_logits(model, family.look_up(model, inputs))
     loss = functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
     loss.backward()
@@ -130,6 +146,11 @@ def train_step(
     return loss.item()
 
 
+def as_json(settings: Settings) -> str:
+    """Return the settings as one line."""
+    return json.dumps(asdict(settings))
+
+
 def save_progress(
     folder: Path,
     model: nn.Module,
@@ -139,7 +160,7 @@ def save_progress(
 ) -> None:
     """Write the state of the run in one file, replaced in one move."""
     state = {
-        "settings": json.dumps(asdict(settings)),
+        "settings": as_json(settings),
         "progress": asdict(progress),
         "model": trained_state(model),
         "optimizer": optimizer.state_dict(),
@@ -155,17 +176,20 @@ def load_progress(
     """Continue from the saved state, or start at step 0 where there is none.
 
     Raises:
-        SystemExit: the saved state belongs to a run with other settings.
+        SystemExit: the saved state belongs to a run with other settings, steps aside.
     """
     path = folder / "state.pt"
     if not path.exists():
-        return Progress(0, 0.0, math.inf, 0, [], [])
+        return Progress(0, 0.0, math.inf, 0, [], [], [(0, settings.steps)])
     state = torch.load(path, weights_only=True)
-    if state["settings"] != json.dumps(asdict(settings)):
+    if json.loads(state["settings"]) | {"steps": settings.steps} != json.loads(as_json(settings)):
         raise SystemExit(f"{path} belongs to a run with other settings; remove it to start anew")
     load_trained_state(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    if progress.lengths[-1][1] != settings.steps:
+        progress.lengths.append((progress.step, settings.steps))
+    return progress
 
 
 def train(
@@ -238,9 +262,12 @@ def describe_machine(device: torch.device) -> str:
     return f"{platform.machine()} CPU ({capability}), {threads} thread{'s' if threads > 1 else ''}"
 
 
-def describe_dtype(dtype: torch.dtype) -> str:
-    """Return "bf16" or "fp16"."""
-    return {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+def describe_precision(family: Family) -> str:
+    """Return how the family computes when it trains, and after "saved as" how it is kept."""
+    if isinstance(family, QuantizedGemmaFamily):
+        return "fp32, weights and activations rounded in each forward pass; saved as quantized"
+    dtype = {torch.bfloat16: "bf16", torch.float16: "fp16"}[family.saved_dtype]
+    return f"fp32 weights, bf16 autocast; saved as {dtype}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -253,6 +280,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--warmup-steps", type=int, default=Settings.warmup_steps)
     parser.add_argument("--out", type=Path, help="default: samples/FAMILY-kjv")
     parser.add_argument("--state", type=Path, help="default: build/samples/FAMILY")
     parser.add_argument("--save-every", type=int, default=200)
@@ -268,6 +296,7 @@ def main() -> None:
         steps=arguments.steps,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
+        warmup_steps=arguments.warmup_steps,
     )
     family = FAMILIES[settings.family]
     samples = Path(__file__).parent
@@ -300,12 +329,13 @@ def main() -> None:
     record = {
         "settings": asdict(settings),
         "optimizer": "AdamW",
-        "precision": f"fp32 weights, bf16 autocast; saved as {describe_dtype(family.saved_dtype)}",
+        "precision": describe_precision(family),
         "machine": describe_machine(torch.device(arguments.device)),
         "versions": {"python": platform.python_version()} | {p: version(p) for p in PACKAGES},
         "parameters": count_parameters(family, state),
         "training_tokens_seen": tokens,
         "epochs": round(tokens / len(stream), 2),
+        "lengths": progress.lengths,
         "wall_seconds": round(progress.seconds),
         "tokens_per_second": round(tokens / progress.seconds),
         "best_step": progress.best_step,

@@ -124,6 +124,7 @@ def test_codes_go_into_rows_bit_for_bit(mobile: Path, mobile_bundle: pleexport.B
 def test_a_build_keeps_codes_on_every_target(mobile: Path) -> None:
     info = pleexport.inspect(mobile)
     assert {(e.table_dtype, e.weight_dtype) for e in info.targets} == {("source", "source")}
+    assert not any("they are rounded" in note for note in info.notes)
 
 
 def test_own_codes_stay_close_to_the_original(mobile_bundle: pleexport.Bundle) -> None:

@@ -82,7 +82,7 @@ def _match(model: Model, checkpoint: Checkpoint) -> tuple[MatchedModel | None, l
 
 
 def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> list[str]:
-    """That tensors are stored in another dtype than config.json names."""
+    """That tensors are stored in another dtype than config.json names; codes are none of its."""
     if matched is None or not checkpoint.config:
         return []
     in_numbers = [table for table in matched.model.tables if not table.codes]
