@@ -74,7 +74,7 @@ def test_the_default_bundle_of_e2b_is_one_that_the_store_delivers(e2b: Model) ->
     assert dtypes_of(unlimited)["embed_tokens_per_layer"] == {"int8"}
 
 
-@pytest.mark.parametrize("delivered", [3_900_000_000, 3_000_000_000, 2_900_000_000])
+@pytest.mark.parametrize("delivered", [3_700_000_000, 2_900_000_000, 2_800_000_000])
 def test_what_a_store_delivers_is_kept_and_nothing_becomes_wider(
     e2b: Model, delivered: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_a_bundle_that_fits_is_planned_without_a_prediction(e2b: Model) -> None:
 
 
 @pytest.mark.parametrize("backend", registry.NAMES)
-@pytest.mark.parametrize("gigabytes", [2.85, 3.0, 3.3, 3.6, 4.0, 4.6, 5.0])
+@pytest.mark.parametrize("gigabytes", [2.85, 3.0, 3.3, 3.6, 4.6])
 def test_budgets_are_kept_and_used(e2b: Model, backend: str, gigabytes: float) -> None:
     plan = planned(e2b, {"max_bytes": f"{gigabytes}GB", "backend": backend})
     assert 0.97 * gigabytes < plan.nbytes / 1e9 < gigabytes
@@ -136,7 +136,7 @@ def test_more_bytes_never_cost_more(e2b: Model) -> None:
 
 
 def test_gates_of_per_layer_vectors_keep_8_bits(e2b: Model) -> None:
-    found = dtypes_of(planned(e2b, {"max_bytes": "2.85GB"}))
+    found = dtypes_of(planned(e2b, {"max_bytes": "2.6GB"}))
     for name in ("per_layer_input_gate", "per_layer_projection", "self_attn.k_proj"):
         assert found[name] == {"int8"}
     assert found["lm_head"] == {"int4"}
@@ -330,7 +330,11 @@ def test_inspection_shows_bits_and_bytes_read(tmp_path: Path) -> None:
     assert row.read_bytes * 262_144 == row.nbytes
     assert by_name["lm_head"].dtype == "int8"
     assert by_name["mlp.up_proj"].dtype == "int4"
-    assert sum(part.nbytes for part in android.parts if part.kind != "table") == android.graph_bytes
+    # The head has the rows of the input embedding; beside it lie a page and their checksums.
+    beside = by_name["embed_tokens"].nbytes
+    assert beside == 16_384 + 8 * 262_144
+    matrices = sum(part.nbytes for part in android.parts if part.kind != "table")
+    assert matrices + beside == android.graph_bytes
     text = " ".join(describe_model(info).split())
     assert "Bits of tables and matrices, by target" in text
     assert "mlp.up_proj 35 int4 267.63 MB" in text

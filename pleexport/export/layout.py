@@ -66,7 +66,9 @@ class Layout:
             size = table.row_width * self.model.num_rows
             if self.tied and self.tied.table == table.name:
                 row = self.tied.code_bytes + self.tied.scale_bytes
-                parts.append(Part(table.name, "table", self.tied.dtype, 1, size, 0, row))
+                # Beside the head's codes and scales: checksums, and a page before them.
+                more = self.tied.nbytes - self.storage.file_bytes(self.model.head)
+                parts.append(Part(table.name, "table", self.tied.dtype, 1, size, more, row))
                 continue
             own = [s for s in self.segments if s.table == table.name]
             row = sum(s.end - s.offset for s in own)
