@@ -360,7 +360,7 @@ def test_codes_of_another_shape_are_named(mobile: Path, tmp_path: Path) -> None:
 def test_scales_of_activations_that_are_none_are_named(value: Any, tmp_path: Path) -> None:
     folder = mobile_gemma4(tmp_path / "checkpoint")
     tensors = load_file(folder / "model.safetensors")
-    tensors["lm_head.input_activation_scale"] = np.float32(value)
+    tensors["lm_head.input_activation_scale"] = np.array(value, dtype=np.float32)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(
         CheckpointError, match=r"input_activation_scale` has (value|shape)"

@@ -181,7 +181,11 @@ def test_matrices_are_stored_as_q4_0_stores_them(
 def test_rows_are_stored_on_the_grid(trained: Path, trained_bundle: pleexport.Bundle) -> None:
     assert trained_bundle.manifest.table_dtype == "int4"
     blob = pleexport.Runner(trained_bundle).blob
-    assert {(s.dtype, s.group_size, s.scale_dtype) for s in blob.segments} == {("int4", 32, "fp16")}
+    forms = {(s.table, s.dtype, s.group_size, s.scale_dtype) for s in blob.segments}
+    assert forms == {
+        ("embed_tokens", "int4", 32, "fp32"),  # in the head, as products take it
+        ("embed_tokens_per_layer", "int4", 32, "fp16"),
+    }
     matched = marked(trained)
     ids = np.arange(100)
     for table, got in blob.lookup(ids).items():

@@ -52,6 +52,8 @@ def _on_tables(plan: Plan) -> Iterable[str]:
     wide = 0
     for table in plan.model.tables:
         own = [s for s in plan.segments if s.table == table.name]
+        if not own:  # its rows are the head's, of which the notes on matrices tell
+            continue
         dtype = own[0].dtype
         kept = table.segment_codes is not None and plan.settings.table_dtype == "source"
         if table.codes and not kept and dtype != "fp32":
