@@ -42,6 +42,7 @@ LITERT_RECIPES = {"LiteRT-LM int4": "gemma4_mixed48", "LiteRT-LM int8": "dynamic
 
 
 EXECUTORCH = "pleexport, ExecuTorch"
+MOBILE = "pleexport, mobile checkpoint"
 _FOLDERS = {
     "pleexport": "android",
     "pleexport, int4 head": "android-int4-head",
@@ -73,6 +74,11 @@ def make_bundles(shape: str, folder: Path) -> dict[str, Path]:
     for name, bundle in bundles.items():
         if not bundle.exists():
             pleexport.build(checkpoint, bundle, target="android", verify=False, **options[name])
+    if (mobile := f"{shape}-mobile") in SHAPES:
+        bundles[MOBILE] = folder / "android-mobile"
+        if not bundles[MOBILE].exists():
+            codes = made_checkpoint(mobile, folder / "mobile")
+            pleexport.build(codes, bundles[MOBILE], target="android", verify=False)
     return bundles
 
 
@@ -93,6 +99,8 @@ def make_peers(shape: str, folder: Path, arguments: argparse.Namespace) -> dict[
     ):
         options = ("--dtype", "q4_0", "--embedding-dtype", head_dtype)
         convert(name, "llamacpp", Path(sys.executable), file, *options)
+    if python := _environment("llamacpp_native"):
+        convert("llama.cpp Q4_0, built here", "llamacpp_native", python, "q4_0.gguf")
     if shape in FLOAT32_SHAPES:  # their converters go by float32
         if python := _environment("litertlm"):
             for name, recipe in LITERT_RECIPES.items():
