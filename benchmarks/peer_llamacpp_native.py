@@ -1,7 +1,7 @@
 """Time llama.cpp as it is built for this processor: the same measures as `peer_llamacpp.py`.
 
     CMAKE_ARGS="-DGGML_NATIVE=ON" pip install --no-binary llama-cpp-python llama-cpp-python
-    python benchmarks/peer_llamacpp_native.py build/e2b-q4_0.gguf --prompt-tokens 128,512 --threads 2
+    python benchmarks/peer_llamacpp_native.py build/e2b-q4_0.gguf --threads 2
 
 The published wheels of other packages stop at AVX2, which is no fair rival on a processor that has
 more. The build takes a quarter of an hour, so it has an environment of its own, and the package is
