@@ -94,6 +94,25 @@ TINY = {
 }
 
 
+# The rules of the published quantization-aware checkpoints: bits by name of a module.
+_MOBILE = {
+    r"^lm_head$": 2,
+    r"language_model\.embed_tokens$": 2,
+    r"per_layer_input_gate$": 8,
+    r"per_layer_projection$": 8,
+    r"self_attn\.": 4,
+}
+MOBILE_E2B = _MOBILE | {
+    r"language_model\.embed_tokens_per_layer$": 4,
+    r"language_model\.layers\.(\d|1[0-4])\.mlp\.": 4,
+    r"language_model\.layers\.\d+\.mlp\.": 2,
+}
+MOBILE_E4B = _MOBILE | {
+    r"language_model\.embed_tokens_per_layer$": 2,
+    r"language_model\.layers\.\d+\.mlp\.": 4,
+}
+
+
 def gemma3n_text(*, layers: int, intermediate: int, shared: int) -> dict[str, Any]:
     return {
         "model_type": "gemma3n_text",
@@ -390,6 +409,45 @@ def test_tensors_in_another_dtype_than_the_configs_are_noted(tiny: Path) -> None
     info = inspect(tiny)
     assert info.tables[0].stored[0].segment_dtype == "bf16"
     assert "config.json says bfloat16, and the tables are stored as fp32" in _flat(info)
+
+
+@pytest.mark.parametrize(
+    ("changes", "rules", "bundle", "read", "feed_forward", "table"),
+    [
+        ({}, MOBILE_E2B, 2.163e9, 0.837e9, {("int4", 15), ("int2", 20)}, "int4"),
+        (E4B, MOBILE_E4B, 3.204e9, 2.281e9, {("int4", 42)}, "int2"),
+    ],
+    ids=["E2B", "E4B"],
+)
+def test_published_mobile_checkpoints_are_known_from_their_config(
+    changes: dict[str, Any],
+    rules: dict[str, int],
+    bundle: float,
+    read: float,
+    feed_forward: set[tuple[str, int]],
+    table: str,
+    tmp_path: Path,
+) -> None:
+    quantization = {
+        "quant_method": "gemma",
+        "num_bits": 4,
+        "quantize_embeddings": True,
+        "module_quant_configs": {pattern: {"num_bits": bits} for pattern, bits in rules.items()},
+        "modules_to_not_convert": ["per_layer_model_projection"],
+    }
+    text = gemma4_text(**changes, tie_word_embeddings=False)
+    info = inspect(write_config(tmp_path / "m", text, quantization_config=quantization))
+    for target in info.targets:  # on every target, the checkpoint's own codes
+        assert (target.table_dtype, target.weight_dtype) == ("source", "source")
+        assert target.bundle_bytes == pytest.approx(bundle, rel=1e-3)
+        assert target.read_bytes == pytest.approx(read, rel=1e-3)
+        assert target.fits
+        parts = {part.name: part for part in target.parts}
+        assert parts["embed_tokens_per_layer"].dtype == table
+        assert parts["embed_tokens"].dtype == parts["lm_head"].dtype == "int2"
+        assert parts["per_layer_input_gate"].dtype == "int8"
+        found = {(p.dtype, p.count) for p in target.parts if p.name == "mlp.down_proj"}
+        assert found == feed_forward
 
 
 def test_estimate_uses_the_exporters_sizes(tmp_path: Path) -> None:
