@@ -257,11 +257,19 @@ def run(
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text at this string; may be repeated.")
     ] = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            metavar="lookup",
+            help="Read ahead what followed when the text had these words before; the text is the "
+            "same, and comes faster where it repeats itself.",
+        ),
+    ] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456.")] = None,
     chat: Annotated[
         bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
     ] = True,
-    stats: Annotated[bool, typer.Option(help="Print speed, memory and lookups.")] = False,
+    stats: Annotated[bool, typer.Option(help="Print speed, drafts, memory and lookups.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
     packed_weights: PackedOption = None,
 ) -> None:
@@ -286,6 +294,7 @@ def run(
         "repetition_penalty": repetition_penalty,
         "seed": seed,
         "stop": stop or [],
+        "draft": draft,
     }
 
     def answer(text: Prompt) -> str:

@@ -90,9 +90,31 @@ def check_every_way_to_feed(
     runner.feed(ids[: runner.chunk], keep=1)
     after = slice(min(runner.chunk, 256), min(runner.chunk, 256) + min(runner.chunk, 40))
     assert relative_error(expected[after], runner.feed(ids[after], keep=0)) < TOLERANCE
+    check_going_back(runner, ids, expected)
     # The control: rows of the neighbouring token must not pass.
     shifted = [(i + 1) % runner.blob.num_rows for i in ids]
     assert relative_error(expected, runner.logits(shifted)) > 100 * TOLERANCE
+
+
+def check_going_back(
+    runner: pleexport.Runner, ids: list[int], expected: NDArray[np.float32]
+) -> None:
+    """Guesses that are read and taken back, any number of times, leave no trace."""
+    reader, chosen, done = runner._reader, np.random.default_rng(2), 0
+    runner.reset()
+    while done < len(ids):
+        reader.forget_guesses()
+        unread = done - len(reader.ids)
+        new = min(int(chosen.integers(1, 30)), len(ids) - done, runner.chunk)
+        room = min(runner.chunk - unread, runner.context - done) - new
+        guessed = int(chosen.integers(0, room + 1)) if room > 0 and unread < 100 else 0
+        guesses = chosen.integers(0, runner.blob.num_rows, guessed).tolist()
+        fed = [*ids[len(reader.ids) : done + new], *guesses]
+        keep = min(len(fed), runner.chunk, guessed + new)
+        logits = reader.read(fed, keep=keep, guessed=guessed)
+        got = logits[: len(logits) - guessed]
+        done += new
+        assert relative_error(expected[done - len(got) : done], got) < TOLERANCE
 
 
 def relative_error(expected: NDArray[np.float32], got: NDArray[np.float32]) -> float:

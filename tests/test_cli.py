@@ -60,6 +60,8 @@ def test_build_verify_and_run_work_end_to_end(gemma4_checkpoint: Path, tmp_path:
     assert ran.returncode == 0, ran.stderr
     assert len(ran.stdout.split()) == 5
     assert "tokens/s" in ran.stderr
+    drafted = pleexport("run", out, "--ids", "1,2,3", "--max-new-tokens", 5, "--draft", "lookup")
+    assert (drafted.returncode, drafted.stdout) == (0, ran.stdout), drafted.stderr
     again = pleexport("build", gemma4_checkpoint, "--out", out)
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
@@ -143,6 +145,7 @@ def test_targets_lists_and_shows() -> None:
         (["run", "{bundle}", "--ids", "1" * 30], "a token id has no row"),
         (["run", "{bundle}", "--ids", "1", "--seed", "-1"], "seed is -1"),
         (["run", "{bundle}", "--ids", "1", "--threads", "100000"], "threads is 100000"),
+        (["run", "{bundle}", "--ids", "1", "--draft", "model"], "draft `model` is not known"),
         (["bench", "{bundle}", "--prompt-tokens", "99999999"], "exceed the bundle's context"),
         (["verify", "{bundle}", "--text", "x"], "a text compares with the original"),
         (["build", "{checkpoint}", "--out", "."], "the current folder cannot be replaced"),

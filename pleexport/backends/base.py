@@ -102,6 +102,17 @@ class Session(Protocol):
         """
         ...
 
+    def rewind(self, count: int) -> int:
+        """Forget the last tokens of the last `feed`; once for each.
+
+        Args:
+            count: 1 or more, and fewer than that `feed` had.
+        Returns:
+            how many tokens were forgotten: `count`, or all of that `feed` where only what was held
+            before it is still known. Those that were not meant to be have to be fed again.
+        """
+        ...
+
     def reset(self) -> None:
         """Forget the text so far."""
         ...

@@ -10,6 +10,7 @@ import numpy as np
 
 from pleexport.process import memory, page_faults
 from pleexport.runtime.blob import Blob
+from pleexport.runtime.drafting import Drafter, Drafting
 from pleexport.runtime.reader import Reader
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
@@ -25,6 +26,7 @@ class Request:
         seed: makes sampling repeatable.
         stop: strings that end the text; they are not part of it.
         eos: ids that end it.
+        drafter: guesses tokens that are read ahead, or None.
     """
 
     sampling: Sampling
@@ -32,6 +34,7 @@ class Request:
     seed: int | None
     stop: tuple[str, ...]
     eos: frozenset[int]
+    drafter: Drafter | None = None
 
 
 def generate(
@@ -50,6 +53,7 @@ def generate(
         stats: filled while tokens come.
     """
     watch = _Watch(reader, blob, stats)
+    reader.forget_guesses()
     ids, known = list(prompt_ids), len(reader.ids)
     if not (known and known < len(ids) and ids[:known] == reader.ids):
         reader.reset()
@@ -61,6 +65,7 @@ def generate(
     generator = np.random.default_rng(request.seed)
     stops = StopStrings(request.stop)
     stream = tokenizer.stream(ids) if tokenizer else None
+    drafting = Drafting(reader, request.drafter, stats)
     for count in range(1, request.max_new_tokens + 1):
         token_id = request.sampling.choose(logits, ids, generator)
         watch.chosen(count)
@@ -80,7 +85,8 @@ def generate(
         yield Token(token_id, text)
         if stats.finish_reason:
             return
-        logits = reader.read([token_id], keep=1)[0]
+        wanted = min(request.max_new_tokens - count, reader.context - len(ids))
+        logits = drafting.logits_after(ids, wanted=wanted)
     held = stops.flush()
     watch.finished()
     if held:

@@ -21,7 +21,9 @@ class Reader:
     Args:
         context: most tokens of a text.
     Attributes:
+        chunk: most tokens of one call.
         ids: the text so far.
+        guessed: how many of the last ids are guesses that have not come true yet.
         rows_read: the rows that were looked up, call by call.
     Raises:
         BundleError: the blob has no table for a graph input, or one of another width.
@@ -31,7 +33,9 @@ class Reader:
         self, blob: Blob, session: Session, contract: GraphContract, *, context: int
     ) -> None:
         self.context = context
+        self.chunk = session.chunk
         self.ids: list[int] = []
+        self.guessed = 0
         self.rows_read: list[NDArray[np.int64]] = []
         self._blob = blob
         self._session = session
@@ -45,23 +49,30 @@ class Reader:
                 )
 
     def read(
-        self, token_ids: Sequence[int], *, keep: int, vectors: Vectors | None = None
+        self,
+        token_ids: Sequence[int],
+        *,
+        keep: int,
+        vectors: Vectors | None = None,
+        guessed: int = 0,
     ) -> NDArray[np.float32]:
-        """Logits `[n, vocab]` after the next tokens, fed in pieces.
+        """Logits `[n, vocab]` after the next tokens, fed in pieces; earlier guesses are forgotten.
 
         Args:
             keep: n, how many of the last piece's positions want logits; 0 for those of all pieces.
             vectors: by graph input, what it takes for each token in place of the blob's.
+            guessed: how many of the last tokens are guesses, fewer than a call takes.
         Raises:
             InputError: an id without a row, or more tokens than the context has positions.
         """
+        self.forget_guesses()
         rows = self._blob.row_ids(token_ids)
         self.check_length(len(self.ids) + len(rows))
         if vectors is None:
             # Page faults, one after the other, would take forty times as long from a cold disk.
             self._blob.prefetch(rows)
         logits = []
-        for piece in pieces(len(rows), self._session.chunk):
+        for piece in pieces(len(rows), self.chunk):
             given = (
                 self._vectors(rows[piece])
                 if vectors is None
@@ -71,11 +82,20 @@ class Reader:
             logits.append(self._session.feed(given, count, keep=keep))
             self.ids.extend(int(i) for i in token_ids[piece])
             self.rows_read.append(rows[piece])
+        self.guessed = guessed
         return np.concatenate(logits) if keep == 0 else logits[-1]
+
+    def forget_guesses(self) -> None:
+        """Go back to what is certain, or further where the session cannot stop there."""
+        if self.guessed:
+            forgotten = self._session.rewind(self.guessed)
+            self.ids = self.ids[: len(self.ids) - forgotten]
+            self.guessed = 0
 
     def reset(self) -> None:
         """Forget the text so far."""
         self.ids = []
+        self.guessed = 0
         self.rows_read.clear()
         self._session.reset()
 

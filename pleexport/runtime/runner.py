@@ -12,6 +12,7 @@ from pleexport.backends.registry import load
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime import generation
 from pleexport.runtime.bundle import Bundle
+from pleexport.runtime.drafting import Drafter, open_drafter
 from pleexport.runtime.reader import Reader, Vectors
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
@@ -124,6 +125,7 @@ class Runner:
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
+        draft: str | Drafter | None = None,
     ) -> Iterator[Token]:
         """Continue a prompt, token by token.
 
@@ -136,6 +138,8 @@ class Runner:
             seed: makes sampling repeatable.
             stop: strings that end the text; they are not part of it.
             ignore_eos: go on past end-of-text ids, for timing.
+            draft: "lookup" reads ahead what followed when the text had these words before, and so
+                writes several tokens a call where it repeats itself; or a `Drafter` of your own.
         Raises:
             InputError: a prompt or option that cannot be used; before anything is generated.
         """
@@ -157,6 +161,7 @@ class Runner:
             seed=seed,
             stop=tuple(stop),
             eos=frozenset() if ignore_eos else frozenset(self.bundle.manifest.eos_token_ids),
+            drafter=open_drafter(draft, chunk=self.chunk),
         )
         return self._generate(self.encode(prompt), request)
 

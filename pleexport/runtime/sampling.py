@@ -68,7 +68,12 @@ class Sampling:
         if self.temperature == 0:
             return int(logits_V.argmax())
         candidates, probabilities = self._distribution(logits_V)
-        return int(generator.choice(candidates, p=probabilities))
+        # Every token waits for a time of its own, the likely ones less, and the first to come is
+        # chosen. Logits that differ in their last digits, as those of a token alone and of one
+        # among many do, so give the same token. Sums of sorted probabilities would not: tokens
+        # change places in them.
+        waits_V = generator.standard_exponential(len(logits_V))
+        return int(candidates[np.argmin(waits_V[candidates] / probabilities)])
 
     def _distribution(
         self, logits_V: NDArray[np.float32]

@@ -24,6 +24,9 @@ class Stats:
     Attributes:
         finish_reason: "eos", "stop", "length" (max_new_tokens) or "context"; "" while it runs.
         prompt_tokens: tokens that were prefilled; those of an earlier turn are not read again.
+        decode_calls: calls of the graph after the prompt; fewer than tokens where drafts come true.
+        drafted_tokens: guesses that were read ahead.
+        accepted_tokens: guesses that came true.
         first_token_seconds: from the call to the first token.
         rows: rows looked up.
         row_bytes: bytes of these rows, in all files.
@@ -34,6 +37,9 @@ class Stats:
     finish_reason: str = ""
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    decode_calls: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     first_token_seconds: float = 0.0
@@ -54,3 +60,13 @@ class Stats:
     def decode_tokens_per_second(self) -> float:
         """Tokens per second after the first."""
         return (self.generated_tokens - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+    @property
+    def tokens_per_call(self) -> float:
+        """Tokens after the first for each call that gave some."""
+        return (self.generated_tokens - 1) / self.decode_calls if self.decode_calls else 0.0
+
+    @property
+    def acceptance(self) -> float:
+        """The share of guesses that came true."""
+        return self.accepted_tokens / self.drafted_tokens if self.drafted_tokens else 0.0

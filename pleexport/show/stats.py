@@ -24,6 +24,7 @@ def describe_stats(stats: Stats) -> str:
             "decode",
             f"{stats.generated_tokens} tokens, {stats.decode_tokens_per_second:,.1f} tokens/s",
         ),
+        *_draft_rows(stats),
         ("first token", f"{stats.first_token_seconds * 1e3:,.1f} ms"),
         ("memory", memory),
         (
@@ -37,3 +38,16 @@ def describe_stats(stats: Stats) -> str:
         ("ended by", stats.finish_reason),
     ]
     return "\n".join(aligned(rows, align="<<"))
+
+
+def _draft_rows(stats: Stats) -> list[tuple[str, str]]:
+    """What drafts brought, where there were any."""
+    if not stats.drafted_tokens:
+        return []
+    return [
+        (
+            "drafts",
+            f"{stats.accepted_tokens:,} of {stats.drafted_tokens:,} tokens accepted "
+            f"({stats.acceptance:.0%}), {stats.tokens_per_call:.1f} tokens a call",
+        )
+    ]

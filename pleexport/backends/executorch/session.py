@@ -66,6 +66,11 @@ class ExecutorchSession:
         calls = self._all_calls(vectors, count, count)
         return [np.concatenate(parts) for parts in zip(*calls, strict=True)]
 
+    def rewind(self, count: int) -> int:
+        """Forget tokens of the last call; see `backends.base.Session.rewind`."""
+        self._position -= count
+        return count
+
     def reset(self) -> None:
         """Forget the text so far."""
         self._position = 0

@@ -37,6 +37,7 @@ class OnnxSession:
         self._caches = _Caches(contract, context=context, chunk=self.chunk)
         self._states = _States(contract)
         self._position = 0
+        self._last_count = 0
 
     def feed(
         self, vectors: Mapping[str, NDArray[np.float32]], count: int, *, keep: int
@@ -58,6 +59,14 @@ class OnnxSession:
         # In the order in which they were bound first: before the caches.
         return [value.numpy()[0] for value in self._io.get_outputs()[: len(names)]]
 
+    def rewind(self, count: int) -> int:
+        """Forget tokens of the last call; see `backends.base.Session.rewind`."""
+        # Caches mask what lies behind the text, but a state has taken it in.
+        forgotten = self._last_count if self._contract.states else count
+        self._states.swap()
+        self._position -= forgotten
+        return forgotten
+
     def reset(self) -> None:
         """Forget the text so far."""
         self._position = 0
@@ -77,8 +86,9 @@ class OnnxSession:
         for name, array in inputs.items():
             _bind_input(self._io, name, array)
         self._session.run_with_iobinding(self._io)
-        self._states.advance()
+        self._states.swap()
         self._position += count
+        self._last_count = count
 
 
 def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where: str) -> None:
@@ -150,8 +160,8 @@ class _States:
             _bind_input(io, state.input, self._taken[state.input])
             _bind_output(io, state.output, self._given[state.input])
 
-    def advance(self) -> None:
-        """Take up what the call gave."""
+    def swap(self) -> None:
+        """Take up what the call gave, or what it took."""
         self._taken, self._given = self._given, self._taken
 
     def clear(self) -> None:
