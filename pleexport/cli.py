@@ -261,8 +261,8 @@ def run(
         str | None,
         typer.Option(
             metavar="lookup",
-            help="Read ahead what followed when the text had these words before; the text is the "
-            "same, and comes faster where it repeats itself.",
+            help="Read ahead what followed when the text had these words before. That is faster "
+            "where it repeats itself, and changes no more than the last digits of logits.",
         ),
     ] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456.")] = None,
