@@ -110,7 +110,8 @@ def check_going_back(
         guessed = int(chosen.integers(0, room + 1)) if room > 0 and unread < 100 else 0
         guesses = chosen.integers(0, runner.blob.num_rows, guessed).tolist()
         fed = [*ids[len(reader.ids) : done + new], *guesses]
-        keep = min(len(fed), runner.chunk, guessed + new)
+        last_call = len(fed) % runner.chunk or runner.chunk
+        keep = min(last_call, guessed + new)
         logits = reader.read(fed, keep=keep, guessed=guessed)
         got = logits[: len(logits) - guessed]
         done += new

@@ -83,7 +83,7 @@ def _matrix_on_grid(matched: MatchedModel, weight: Weight) -> bool:
     if weight.precision == "full" or weight.codes or weight.constant is not None:
         return False
     # A few rows of a transposed matrix would be every page of it; Q4_0 has no such files.
-    if weight.transposed or weight.shape[1] % GRID_GROUP:
+    if weight.transposed or len(weight.shape) != 2 or weight.shape[1] % GRID_GROUP:
         return False
     rows = (slice(i, i + 1) for i in _spread(weight.shape[0], _ROWS))
     return _close(np.concatenate([matched.read(weight, row, slice(0, _COLUMNS)) for row in rows]))
