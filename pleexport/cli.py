@@ -262,7 +262,7 @@ def run(
         typer.Option(
             metavar="lookup",
             help="Read ahead what followed when the text had these words before. That is faster "
-            "where it repeats itself, and changes no more than the last digits of logits.",
+            "where it repeats itself. Near ties may fall otherwise.",
         ),
     ] = None,
     ids: Annotated[str | None, typer.Option(help="Prompt as token ids, e.g. 2,651,9456.")] = None,

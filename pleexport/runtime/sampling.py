@@ -69,7 +69,7 @@ class Sampling:
             return int(logits_V.argmax())
         candidates, probabilities = self._distribution(logits_V)
         # Every token waits for a time of its own, the likely ones less, and the first to come is
-        # chosen. Logits that differ in their last digits, as those of a token alone and of one
+        # chosen. Logits that differ by little, as those of a token alone and of one
         # among many do, so give the same token. Sums of sorted probabilities would not: tokens
         # change places in them.
         waits_V = generator.standard_exponential(len(logits_V))
