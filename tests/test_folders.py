@@ -158,6 +158,11 @@ def other_weights_beside(folder: Path) -> None:
     touch(folder, "model.gguf", content=b"GGUF")
 
 
+def newer_weights_beside(folder: Path) -> None:
+    torch.save(changed(folder), folder / "pytorch_model.bin")
+    os.utime(folder / "model.safetensors", (1, 1))
+
+
 def a_training_beside(folder: Path) -> None:
     touch(folder, "optimizer.pt", "scheduler.pt", "training_args.bin", "rng_state.pth")
     touch(folder, "checkpoint-500/model.safetensors", "global_step500/mp_rank_00_model_states.pt")
@@ -202,15 +207,31 @@ ORDER: dict[str, tuple[Callable[[Path], None], list[str]]] = {
     "a tensor in two shards": (
         a_tensor_in_two_shards,
         [
-            f"`{GATE}` are in both `model-00001-of-00002.safetensors` and "
+            f"`{GATE}` is in both `model-00001-of-00002.safetensors` and "
             "`model-00002-of-00002.safetensors`; the latter is read, as in transformers"
         ],
     ),
-    "other weights beside": (other_weights_beside, []),
+    "other weights beside": (
+        other_weights_beside,
+        [
+            "`consolidated.00.pth`, `consolidated.safetensors`, `model.fp16.safetensors`, "
+            "`pytorch_model.bin` beside `model.safetensors` are not read, as in transformers"
+        ],
+    ),
+    "newer weights beside": (
+        newer_weights_beside,
+        [
+            "`pytorch_model.bin` beside `model.safetensors` is not read, as in transformers, "
+            "although newer"
+        ],
+    ),
     "a training beside": (a_training_beside, []),
     "a file that the config names": (
         named_by_config,
-        ["`config.json` names `other.safetensors` as the weights, which is read"],
+        [
+            "`config.json` names `other.safetensors` as the weights, which is read",
+            "`model.safetensors` beside `other.safetensors` is not read, as in transformers",
+        ],
     ),
 }
 
@@ -402,6 +423,11 @@ REFUSED: dict[str, Refusal] = {
         no_config(only("rwkv-1.pth", "rwkv-2.pth")),
         "`{}` holds 2 .pth files, `rwkv-1.pth`, `rwkv-2.pth`, and nothing says which one is the",
         "pass the path of one of them",
+    ),
+    "several .pth files of a model with a config": Refusal(
+        only("consolidated.00.pth", "consolidated.01.pth"),
+        "`{}` holds 2 .pth files, `consolidated.00.pth`, `consolidated.01.pth`, and nothing says",
+        "save the model again as one file, with `model.save_pretrained(folder)`",
     ),
     "shards without an index": Refusal(
         two_shards_without_index,
@@ -671,6 +697,18 @@ def test_a_pth_file_of_a_wrapped_model_is_recognised(tmp_path: Path) -> None:
     model = matched(path)
     assert "DataParallel (`module.`), and are read without it" in model.checkpoint.notes[0]
     np.testing.assert_array_equal(open_oracle(model).logits(IDS), expected)
+
+
+def test_an_adapter_inside_a_model_is_explained(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    inside = {
+        f"base_model.model.{n}".replace("q_proj", "q_proj.base_layer"): t
+        for n, t in tensors.items()
+    }
+    save_file(inside, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"`base_model.model.model.embed_\w+.weight` is") as e:
+        matched(folder)
+    assert "save `model.merge_and_unload()`" in str(e.value.hint)
 
 
 def test_what_deepspeed_leaves_ungathered_is_explained(folder: Path) -> None:

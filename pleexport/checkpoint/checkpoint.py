@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from pleexport.checkpoint.folder import CONFIG, Contents, look_into, notes_on_index, others
+from pleexport.checkpoint.beside import notes_on_index, others
+from pleexport.checkpoint.folder import CONFIG, Contents, look_into
 from pleexport.checkpoint.foreign import refuse_foreign, refuse_text
 from pleexport.checkpoint.index import INDEX
 from pleexport.checkpoint.json_file import read_json
@@ -76,9 +77,10 @@ class Checkpoint:
         self._file_of = {own: by_name[name] for own, name in self._names.items()}
         wrappers = note_on_wrappers(self._names)
         self.read_by_transformers = contents.as_transformers and not wrappers
+        index = contents.index
         self.notes: list[str] = [
             *contents.notes,
-            *notes_on_index(contents, by_name, self.folder),
+            *(notes_on_index(index, by_name, self.folder, contents.weights) if index else ()),
             *twice,
             *wrappers,
         ]
@@ -164,10 +166,8 @@ def _by_name(files: Iterable[WeightFile]) -> tuple[dict[str, WeightFile], list[s
     if not twice:
         return found, []
     name, first, last = twice[0]
-    return found, [
-        f"`{name}`{f' and {len(twice) - 1} more tensors' if len(twice) > 1 else ''} are in both "
-        f"`{first}` and `{last}`; the latter is read, as in transformers"
-    ]
+    what = f"`{name}` is" if len(twice) == 1 else f"`{name}` and {len(twice) - 1} more tensors are"
+    return found, [f"{what} in both `{first}` and `{last}`; the latter is read, as in transformers"]
 
 
 def _open_weights(path: Path) -> WeightFile:

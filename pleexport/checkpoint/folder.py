@@ -9,77 +9,31 @@ Source: transformers 5.23, `modeling_utils._get_resolved_checkpoint_files`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from pleexport.checkpoint import foreign
+from pleexport.checkpoint.beside import (
+    ADAPTER,
+    EARLIER,
+    PARTS,
+    TRAINING,
+    candidates,
+    fits,
+    listed,
+    names_in,
+    notes_beside,
+)
 from pleexport.checkpoint.index import INDEX, Index, lies_inside, read_index
 from pleexport.errors import CheckpointError, PleexportError
 
 CONFIG = "config.json"
 WHOLE = "model.safetensors"
 _NAMED_BY_CONFIG = "transformers_weights"
-_MANY = 4
-# What a training keeps for itself, and adapters: never a model's own weights, whatever they hold.
-_TRAINING = (
-    "optimizer*",
-    "scheduler*",
-    "scaler*",
-    "rng_state*",
-    "random_states*",
-    "training_args*",
-    "trainer_state.json",
-    "trainer_log.jsonl",
-    "train_results.json",
-    "all_results.json",
-    "eval_results.json",
-    "runs",
-    "latest",
-    "zero_to_fp32.py",
-    "global_step*",
-    "*_optim_states.pt",
-)
-_ADAPTER = ("adapter_model*.safetensors", "adapter_model*.bin", "adapter_config.json")
-_EARLIER = ("checkpoint-*",)
 _NO_MODEL = "pass a folder that holds config.json and the safetensors files, or a .pth file"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a training on several devices leaves in place of a model.
-
-    Attributes:
-        what: as in "holds ..., not a model".
-        names: patterns of its files and folders.
-    """
-
-    what: str
-    names: tuple[str, ...]
-    hint: str
-
-
-PARTS = (
-    Parts(
-        "the parts that DeepSpeed saves on each device",
-        ("global_step*", "mp_rank_*", "*zero_pp_rank_*", "zero_to_fp32.py"),
-        "join them: `python zero_to_fp32.py . joined --safe_serialization` in the folder that has "
-        "that script, then copy config.json and the tokenizer into `joined`",
-    ),
-    Parts(
-        "the parts that FSDP saves on each device",
-        ("pytorch_model_fsdp*", "*.distcp", ".metadata"),
-        "join them: `accelerate merge-weights pytorch_model_fsdp_0 joined`, then copy config.json "
-        "and the tokenizer into `joined`",
-    ),
-    Parts(
-        "the parts that Megatron saves on each device",
-        ("latest_checkpointed_iteration.txt", "iter_???????"),
-        "convert it with the library that trained it to a Hugging Face folder",
-    ),
-)
 _SHARDS_OF_A_DEVICE = "shard-?????-model-?????-of-?????.safetensors"
 _BUNDLE = ("manifest.json", "embeddings.safetensors")
 
@@ -98,7 +52,7 @@ class Contents:
     weights: tuple[str, ...]
     index: Index | None = None
     as_transformers: bool = True
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def look_into(folder: Path, config: Mapping[str, Any]) -> Contents:
@@ -111,10 +65,10 @@ def look_into(folder: Path, config: Mapping[str, Any]) -> Contents:
     Raises:
         CheckpointError, UnsupportedError: what stands there is no model, or cannot be told.
     """
-    names = _names(folder)
+    names = names_in(folder)
     _refuse_what_is_no_checkpoint(folder, names)
     index = folder / INDEX
-    if _NAMED_BY_CONFIG in config:
+    if config.get(_NAMED_BY_CONFIG) is not None:
         found = _named_by_config(folder, config[_NAMED_BY_CONFIG])
     elif (folder / WHOLE).is_file():
         found = Contents((WHOLE,), _index_beside(index))
@@ -122,98 +76,16 @@ def look_into(folder: Path, config: Mapping[str, Any]) -> Contents:
         found = _of_index(folder, read_index(index), names)
     else:
         found = _alone(folder, names, has_config=bool(config))
-    beside = [name for name in names if _fits(name, _ADAPTER)]
-    if not beside or not found.weights:
+    if not found.weights:
         return found
-    return Contents(
-        found.weights,
-        found.index,
-        as_transformers=False,
-        notes=(*found.notes, _adapter_note(folder, beside)),
+    notes = notes_beside(folder, names, found.weights, found.index)
+    # With `peft`, from_pretrained adds an adapter that lies there.
+    has_adapter = any(fits(name, ADAPTER) for name in names)
+    return replace(
+        found,
+        as_transformers=found.as_transformers and not has_adapter,
+        notes=(*found.notes, *notes),
     )
-
-
-def notes_on_index(contents: Contents, entries: Iterable[str], folder: Path) -> list[str]:
-    """What the index of a folder says, and the files do not.
-
-    Args:
-        entries: names of all tensors that were found, as the files have them.
-    """
-    index = contents.index
-    if index is None:
-        return []
-    found, listed = {*entries}, index.weight_map
-    if {*index.shards} <= {*contents.weights}:
-        missing = sorted(listed.keys() - found)
-        return (
-            [f"`{INDEX}` lists {_tensors(missing)} in no file; what the files have counts"]
-            if missing
-            else []
-        )
-    here = [name for name in index.shards if (folder / name).is_file()]
-    if not here:
-        return [
-            f"`{INDEX}` is not read: its {len(index.shards)} shards are gone, and "
-            f"`{contents.weights[0]}` is there"
-        ]
-    only = sorted(listed.keys() - found) or sorted(found - listed.keys())
-    differ = (
-        f"they hold different tensors, {_first(only)}" if only else "tensors have the same names"
-    )
-    newer = _is_newer(folder, here, contents.weights)
-    return [
-        f"`{contents.weights[0]}` is read, and the {len(here)} shards of `{INDEX}` beside it are "
-        f"not, as in transformers; {differ}{', and the shards are newer' if newer else ''}: remove "
-        "what is old"
-    ]
-
-
-def others(folder: Path, read: Iterable[str]) -> dict[str, list[str]]:
-    """By what they are, the files and folders that nothing is read from.
-
-    Args:
-        read: names of those that something is read from.
-    """
-    found: dict[str, list[str]] = {}
-    taken = {*read}
-    for name in _names(folder):
-        if name not in taken:
-            found.setdefault(_called(name), []).append(name)
-    return dict(sorted(found.items(), key=lambda item: item[0] == _OTHER))
-
-
-_OTHER = "other files"
-
-
-def _called(name: str) -> str:
-    if _fits(name, _ADAPTER):
-        return "an adapter, not merged"
-    if _fits(name, _TRAINING):
-        return "state of a training"
-    if _fits(name, _EARLIER):
-        return "earlier checkpoints"
-    for part in PARTS:
-        if _fits(name, part.names):
-            return part.what
-    kind = foreign.named(name)
-    if kind is not None:
-        return kind.what
-    if name == INDEX or fnmatch(name, "*.bin.index.json"):
-        return "an index of shards that are not read"
-    return "other weights" if fnmatch(name, "*.safetensors") or fnmatch(name, "*.pth") else _OTHER
-
-
-def _names(folder: Path) -> list[str]:
-    try:
-        return sorted(path.name for path in folder.iterdir())
-    except OSError as err:
-        raise CheckpointError(
-            f"`{folder}` cannot be read: {err.strerror}", hint="check the folder's permissions"
-        ) from err
-
-
-def _fits(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def _refuse_what_is_no_checkpoint(folder: Path, names: Sequence[str]) -> None:
@@ -271,8 +143,8 @@ def _of_index(folder: Path, index: Index, names: Sequence[str]) -> Contents:
     gone = [name for name in index.shards if not (folder / name).is_file()]
     if not gone:
         return Contents(tuple(index.shards), index, as_transformers=index.has_metadata)
-    rest = [n for n in _candidates(names, "*.safetensors") if n not in index.shards]
-    beside = f"; the folder has {_listed(rest)}, which it does not list" if rest else ""
+    rest = [n for n in candidates(names, ("*.safetensors",)) if n not in index.shards]
+    beside = f"; the folder has {listed(rest)}, which it does not list" if rest else ""
     raise CheckpointError(
         f"`{folder / gone[0]}` does not exist, but `{index.path.name}` lists it"
         f"{_and_more(gone)}{beside}",
@@ -284,11 +156,11 @@ def _of_index(folder: Path, index: Index, names: Sequence[str]) -> Contents:
 
 def _alone(folder: Path, names: Sequence[str], *, has_config: bool) -> Contents:
     """The one file that can be the weights, where none has the name that transformers looks for."""
-    found = _candidates(names, "*.safetensors")
+    found = candidates(names, ("*.safetensors",))
     pickled = next((n for n in names if fnmatch(n, "pytorch_model*.bin")), None)
     if len(found) > 1:
         raise CheckpointError(
-            f"`{folder}` holds {len(found)} safetensors files, {_listed(found)}, and no `{INDEX}`",
+            f"`{folder}` holds {len(found)} safetensors files, {listed(found)}, and no `{INDEX}`",
             hint=f"fetch the index, or leave one file and name it `{WHOLE}`",
         )
     if found and has_config and not pickled:
@@ -296,12 +168,14 @@ def _alone(folder: Path, names: Sequence[str], *, has_config: bool) -> Contents:
         return Contents((found[0],), as_transformers=False, notes=(note,))
     if found and not has_config:
         return Contents((found[0],))
-    found = _candidates(names, "*.pth")
+    found = candidates(names, ("*.pth",))
     if len(found) > 1:
         raise CheckpointError(
-            f"`{folder}` holds {len(found)} .pth files, {_listed(found)}, and nothing says which "
+            f"`{folder}` holds {len(found)} .pth files, {listed(found)}, and nothing says which "
             "one is the model",
-            hint="pass the path of one of them, or leave one in the folder",
+            hint="save the model again as one file, with `model.save_pretrained(folder)`"
+            if has_config
+            else "pass the path of one of them, or leave one in the folder",
         )
     if found and not pickled:
         return Contents((found[0],), as_transformers=False)
@@ -310,30 +184,26 @@ def _alone(folder: Path, names: Sequence[str], *, has_config: bool) -> Contents:
     return Contents(())
 
 
-def _candidates(names: Sequence[str], pattern: str) -> list[str]:
-    return [n for n in names if fnmatch(n, pattern) and not _fits(n, (*_ADAPTER, *_TRAINING))]
-
-
 def _what_else(folder: Path, names: Sequence[str], *, has_config: bool) -> PleexportError | None:
     """What a folder without weights holds in their place; None for a config alone."""
     for part in PARTS:
-        if own := [name for name in names if _fits(name, part.names)]:
+        if own := [name for name in names if fits(name, part.names)]:
             return CheckpointError(
                 f"`{folder}` holds {part.what} (`{own[0]}`), not a model", hint=part.hint
             )
-    if own := [name for name in names if _fits(name, _ADAPTER)]:
+    if own := [name for name in names if fits(name, ADAPTER)]:
         return CheckpointError(
             f"`{folder}` holds an adapter (`{own[0]}`), not a whole model",
             hint=f"`pleexport build {folder}` merges it into the base that adapter_config.json "
             "names, and `--base DIR` into another folder",
         )
-    if earlier := [n for n in names if _fits(n, _EARLIER) and (folder / n).is_dir()]:
+    if earlier := [n for n in names if fits(n, EARLIER) and (folder / n).is_dir()]:
         last = max(earlier, key=_step)
         return CheckpointError(
             f"`{folder}` holds {len(earlier)} checkpoints of a training and no model of its own",
             hint=f"pass one of them; the last is `{folder / last}`",
         )
-    if other := foreign.first_named(n for n in names if not _fits(n, _TRAINING)):
+    if other := foreign.first_named(n for n in names if not fits(n, TRAINING)):
         kind = foreign.recognized(folder / other)
         return kind.error(folder / other) if kind else None
     if has_config:
@@ -361,34 +231,5 @@ def _step(name: str) -> int:
     return int(digits) if digits.isdecimal() else -1
 
 
-def _adapter_note(folder: Path, names: Sequence[str]) -> str:
-    return (
-        f"an adapter lies beside the model ({_listed(names)}), and is not merged: the model is "
-        f"read as it is; `--adapter {folder}` merges it, if that has not been done"
-    )
-
-
-def _is_newer(folder: Path, some: Iterable[str], others: Iterable[str]) -> bool:
-    def last(names: Iterable[str]) -> float:
-        return max((folder / name).stat().st_mtime for name in names)
-
-    return last(some) > last(others)
-
-
-def _tensors(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return f"tensor `{names[0]}`, which is"
-    return f"{len(names)} tensors, `{names[0]}` first, that are"
-
-
-def _first(names: Sequence[str]) -> str:
-    return f"`{names[0]}`{' first' if len(names) > 1 else ''}"
-
-
 def _and_more(names: Sequence[str]) -> str:
     return f", and {len(names) - 1} more that are not there" if len(names) > 1 else ""
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:_MANY])
-    return shown if len(names) <= _MANY else f"{shown} and {len(names) - _MANY} more"

@@ -23,7 +23,11 @@ _ROWS_COMPARED = 4096
 _FOLDED_ROWS = 64
 _JOIN = (
     "tensors without a number in them are what DeepSpeed (ZeRO 3) leaves in a model that was not "
-    "gathered: join the parts with its `zero_to_fp32.py`"
+    "gathered: remove the file where the shards of an index lie beside it, or join the parts with "
+    "`zero_to_fp32.py`"
+)
+_MERGE = (
+    "an adapter was saved inside the model: save `model.merge_and_unload()`, or the adapter alone"
 )
 
 
@@ -346,10 +350,13 @@ def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
             hint="`pleexport inspect` works without weights; a build needs them",
         )
     there = _same_tensor(model, key, list(checkpoint.entries))
+    inside = any(".lora_A." in name or ".base_layer." in name for name in checkpoint.entries)
     raise CheckpointError(
         f"`{checkpoint.path}` has no tensor `{key}` under any of the known prefixes "
         f"{', '.join(repr(p) for p in model.text_prefixes)}; `{there}` is there",
-        hint="rename the tensors as the model was published, or save it again",
+        hint=_MERGE
+        if inside
+        else "rename the tensors as the model was published, or save it again",
     )
 
 
