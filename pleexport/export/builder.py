@@ -86,6 +86,8 @@ def build(
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
     matched = MatchedModel(model, opened)
+    for note in matched.checkpoint.notes[len(opened.notes) :]:
+        progress.note(f"note: {note}")
     _ = opened.generation_config  # to say now if it is malformed
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
