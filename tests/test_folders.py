@@ -613,6 +613,17 @@ def test_a_header_whose_length_looks_like_a_mark_is_read(size: int, tmp_path: Pa
     assert Checkpoint(path).entries == {}
 
 
+def test_a_pth_file_of_a_model_with_a_config_is_read(folder: Path, gemma4_checkpoint: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "model.pth")
+    (folder / "model.safetensors").unlink()
+    touch(folder, "rng_state.pth", "optimizer.pt")
+    model = matched(folder)
+    assert [file.path.name for file in model.checkpoint.files] == ["model.pth"]
+    # transformers reads no such file, and gets the tensors from us.
+    expected = open_oracle(matched(gemma4_checkpoint)).logits(IDS)
+    np.testing.assert_array_equal(open_oracle(model).logits(IDS), expected)
+
+
 def test_an_embedding_is_read_from_the_head_that_it_is_tied_to(
     folder: Path, gemma4_checkpoint: Path
 ) -> None:
