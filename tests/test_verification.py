@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -30,6 +31,7 @@ from pleexport.parity.greedy import check_greedy
 from pleexport.parity.metrics import logit_range
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime.blob import Blob
+from pleexport.runtime.generation_config import GenerationConfig as GenerationDefaults
 from pleexport.show.html import write_html
 from pleexport.show.parity import describe_parity
 
@@ -221,6 +223,23 @@ def test_the_first_token_that_the_original_would_not_write_is_found(
     )
     assert check is not None
     assert (check.tokens, check.equal_tokens, check.near_tie) == (32, equal, near_tie)
+
+
+def test_greedy_parity_does_not_sample_as_the_checkpoint_would(
+    gemma4_checkpoint: Path, gemma4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(gemma4_checkpoint)
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    runner = pleexport.Runner(gemma4_bundle)
+    sampling = GenerationDefaults(do_sample=True, temperature=5.0)
+    manifest = msgspec.structs.replace(runner.bundle.manifest, generation=sampling)
+    monkeypatch.setattr(runner.bundle, "manifest", manifest)
+    check = check_greedy(runner, oracle=oracle, prompt=[3, 4, 5], logit_range=60.0)
+    assert check is not None
+    assert check.equal_tokens == 32
+    # The control: left alone, it samples.
+    sampled = [t.id for t in runner.generate([3, 4, 5], max_new_tokens=32, seed=0)]
+    assert sampled != [t.id for t in runner.generate([3, 4, 5], max_new_tokens=32, greedy=True)]
 
 
 def test_a_text_ends_with_an_id_that_has_no_row(tmp_path: Path) -> None:

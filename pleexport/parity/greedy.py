@@ -31,7 +31,7 @@ def check_greedy(
     runner.reset()
     got = []
     with contextlib.suppress(InputError):  # logits that are no numbers choose no token
-        for token in runner.generate(prompt, max_new_tokens=count, ignore_eos=True):
+        for token in runner.generate(prompt, max_new_tokens=count, greedy=True, ignore_eos=True):
             got.append(token.id)
     # The original knows ids that have no row to go on with: its text ends here for us.
     if got and got[-1] >= runner.blob.num_rows:
