@@ -13,12 +13,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from checkpoints import gemma4
 from peft import LoraConfig, get_peft_model
 from quantized_checkpoints import mobile_gemma4
 from rwkv_checkpoints import rwkv
 from safetensors.torch import load_file, save_file, save_model
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForCausalLM
 
 import pleexport
@@ -846,17 +849,34 @@ def test_parts_that_are_left_out_may_hold_anything(folder: Path) -> None:
     check_finite(matched(folder))
 
 
-@pytest.mark.parametrize("verify", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"verify": True},
+        {"verify": False},
+        {"max_bytes": 530_000},
+        {"max_bytes": 530_000, "calibrate": True},
+    ],
+)
+@pytest.mark.parametrize(("name", "value"), [(GATE, np.nan), (GATE, np.inf), (PLE, np.nan)])
 def test_a_build_of_numbers_that_are_none_leaves_nothing(
-    verify: bool, folder: Path, tmp_path: Path
+    options: dict[str, Any], name: str, value: float, folder: Path, tmp_path: Path
 ) -> None:
     tensors = load_file(folder / "model.safetensors")
-    tensors[GATE][5, 7] = np.nan
+    tensors[name][5] = value
     save_file(tensors, folder / "model.safetensors")
+    if options.get("calibrate"):
+        text = tmp_path / "text.txt"
+        text.write_text("a b c " * 50)
+        words = {word: i for i, word in enumerate(["[UNK]", "a", "b", "c"])}
+        tokenizer = tokenizers.Tokenizer(WordLevel(words, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = Whitespace()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        options = options | {"calibrate": text}
     out = tmp_path / "out" / "bundle"
-    with pytest.raises(CheckpointError, match=r"has nan at \[5, 7\] \(bf16\)"):
-        pleexport.build(folder, out, verify=verify, **EXACT)
-    assert not out.parent.exists()
+    with pytest.raises(CheckpointError, match=rf"`{name}` has (nan|inf) at \[5, 0\] \(bf16\)"):
+        pleexport.build(folder, out, context=64, **options)
+    assert [*out.parent.iterdir()] == []
 
 
 # What transformers says, and what is shown.

@@ -101,8 +101,6 @@ def build(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
-    with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
-        check_finite(matched, progress=update)
     matched = mark_grids(matched)
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
     plan = make_plan(
@@ -121,6 +119,8 @@ def build(
     destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
     with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
         _check_disk(staging, plan)
+        with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
+            check_finite(matched, progress=update)
         _say_what_is_special(matched, plan, tokenizer, progress)
         for note in generation_notes:
             progress.note(f"note: {note}")
