@@ -12,6 +12,8 @@ import msgspec
 
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.finite import bytes_to_check, check_finite
+from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
@@ -78,21 +80,28 @@ def build(
     """
     progress = progress or Progress(quiet=True)
     opened = Checkpoint(checkpoint)
+    for note in opened.notes:
+        progress.note(f"note: {note}")
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
-    matched = mark_grids(MatchedModel(model, opened))
+    matched = MatchedModel(model, opened)
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
+    for file in copied.values():
+        refuse_foreign(file)
     tokenizer = open_tokenizer(copied)
     if tokenizer is None and given is not None:
         raise CheckpointError(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
+    with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
+        check_finite(matched, progress=update)
+    matched = mark_grids(matched)
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
     plan = make_plan(
         matched.model,

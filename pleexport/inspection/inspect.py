@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pleexport import families, targets
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
@@ -14,7 +16,7 @@ from pleexport.export.plan import copied_files
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import Counts, ModelInfo
+from pleexport.inspection.info import Counts, Ignored, ModelInfo
 from pleexport.model import Model
 
 
@@ -37,7 +39,8 @@ def inspect(path: str | Path) -> ModelInfo:
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = copied_files(checkpoint).values()
+    files = copied_files(checkpoint)
+    copied = files.values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
@@ -56,8 +59,11 @@ def inspect(path: str | Path) -> ModelInfo:
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
         ],
+        ignored=[Ignored(what, names) for what, names in checkpoint.others(files).items()],
         notes=[
             *unmatched_notes,
+            *_sentences(checkpoint.notes),
+            *_notes_on_files(copied),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
@@ -97,8 +103,17 @@ def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> li
 
 def _notes_on_grids(matched: MatchedModel | None) -> list[str]:
     """What was trained for a grid of 4 bits; the numbers of a build follow from it."""
-    found = notes_on_grids(matched) if matched else []
-    return [f"{note[0].upper()}{note[1:]}." for note in found]
+    return _sentences(notes_on_grids(matched) if matched else [])
+
+
+def _notes_on_files(files: Iterable[Path]) -> list[str]:
+    """Files that a bundle would get, and that are something else, so that a build is refused."""
+    found = ((file, recognized(file)) for file in files)
+    return _sentences(kind.error(file).message for file, kind in found if kind)
+
+
+def _sentences(notes: Iterable[str]) -> list[str]:
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def _notes_on_counts(model: Model, counts: Counts) -> list[str]:

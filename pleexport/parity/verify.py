@@ -50,6 +50,8 @@ def verify(
     if checkpoint is None:
         return None
     source = Checkpoint(checkpoint)
+    for note in source.notes:
+        progress.note(f"note: {note}")
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
