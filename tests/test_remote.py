@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 import fsspec
 import huggingface_hub.constants as hub_constants
 import pytest
+from checkpoints import gemma4, gemma4_multimodal
 from hub_server import COMMIT, Hub, serve
+from safetensors.torch import load_file, save_file
 
+import pleexport
 from pleexport.checkpoint import remote
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.remote import find_remote
-from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.errors import CheckpointError, MissingDependencyError, UnsupportedError
 from pleexport.progress import Progress
 
 QUIET = Progress(quiet=True)
@@ -27,7 +31,9 @@ def write(folder: Path, names: set[str]) -> Path:
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b'["%s"]' % name.encode() if name.endswith("json") else name.encode() * 100)
+        path.write_bytes(
+            b'["%s"]' % name.encode() if name.endswith("json") else name.encode() * 100
+        )
     return folder
 
 
@@ -183,7 +189,7 @@ class Served(NamedTuple):
             {"config.json", "x.gguf", "y.onnx"}, "holds no safetensors weights, but .gguf, .onnx"
         ),
         Served({"a.pth", "b.pth"}, "holds 2 weight files and no index: `a.pth`, `b.pth`"),
-        Served({"model.safetensors.index.json"}, "has no `weight_map` from tensor to file"),
+        Served({"model.safetensors.index.json"}, "of `http"),
     ],
     ids=lambda case: case.message,
 )
@@ -211,6 +217,71 @@ def test_one_file_of_several_can_be_named(hub: Hub, tmp_path: Path) -> None:
         fetched("hf://org/odd/c.pth")
     with pytest.raises(CheckpointError, match=r"`hf://odd` is no model's id"):
         find_remote("hf://odd")
+
+
+# Builds of what lies on the hub.
+
+
+def split_by_tower(folder: Path) -> set[str]:
+    """Split the weights into a shard of the language model, and one of all else."""
+    tensors = load_file(folder / "model.safetensors")
+    shards: dict[str, dict[str, Any]] = {"text.safetensors": {}, "towers.safetensors": {}}
+    for name, tensor in tensors.items():
+        shards["text.safetensors" if "language_model" in name else "towers.safetensors"][name] = (
+            tensor
+        )
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    for file, part in shards.items():
+        save_file(part, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    return {name for name in tensors if "language_model" not in name}
+
+
+def test_a_build_by_id_needs_no_tower_and_passes_parity(
+    hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.models["org/gemma"] = gemma4_multimodal(tmp_path / "gemma")
+    assert split_by_tower(hub.models["org/gemma"])
+    exact = {"weight_dtype": "fp32", "table_dtype": "source"}
+    bundle = pleexport.build("org/gemma", progress=Progress(), **exact)  # type: ignore[arg-type]
+    assert bundle.path.name == "gemma-laptop"
+    assert bundle.manifest.parity.passed
+    assert "text.safetensors" in hub.fetched
+    assert "towers.safetensors" not in hub.fetched
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"note: there is no `org/gemma` here; it is taken from {hub.url}/org/gemma" in said
+    assert "`towers.safetensors` of `model.safetensors.index.json` is not there" in said
+    report = pleexport.verify(bundle, checkpoint="org/gemma", offline=True)
+    assert report is not None
+    assert report.passed
+
+
+def test_a_shard_of_the_language_model_has_to_be_there(tmp_path: Path) -> None:
+    folder = gemma4_multimodal(tmp_path / "gemma")
+    split_by_tower(folder)
+    (folder / "text.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"text\.safetensors` does not exist"):
+        Checkpoint(folder)
+
+
+def test_a_model_that_cannot_be_built_is_refused_before_its_weights_are_fetched(
+    hub: Hub, tmp_path: Path
+) -> None:
+    hub.models["org/bert"] = write(tmp_path / "bert", {"model.safetensors"})
+    (hub.models["org/bert"] / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(UnsupportedError, match="bert"):
+        pleexport.build("org/bert")
+    assert hub.fetched == {"config.json"}
+
+
+def test_inspect_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:
+    hub.models["org/gemma"] = gemma4(tmp_path / "gemma")
+    info = pleexport.inspect("org/gemma")
+    assert info.weights == "none"
+    assert info.family == "gemma4"
+    assert "model.safetensors" not in hub.fetched
 
 
 # What fsspec opens.

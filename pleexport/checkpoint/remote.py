@@ -12,12 +12,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.index import INDEX, read_index
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.progress import Progress
 from pleexport.sizes import size_text
@@ -25,11 +27,10 @@ from pleexport.sizes import size_text
 # The form of a model's id on the hub, maybe with a revision.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_PAGE = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)(?:/tree/([^/]+))?/?")
-_INDEX = "model.safetensors.index.json"
 # Everything beside weights that says how a model or its tokenizer works, and licences.
 _SMALL = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model"),
-    *("rwkv_vocab*.txt", "LICENSE*", "NOTICE*"),
+    *("*_vocab*.txt", "LICENSE*", "NOTICE*"),
 )
 _SPARE_BYTES = 64 << 20
 
@@ -105,6 +106,34 @@ class Remote:
         return [self.file]
 
 
+def open_checkpoint(
+    checkpoint: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    check: Callable[[Checkpoint], object] = lambda _: None,
+    progress: Progress,
+) -> Checkpoint:
+    """Open a checkpoint, wherever it lies; see `find_remote`.
+
+    Args:
+        weights: whether those of a checkpoint elsewhere are fetched; those that are here are
+            opened in any case.
+        check: is called with a checkpoint that has a config but no weights yet, and raises if it
+            cannot be used; so nobody waits for gigabytes in vain.
+    """
+    remote = find_remote(checkpoint, revision=revision, token=token, offline=offline)
+    if remote is None:
+        return Checkpoint(checkpoint)
+    progress.note(f"note: there is no `{checkpoint}` here; it is taken from {remote.store.url}")
+    config = Checkpoint(remote.fetch(progress, weights=False), weights=False, name=remote.name)
+    if config.config:
+        check(config)
+    return Checkpoint(remote.fetch(progress), name=remote.name) if weights else config
+
+
 def find_remote(
     checkpoint: str | Path,
     *,
@@ -115,8 +144,8 @@ def find_remote(
     """Where a checkpoint lies, if that is not this machine; a file or folder here always wins.
 
     Args:
-        checkpoint: a path; a model's id on the Hugging Face hub such as `google/gemma-4-E2B-it`,
-            maybe with `@revision`; `hf://id` or `hf://id/file.pth`; or a URL that fsspec opens.
+        checkpoint: a path; a model's id on the Hugging Face hub, `owner/model`, maybe with
+            `@revision`; `hf://id` or `hf://id/file.pth`; or a URL that fsspec opens.
         revision: a branch, tag or commit of the hub; the main branch by default.
         token: for the hub; the one that is logged in by default.
         offline: take what is here already, and ask nobody.
@@ -152,7 +181,7 @@ def _hub(text: str, revision: str | None, token: str | None, offline: bool) -> R
     name, _, file = rest.partition("/")
     if not owner or not name:
         raise CheckpointError(
-            f"`hf://{text}` is no model's id", hint="write it like `hf://google/gemma-4-E2B-it`"
+            f"`hf://{text}` is no model's id", hint="write it like `hf://owner/model`"
         )
     if revision and own and revision != own:
         raise CheckpointError(
@@ -369,12 +398,12 @@ def _matches(name: str, pattern: str) -> bool:
 def _weight_files(names: Collection[str], store: Store) -> list[str]:
     """The weights that transformers would open: one file, or the shards of an index.
 
-    A folder of an adapter has its own, and one of RWKV a `.pth` file.
+    A folder of an adapter has its own; a family without a config has one `.pth` file.
     """
     if "model.safetensors" in names:
         return ["model.safetensors"]
-    if _INDEX in names:
-        return [_INDEX, *_shards(store.get(_INDEX), names, store)]
+    if INDEX in names:
+        return [INDEX, *_shards(store.get(INDEX), names, store)]
     for pattern, hint in (
         ("*.safetensors", "name one of them as in `hf://owner/model/file.safetensors`"),
         ("*.pth", "name one of them as in `hf://owner/model/file.pth`"),
@@ -395,18 +424,18 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
 
 
 def _shards(index: Path, names: Collection[str], store: Store) -> list[str]:
+    """The shards of the language model; what holds towers only is not fetched."""
     try:
-        weight_map = json.loads(index.read_bytes())["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as err:
+        shards = read_index(index).text_shards
+    except CheckpointError as err:
         raise CheckpointError(
-            f"`{_INDEX}` of `{store.url}` has no `weight_map` from tensor to file",
+            f"`{INDEX}` of `{store.url}` cannot be used: {err.message}",
             hint="tell its makers; it cannot be opened so",
         ) from err
     missing = [name for name in shards if name not in names]
     if missing:
         raise CheckpointError(
-            f"`{store.url}` lacks `{missing[0]}`, which its `{_INDEX}` lists",
+            f"`{store.url}` lacks `{missing[0]}`, which its `{INDEX}` lists",
             hint="tell its makers; it cannot be opened so",
         )
     return shards

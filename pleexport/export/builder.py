@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Unpack
 import msgspec
 
 from pleexport import families
-from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.finite import bytes_to_check, check_finite
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -69,7 +69,8 @@ def build(
     """Write a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder, or a file of a family that has no config.
+        checkpoint: a Hugging Face folder, or a file of a family that has no config; or where else
+            it lies, see `find_remote`.
         out: folder of the bundle; `{checkpoint}-{target}` here by default.
         options: see `BuildOptions`.
     Returns:
@@ -79,7 +80,14 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    opened = Checkpoint(checkpoint)
+    opened = open_checkpoint(
+        checkpoint,
+        revision=options.get("revision"),
+        token=options.get("token"),
+        offline=bool(options.get("offline")),
+        check=families.resolve,
+        progress=progress,
+    )
     for note in opened.notes:
         progress.note(f"note: {note}")
     model = families.resolve(opened)
