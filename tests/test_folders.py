@@ -18,7 +18,7 @@ from checkpoints import gemma4
 from peft import LoraConfig, get_peft_model
 from quantized_checkpoints import mobile_gemma4
 from rwkv_checkpoints import rwkv
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file, save_model
 from transformers import AutoModelForCausalLM
 
 import pleexport
@@ -393,7 +393,7 @@ REFUSED: dict[str, Refusal] = {
     ),
     "an output folder of a training": Refusal(
         no_config(only("checkpoint-90/model.safetensors", "checkpoint-500/x", "training_args.bin")),
-        "`{}` holds 2 checkpoints of a training and no model of its own",
+        "`{}` holds the checkpoints of a training, `checkpoint-500`, `checkpoint-90`, and no model",
         "pass one of them; the last is `{}/checkpoint-500`",
     ),
     "an adapter": Refusal(
@@ -611,6 +611,46 @@ def test_a_header_whose_length_looks_like_a_mark_is_read(size: int, tmp_path: Pa
     path = tmp_path / "b.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header)
     assert Checkpoint(path).entries == {}
+
+
+def test_a_pth_file_of_a_model_with_a_config_is_read(folder: Path, gemma4_checkpoint: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "model.pth")
+    (folder / "model.safetensors").unlink()
+    touch(folder, "rng_state.pth", "optimizer.pt")
+    model = matched(folder)
+    assert [file.path.name for file in model.checkpoint.files] == ["model.pth"]
+    # transformers reads no such file, and gets the tensors from us.
+    expected = open_oracle(matched(gemma4_checkpoint)).logits(IDS)
+    np.testing.assert_array_equal(open_oracle(model).logits(IDS), expected)
+
+
+def test_an_embedding_is_read_from_the_head_that_it_is_tied_to(
+    folder: Path, gemma4_checkpoint: Path
+) -> None:
+    expected = matched(gemma4_checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    save_model(model, str(folder / "model.safetensors"))
+    names = load_file(folder / "model.safetensors").keys()
+    assert "lm_head.weight" in names
+    assert "model.embed_tokens.weight" not in names
+    got = matched(folder)
+    assert got.checkpoint.notes == [
+        "`model.embed_tokens.weight` is in no file, and is read from the head it is tied to, "
+        "`lm_head.weight`"
+    ]
+    assert got.names() == expected.names()
+    table = got.model.tables[0]
+    np.testing.assert_array_equal(got.rows(table, slice(9)), expected.rows(table, slice(9)))
+    # transformers reads the folder as it is.
+    np.testing.assert_array_equal(open_oracle(got).logits(IDS), open_oracle(expected).logits(IDS))
+    info = pleexport.inspect(folder)
+    assert any("is read from the head it is tied to" in note for note in info.notes)
+    assert info.counts == pleexport.inspect(gemma4_checkpoint).counts
+    # The control: a head of its own is none.
+    config_with(tie_word_embeddings=False)(folder)
+    with pytest.raises(CheckpointError, match=r"has no tensor `embed_tokens.weight` under any"):
+        matched(folder)
 
 
 # Names of wrapped modules.

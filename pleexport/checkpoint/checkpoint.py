@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -145,6 +146,15 @@ class Checkpoint:
     def array(self, name: str) -> NDArray[Any]:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
         return self._file_of[name].array(self._names[name])
+
+    def renamed(self, old: str, new: str, *, note: str) -> Checkpoint:
+        """The same files, with another name for a tensor, and a note on that."""
+        other = copy(self)
+        other.__dict__.pop("entries", None)  # it is made from the names
+        other._names = {new if own == old else own: name for own, name in self._names.items()}
+        other.notes = [*self.notes, note]
+        other._file_of = {new if own == old else own: f for own, f in self._file_of.items()}
+        return other
 
     def others(self, read: Iterable[str] = ()) -> dict[str, list[str]]:
         """By what they are, the files and folders beside the weights that nothing is read from.

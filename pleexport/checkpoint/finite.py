@@ -23,11 +23,11 @@ _UNSIGNED: dict[int, type[np.unsignedinteger[Any]]] = {16: np.uint16, 32: np.uin
 
 @dataclass(frozen=True)
 class _Piece:
-    """A part of a tensor; `limit` is the least magnitude that is infinite, as bits of its dtype."""
+    """Rows of a tensor; `limit` is the least magnitude that is infinite, as bits of its dtype."""
 
     name: str
     begin: int
-    values: NDArray[Any]
+    rows: NDArray[Any]
     limit: int
 
 
@@ -52,7 +52,7 @@ def check_finite(
     for piece, found in map_in_order(_first_bad, _pieces(matched)):
         if found is not None:
             raise _error(matched, piece, found)
-        progress(piece.values.nbytes)
+        progress(piece.rows.nbytes)
 
 
 def _in_numbers(matched: MatchedModel) -> Iterator[str]:
@@ -62,11 +62,13 @@ def _in_numbers(matched: MatchedModel) -> Iterator[str]:
 
 
 def _pieces(matched: MatchedModel) -> Iterator[_Piece]:
+    checkpoint = matched.checkpoint
     for name in _in_numbers(matched):
-        array = matched.checkpoint.array(name).reshape(-1)
-        limit = _least_infinite(matched.checkpoint.entries[name].dtype, matched.dtype)
-        for begin in range(0, array.size, _VALUES):
-            yield _Piece(name, begin, array[begin : begin + _VALUES], limit)
+        entry, array = checkpoint.entries[name], np.atleast_1d(checkpoint.array(name))
+        limit = _least_infinite(entry.dtype, matched.dtype)
+        count = max(1, _VALUES * len(array) // max(1, array.size))
+        for begin in range(0, len(array), count):
+            yield _Piece(name, begin, array[begin : begin + count], limit)
 
 
 def _least_infinite(stored: str, computed: str) -> int:
@@ -93,19 +95,20 @@ def _bits_of(values: NDArray[Any]) -> int:
     return int(values.view(_UNSIGNED[8 * values.dtype.itemsize]))
 
 
-def _first_bad(piece: _Piece) -> tuple[_Piece, int | None]:
+def _first_bad(piece: _Piece) -> tuple[_Piece, tuple[int, ...] | None]:
     """Where in a piece the first value is that is no finite number."""
-    unsigned = _UNSIGNED[8 * piece.values.dtype.itemsize]
-    magnitudes = piece.values.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
+    unsigned = _UNSIGNED[8 * piece.rows.dtype.itemsize]
+    magnitudes = piece.rows.view(unsigned) & unsigned(np.iinfo(unsigned).max >> 1)
     if int(magnitudes.max(initial=0)) < piece.limit:
         return piece, None
-    return piece, int(np.argmax(magnitudes >= unsigned(piece.limit)))
+    first = int(np.argmax(magnitudes >= unsigned(piece.limit)))
+    return piece, tuple(int(i) for i in np.unravel_index(first, magnitudes.shape))
 
 
-def _error(matched: MatchedModel, piece: _Piece, found: int) -> CheckpointError:
-    checkpoint, value = matched.checkpoint, piece.values[found]
+def _error(matched: MatchedModel, piece: _Piece, found: tuple[int, ...]) -> CheckpointError:
+    checkpoint, value = matched.checkpoint, piece.rows[found]
     entry = checkpoint.entries[piece.name]
-    place = [int(i) for i in np.unravel_index(piece.begin + found, entry.shape)]
+    place = [piece.begin + found[0], *found[1:]] if entry.shape else []
     why = ""
     if np.isfinite(value):
         why = f", which is infinite in the {matched.dtype} that config.json names"

@@ -204,7 +204,8 @@ def _what_else(folder: Path, names: Sequence[str], *, has_config: bool) -> Pleex
     if earlier := [n for n in names if fits(n, EARLIER) and (folder / n).is_dir()]:
         last = max(earlier, key=_step)
         return CheckpointError(
-            f"`{folder}` holds {len(earlier)} checkpoints of a training and no model of its own",
+            f"`{folder}` holds the checkpoints of a training, {listed(earlier)}, and no model of "
+            "its own",
             hint=f"pass one of them; the last is `{folder / last}`",
         )
     if other := foreign.first_named(n for n in names if not fits(n, TRAINING)):

@@ -51,8 +51,8 @@ class MatchedModel:
 
     def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
         self.model = model
-        self.checkpoint = checkpoint
-        self.prefix = _text_prefix(model, checkpoint)
+        self.checkpoint = _with_tied_embedding(model, checkpoint)
+        self.prefix = _text_prefix(model, self.checkpoint)
         self._whole: dict[str, NDArray[np.float32]] = {}
         self.left_out, self.ignored = self._check()
 
@@ -336,6 +336,27 @@ def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     whole = np.zeros((_FOLDED_ROWS, rows.shape[1]), dtype=np.float32)
     whole[: len(rows)] = rows
     return whole
+
+
+def _with_tied_embedding(model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its input embedding, which may be there by the name of a tied head only.
+
+    `safetensors.torch.save_model` saves one of two names that share a tensor, and transformers
+    reads it for both.
+    """
+    head, entries = model.head, checkpoint.entries
+    others = [w.source_key for w in model.weights if w is not head and w.constant is None]
+    if head.key is None or head.codes or not others:
+        return checkpoint
+    for prefix, places in model.text_prefixes.items():
+        embedding = prefix + head.key
+        if prefix + others[0] not in entries or embedding in entries:
+            continue
+        own = next((p + head.name for p in (prefix, *places) if p + head.name in entries), None)
+        if own is not None:
+            note = f"`{embedding}` is in no file, and is read from the head it is tied to, `{own}`"
+            return checkpoint.renamed(own, embedding, note=note)
+    return checkpoint
 
 
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:

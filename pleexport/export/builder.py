@@ -30,7 +30,7 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
-from pleexport.export.sealing import seal, staging_folder
+from pleexport.export.sealing import check_replaceable, seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
@@ -92,10 +92,15 @@ def build(
         progress.note(f"note: {note}")
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
+    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
+    overwrite = bool(options.get("overwrite"))
+    check_replaceable(destination, overwrite=overwrite)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
     matched = MatchedModel(model, opened)
+    for note in matched.checkpoint.notes[len(opened.notes) :]:
+        progress.note(f"note: {note}")
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
@@ -124,8 +129,7 @@ def build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
-    with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
+    with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress)
         for note in generation_notes:

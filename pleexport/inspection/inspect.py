@@ -80,7 +80,7 @@ def inspect(
         ignored=[Ignored(what, names) for what, names in checkpoint.others(files).items()],
         notes=[
             *unmatched_notes,
-            *_sentences(checkpoint.notes),
+            *_sentences((matched.checkpoint if matched else checkpoint).notes),
             *_notes_on_files(copied),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),

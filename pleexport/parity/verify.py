@@ -56,12 +56,12 @@ def verify(
     source = open_checkpoint(
         checkpoint, revision=revision, token=token, offline=offline, progress=progress
     )
-    for note in source.notes:
-        progress.note(f"note: {note}")
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, source))
+    for note in matched.checkpoint.notes:
+        progress.note(f"note: {note}")
     graph = opened.decoder
     context = opened.manifest.context
     if describe(model, load(graph.backend), context=context) != graph.contract:
