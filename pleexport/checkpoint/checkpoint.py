@@ -45,6 +45,9 @@ class Checkpoint:
     file, `.pth` or safetensors, of a family that has no config, or the folder around it. Weights
     are optional: a folder that has only a config can be inspected.
 
+    Args:
+        weights: otherwise only the config is opened.
+        name: what a bundle is called after; that of the folder or file by default.
     Attributes:
         notes: what contradicts itself in the folder, and what is read; for people.
         read_by_transformers: `from_pretrained` finds the same tensors in the folder, by the same
@@ -55,15 +58,16 @@ class Checkpoint:
         UnsupportedError: weights in a format that is not read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, weights: bool = True, name: str | None = None) -> None:
         self.path = Path(path)
+        self._name = name
         self.config: dict[str, Any] = {}
         if self.path.is_file():
             self.folder, contents = self.path.parent, Contents((self.path.name,))
         elif self.path.is_dir():
             self.folder = self.path
             self.config = _read_config(self.path / CONFIG)
-            contents = look_into(self.path, self.config)
+            contents = look_into(self.path, self.config) if weights else Contents(())
         else:
             raise CheckpointError(
                 f"`{self.path}` does not exist",
@@ -134,6 +138,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """What a bundle is called after."""
+        if self._name:
+            return self._name
         path = self.path.resolve()
         return path.name if path.is_dir() else path.stem
 

@@ -140,9 +140,13 @@ def _of_index(folder: Path, index: Index, names: Sequence[str]) -> Contents:
     Raises:
         CheckpointError: some are not there.
     """
-    gone = [name for name in index.shards if not (folder / name).is_file()]
+    there = tuple(name for name in index.shards if (folder / name).is_file())
+    gone = [name for name in index.text_shards if name not in there]
     if not gone:
-        return Contents(tuple(index.shards), index, as_transformers=index.has_metadata)
+        towers = [name for name in index.shards if name not in there]
+        whole = index.has_metadata and not towers
+        note = f"{listed(towers)} of `{INDEX}` is not there, and not needed: it holds no text model"
+        return Contents(there, index, as_transformers=whole, notes=(note,) if towers else ())
     rest = [n for n in candidates(names, ("*.safetensors",)) if n not in index.shards]
     beside = f"; the folder has {listed(rest)}, which it does not list" if rest else ""
     raise CheckpointError(

@@ -10,6 +10,8 @@ from pleexport.checkpoint.json_file import read_json
 from pleexport.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+# In the names of a multimodal model's language model, whatever stands around it.
+_TEXT = "language_model."
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,13 @@ class Index:
     def shards(self) -> list[str]:
         """The files, in the order in which transformers reads them."""
         return sorted(set(self.weight_map.values()))
+
+    @property
+    def text_shards(self) -> list[str]:
+        """The shards with a part of the language model; others hold towers, which are left out."""
+        text = {file for name, file in self.weight_map.items() if _is_of_text(name)}
+        named = any(_TEXT in name for name in self.weight_map)
+        return sorted(text) if named else self.shards
 
 
 def read_index(path: Path) -> Index:
@@ -62,3 +71,7 @@ def lies_inside(name: str) -> bool:
     return bool(parts) and not (
         PurePosixPath(name).is_absolute() or ".." in parts or "\\" in name or ":" in name
     )
+
+
+def _is_of_text(name: str) -> bool:
+    return _TEXT in name or name.endswith("lm_head.weight")

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Unpack
 import msgspec
 
 from pleexport import families
-from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.finite import bytes_to_check, check_finite
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -30,7 +30,7 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
-from pleexport.export.sealing import seal, staging_folder
+from pleexport.export.sealing import check_replaceable, seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
@@ -69,7 +69,8 @@ def build(
     """Write a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder, or a file of a family that has no config.
+        checkpoint: a Hugging Face folder, or a file of a family that has no config; or where else
+            it lies, see `find_remote`.
         out: folder of the bundle; `{checkpoint}-{target}` here by default.
         options: see `BuildOptions`.
     Returns:
@@ -79,11 +80,21 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    opened = Checkpoint(checkpoint)
+    opened = open_checkpoint(
+        checkpoint,
+        revision=options.get("revision"),
+        token=options.get("token"),
+        offline=bool(options.get("offline")),
+        check=families.resolve,
+        progress=progress,
+    )
     for note in opened.notes:
         progress.note(f"note: {note}")
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
+    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
+    overwrite = bool(options.get("overwrite"))
+    check_replaceable(destination, overwrite=overwrite)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
@@ -116,8 +127,7 @@ def build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
-    with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
+    with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
             check_finite(matched, progress=update)

@@ -9,6 +9,7 @@ from pleexport import families, targets
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
@@ -18,9 +19,17 @@ from pleexport.inspection.effective import effective_count, find_published, publ
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
 from pleexport.inspection.info import Counts, Ignored, ModelInfo
 from pleexport.model import Model
+from pleexport.progress import Progress
 
 
-def inspect(path: str | Path) -> ModelInfo:
+def inspect(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> ModelInfo:
     """Describe a checkpoint without reading its weights, but for a few rows of each matrix.
 
     These tell whether it was trained for a grid of 4 bits.
@@ -29,12 +38,21 @@ def inspect(path: str | Path) -> ModelInfo:
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder, or a file of a family that has no config.
+        path: a Hugging Face folder, or a file of a family that has no config. Of a checkpoint that
+            lies elsewhere only the config is fetched, no weights.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(
+        path,
+        revision=revision,
+        token=token,
+        offline=offline,
+        weights=False,
+        progress=progress or Progress(quiet=True),
+    )
     model, source = families.resolve(checkpoint), checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
