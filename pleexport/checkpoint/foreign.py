@@ -64,7 +64,7 @@ _HTML = Foreign(
     "an HTML page",
     "a page of a login or an error was saved in its place; fetch the file again, with a token "
     "where the model asks for one",
-    begins=(b"<!doctype html", b"<html", b"<head", b"<!--"),
+    begins=(b"<!doctype html", b"<html"),
     told="is an HTML page, not the file itself",
 )
 _PICKLED = Foreign(
