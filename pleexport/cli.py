@@ -28,7 +28,8 @@ app = typer.Typer(
 CheckpointArgument = Annotated[
     Path,
     typer.Argument(
-        metavar="CKPT", help="Hugging Face folder of the trained model, or RWKV's .pth file."
+        metavar="CKPT",
+        help="Hugging Face folder of the trained model or of an adapter, or RWKV's .pth file.",
     ),
 ]
 BundleArgument = Annotated[
@@ -46,6 +47,24 @@ PackedOption = Annotated[
 ]
 TextFileOption = Annotated[
     Path | None, typer.Option("--text", help="Text file to measure logits and fidelity on.")
+]
+
+
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR[:WEIGHT]",
+        help="Merge this adapter of PEFT, all of it or a part; may be repeated.",
+    ),
+]
+BaseOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Model that the adapter at CKPT was trained on.",
+        show_default="what the adapter names",
+    ),
 ]
 
 
@@ -69,7 +88,12 @@ def root(
 
 
 @app.command()
-def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+def inspect(
+    checkpoint: CheckpointArgument,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a checkpoint holds and what a bundle of it would weigh; reads no weights.
 
     Example: pleexport inspect my-gemma-4-E2B
@@ -77,7 +101,7 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
     from pleexport.inspection.inspect import inspect as inspect_checkpoint
     from pleexport.show.inspection import describe_model
 
-    info = inspect_checkpoint(checkpoint)
+    info = inspect_checkpoint(checkpoint, adapters=adapters, base=base)
     _print_json(info) if as_json else typer.echo(describe_model(info))
 
 
@@ -160,6 +184,8 @@ def build(
             help="A tokenizer.json, or RWKV's vocabulary.", show_default="beside the weights"
         ),
     ] = None,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle at the same place.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare with the PyTorch original; keep only what passes.")
@@ -192,6 +218,8 @@ def verify(
         Path | None,
         typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
     ] = None,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
     text: TextFileOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
@@ -209,8 +237,8 @@ def verify(
     from pleexport.show.html import write_html
     from pleexport.show.parity import describe_parity
 
-    if (report or text) and not checkpoint:
-        what = "a report" if report else "a text"
+    if (report or text or adapters or base) and not checkpoint:
+        what = "a report" if report else "a text" if text else "an adapter"
         raise errors.PleexportError(
             f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
@@ -219,7 +247,12 @@ def verify(
             f"`{report.resolve().parent}` is not a folder", hint="make it, or choose another place"
         )
     result = verify_bundle(
-        bundle, checkpoint=checkpoint, text=text, progress=Progress(quiet=as_json)
+        bundle,
+        checkpoint=checkpoint,
+        adapters=adapters,
+        base=base,
+        text=text,
+        progress=Progress(quiet=as_json),
     )
     if result is None:
         if as_json:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pleexport.checkpoint.pickled_file import PickledFile
 from pleexport.dtypes import COMPUTED, torch_name
 from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.model import Rows
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 GENERATION_CONFIG = "generation_config.json"
@@ -123,6 +124,10 @@ class Checkpoint:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
         return self._file_of[name].array(name)
 
+    def part(self, name: str, rows: Rows, columns: slice = slice(None)) -> NDArray[Any]:
+        """Rows, and columns, of tensor `name` in its dtype; slices of a file's are views."""
+        return cut(self.array(name), rows, columns)
+
     def _check_index(self) -> None:
         index_path = self.path / "model.safetensors.index.json"
         if not self.path.is_dir() or not index_path.exists():
@@ -134,6 +139,14 @@ class Checkpoint:
                 f"`{missing[0]}` first",
                 hint="fetch the shards again; they and the index belong together",
             )
+
+
+def cut(array: NDArray[Any], rows: Rows, columns: slice) -> NDArray[Any]:
+    """Rows of a tensor, and columns of one that has them; a number has neither."""
+    if not array.ndim:
+        return array
+    found: NDArray[Any] = array[rows] if columns == slice(None) else array[rows, columns]
+    return found
 
 
 def _gguf(path: Path) -> UnsupportedError:

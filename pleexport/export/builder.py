@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
-from pleexport import families
-from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.adapters.adapted import digest_of_base
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
@@ -29,6 +28,7 @@ from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
 from pleexport.export.sealing import seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
+from pleexport.families.opening import adapters_of, notes_on_adapters, open_model
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
 from pleexport.progress import Progress
@@ -37,6 +37,7 @@ from pleexport.runtime.bundle import (
     DECODER,
     PARITY,
     SCHEMA,
+    AdapterRecord,
     Bundle,
     Manifest,
     ParitySummary,
@@ -75,8 +76,8 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    opened = Checkpoint(checkpoint)
-    model = families.resolve(opened)
+    source = open_model(checkpoint, adapters=options.get("adapters"), base=options.get("base"))
+    opened, model = source.checkpoint, source.model
     settings = resolve(options, quantized=model.is_quantized)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
@@ -105,7 +106,7 @@ def build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
+    destination = Path(out) if out else Path(f"{source.name}-{settings.target.name}")
     with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress)
@@ -131,6 +132,8 @@ def build(
             calibration_tokens=len(calibration_ids),
             max_bytes=settings.max_bytes,
             target=settings.target.name,
+            base_digest=digest_of_base(opened),
+            adapters=[AdapterRecord(a.name, a.weight, a.digest()) for a in adapters_of(opened)],
             tables_digest=tables_digest,
             versions=_versions(),
             parity=ParitySummary(checked=False),
@@ -218,7 +221,12 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    notes = [*notes_on_grids(matched), *plan.storage.notes(plan.model), *notes_on_codes(plan)]
+    notes = [
+        *notes_on_adapters(matched.checkpoint),
+        *notes_on_grids(matched),
+        *plan.storage.notes(plan.model),
+        *notes_on_codes(plan),
+    ]
     for note in (*notes, *plan.delivery):
         progress.note(f"note: {note}")
     for line in plan.chosen():

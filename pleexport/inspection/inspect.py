@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pleexport import families, targets
+from pleexport import targets
+from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
 from pleexport.export.plan import copied_files
+from pleexport.families.opening import adapters_of, notes_on_adapters, open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import Counts, ModelInfo
+from pleexport.inspection.info import AdapterInfo, Counts, ModelInfo
 from pleexport.model import Model
 
 
-def inspect(path: str | Path) -> ModelInfo:
+def inspect(
+    path: str | Path,
+    *,
+    adapters: Sequence[AdapterChoice] | None = None,
+    base: str | Path | None = None,
+) -> ModelInfo:
     """Describe a checkpoint without reading its weights, but for a few rows of each matrix.
 
     These tell whether it was trained for a grid of 4 bits.
@@ -27,13 +35,15 @@ def inspect(path: str | Path) -> ModelInfo:
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder, or a file of a family that has no config.
+        path: a Hugging Face folder, of an adapter too, or a file of a family that has no config.
+        adapters, base: as for a build.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
     """
-    checkpoint = Checkpoint(path)
-    model, source = families.resolve(checkpoint), checkpoint.dtype
+    opened = open_model(path, adapters=adapters, base=base)
+    checkpoint, model = opened.checkpoint, opened.model
+    source = checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
@@ -52,12 +62,17 @@ def inspect(path: str | Path) -> ModelInfo:
         tables=[describe_table(model, table, source) for table in model.tables],
         blobs=estimate_blobs(model, source),
         towers=towers,
+        adapters=[
+            AdapterInfo(a.name, a.weight, a.parameters, a.config.described())
+            for a in adapters_of(checkpoint)
+        ],
         effective=effective_count(model, counts),
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
         ],
         notes=[
             *unmatched_notes,
+            *(f"{note[0].upper()}{note[1:]}." for note in notes_on_adapters(checkpoint)),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),

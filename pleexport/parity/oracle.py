@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.compressed_tensors import CompressedTensors
 from pleexport.checkpoint.matching import MatchedModel
@@ -196,6 +197,9 @@ class TransformersOracle:
         self._original = original
         if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
             self._model = self._load_with_codes(matched).eval()
+        elif matched and isinstance(checkpoint, AdaptedCheckpoint):
+            self._model = self._load_merged(matched).eval()
+            self.name += ", adapters merged by pleexport"
         else:
             with _scales_of(matched.model.tables if matched else ()):
                 self._model = self._load(checkpoint).eval()
@@ -282,8 +286,6 @@ class TransformersOracle:
 
     def _load_with_codes(self, matched: MatchedModel) -> Any:
         """Load the text model of a checkpoint whose codes `transformers` does not read itself."""
-        import transformers
-
         from pleexport.parity.coded import compute_with_codes, stand_ins
 
         checkpoint, filled = matched.checkpoint, stand_ins(matched)
@@ -299,14 +301,41 @@ class TransformersOracle:
             and matched.model.ignored_part(name) is None
             and name not in matched.ignored
         }
+        model = self._load_tensors(checkpoint, fields, plain | filled)
+        compute_with_codes(model, matched)
+        return model
+
+    def _load_merged(self, matched: MatchedModel) -> Any:
+        """Load the text model of a checkpoint that adapters are merged into."""
+        from pleexport.parity.merged import compute_merged, merged_when_used
+
+        checkpoint, stand_ins = matched.checkpoint, merged_when_used(matched)
+        tensors = CheckpointTensors(checkpoint)
+        plain = {
+            name: tensors[name]
+            for name in checkpoint.entries
+            if name not in stand_ins
+            and matched.model.ignored_part(name) is None
+            and name not in matched.ignored
+        }
+        fields = self._config_fields(checkpoint)
+        model = self._load_tensors(checkpoint, fields, {**plain, **stand_ins})
+        compute_merged(model, matched)
+        return model
+
+    def _load_tensors(
+        self, checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: dict[str, Tensor]
+    ) -> Any:
+        """Load the text model from tensors that are here already."""
+        import transformers
+
         with _quiet_transformers():
             config = transformers.AutoConfig.for_model(**fields)
             made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
             model, info = made.from_pretrained(
-                None, config=config, state_dict=plain | filled, **self._loading(checkpoint)
+                None, config=config, state_dict=tensors, **self._loading(checkpoint)
             )
         _check_missing(info, checkpoint)
-        compute_with_codes(model, matched)
         return model
 
     def _loading(self, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -11,6 +11,7 @@ def describe_model(info: ModelInfo) -> str:
     """Aligned plain text, at most 100 columns, a blank line between its parts."""
     parts = [
         _head(info),
+        _adapters(info),
         _parameters(info),
         _tables(info),
         _sizes(info),
@@ -35,6 +36,14 @@ def _head(info: ModelInfo) -> list[str]:
         info.dtype,
     ]
     return [info.path, f"  {info.model_type}: {', '.join(facts)}; {weights[info.weights]}"]
+
+
+def _adapters(info: ModelInfo) -> list[str]:
+    rows = [["", "weight", "parameters", ""]]
+    rows += [[a.name, f"{a.weight:g}", f"{a.parameters:,}", a.form] for a in info.adapters]
+    return ["Adapters, merged in this order", *aligned(rows, align="<>><", indent=2)] * bool(
+        info.adapters
+    )
 
 
 def _parameters(info: ModelInfo) -> list[str]:

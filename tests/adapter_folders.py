@@ -1,0 +1,99 @@
+"""Adapters as `peft` saves them, for random checkpoints, and what `peft` makes of both."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+WEIGHTS = "adapter_model.safetensors"
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+PER_LAYER = ["per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]
+
+
+def save_adapter(
+    base: Path, folder: Path, *, rows: int | None = None, seed: int = 0, **fields: Any
+) -> Path:
+    """Train an adapter by chance, and save it.
+
+    Args:
+        rows: ids of the vocabulary, where the model was resized before.
+        fields: of peft's LoraConfig.
+    """
+    with _quiet():
+        model = get_peft_model(_load(base, rows), LoraConfig(task_type="CAUSAL_LM", **fields))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    noise = torch.randn(parameter.shape, generator=generator)
+                    parameter.add_((0.1 * noise).to(parameter.dtype))
+        model.save_pretrained(folder)
+    return folder
+
+
+def merge_with_peft(
+    base: Path, *adapters: tuple[Path, float] | Path, rows: int | None = None
+) -> Any:
+    """The original with adapters merged by peft, one after the other."""
+    with _quiet():
+        model = _load(base, rows)
+        for adapter in adapters:
+            folder, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
+            wrapped = PeftModel.from_pretrained(model, folder)
+            for module in wrapped.modules():
+                if hasattr(module, "scale_layer"):
+                    module.scale_layer(weight)
+            model = wrapped.merge_and_unload()
+    return model.eval()
+
+
+def logits_of(model: Any) -> Callable[[Sequence[int]], NDArray[np.float32]]:
+    """A function from ids to the logits of a model, which is widened to float32."""
+    model = model.float()
+
+    def logits(ids: Sequence[int]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            found: NDArray[np.float32] = model(torch.tensor([list(ids)])).logits[0].numpy()
+        return found
+
+    return logits
+
+
+def rewrite_config(folder: Path, **fields: Any) -> None:
+    """Change fields of an adapter_config.json."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def rewrite_tensors(
+    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> None:
+    """Change the tensors of an adapter."""
+    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+
+
+def _load(base: Path, rows: int | None) -> Any:
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    if rows is not None:
+        model.resize_token_embeddings(rows)
+    return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leave out what peft and transformers warn of."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
