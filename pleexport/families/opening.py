@@ -19,6 +19,7 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError
 from pleexport.model import Model
+from pleexport.runtime.tokenizer import TOKENIZERS, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,14 @@ class Opened:
 
     Attributes:
         name: what a bundle is called after.
+        tokenizer: the folder of an adapter that brings a tokenizer; None where that of the
+            checkpoint counts.
     """
 
     name: str
     checkpoint: Checkpoint
     model: Model
+    tokenizer: Path | None = None
 
 
 def open_model(
@@ -71,11 +75,12 @@ def open_model(
         return Opened(checkpoint.name, checkpoint, model)
     opened = [Adapter(adapter) for adapter in chosen]
     merged = merge_adapters(MatchedModel(model, checkpoint), opened)
-    return Opened(_name(named), merged, families.resolve(merged))
+    tokenizer = next((a.folder for a in reversed(opened) if _has_tokenizer(a.folder)), None)
+    return Opened(named.resolve().name, merged, families.resolve(merged), tokenizer)
 
 
-def _name(path: Path) -> str:
-    return path.resolve().name
+def _has_tokenizer(folder: Path) -> bool:
+    return bool(tokenizer_files(folder).keys() & set(TOKENIZERS))
 
 
 def _base_of(adapter: Path) -> Path:

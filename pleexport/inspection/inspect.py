@@ -47,7 +47,7 @@ def inspect(
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = copied_files(checkpoint).values()
+    copied = copied_files(checkpoint, opened.tokenizer).values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
