@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
-from pleexport.checkpoint.adapters.adapted import digest_of_base
+from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base, notes_on_adapters
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
@@ -26,10 +26,10 @@ from pleexport.export.blob_writer import write_blob
 from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
-from pleexport.export.plan import Plan, copied_files, make_plan
+from pleexport.export.plan import Plan, copied_files, make_plan, tokenizer_folder
 from pleexport.export.sealing import seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
-from pleexport.families.opening import adapters_of, notes_on_adapters, open_model
+from pleexport.families.opening import open_model
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
 from pleexport.progress import Progress
@@ -87,7 +87,7 @@ def build(
     matched = mark_grids(MatchedModel(model, opened))
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
-    copied = copied_files(opened, source.tokenizer if given is None else Path(given))
+    copied = copied_files(opened, None if given is None else Path(given))
     tokenizer = open_tokenizer(copied)
     if tokenizer is None and given is not None:
         raise CheckpointError(
@@ -111,9 +111,7 @@ def build(
     destination = Path(out) if out else Path(f"{source.name}-{settings.target.name}")
     with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
         _check_disk(staging, plan)
-        _say_what_is_special(matched, plan, tokenizer, progress)
-        if given is None and source.tokenizer:
-            progress.note(f"note: the tokenizer is that of the adapter `{source.tokenizer.name}`")
+        _say_what_is_special(matched, plan, tokenizer, progress, given=given is not None)
         for note in generation_notes:
             progress.note(f"note: {note}")
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
@@ -207,9 +205,18 @@ def _check_disk(folder: Path, plan: Plan) -> None:
 
 
 def _say_what_is_special(
-    matched: MatchedModel, plan: Plan, tokenizer: Tokenizer | None, progress: Progress
+    matched: MatchedModel,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+    *,
+    given: bool,
 ) -> None:
-    """Note what is left out, and what the bundle will lack."""
+    """Note what is left out, and what the bundle will lack.
+
+    Args:
+        given: whether the build was told where the tokenizer is.
+    """
     for part in matched.left_out:
         progress.note(
             f"note: the {part.name} is left out: {part.parameters:,} parameters, "
@@ -223,6 +230,9 @@ def _say_what_is_special(
             f"note: {len(matched.ignored)} tensors are not used by the model, "
             f"`{first}` first: {reason}"
         )
+    folder = tokenizer_folder(matched.checkpoint)
+    if tokenizer and not given and folder != matched.checkpoint.folder:
+        progress.note(f"note: the tokenizer is that of the adapter `{folder.resolve().name}`")
     if tokenizer is None:
         progress.note(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pleexport import families
-from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint, merge_adapters
+from pleexport.checkpoint.adapters.adapted import merge_adapters
 from pleexport.checkpoint.adapters.adapter import (
     Adapter,
     AdapterChoice,
@@ -19,7 +19,6 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, InputError
 from pleexport.model import Model
-from pleexport.runtime.tokenizer import TOKENIZERS, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,11 @@ class Opened:
 
     Attributes:
         name: what a bundle is called after.
-        tokenizer: the folder of an adapter that brings a tokenizer; None where that of the
-            checkpoint counts.
     """
 
     name: str
     checkpoint: Checkpoint
     model: Model
-    tokenizer: Path | None = None
 
 
 def open_model(
@@ -75,12 +71,7 @@ def open_model(
         return Opened(checkpoint.name, checkpoint, model)
     opened = [Adapter(adapter) for adapter in chosen]
     merged = merge_adapters(MatchedModel(model, checkpoint), opened)
-    tokenizer = next((a.folder for a in reversed(opened) if _has_tokenizer(a.folder)), None)
-    return Opened(named.resolve().name, merged, families.resolve(merged), tokenizer)
-
-
-def _has_tokenizer(folder: Path) -> bool:
-    return bool(tokenizer_files(folder).keys() & set(TOKENIZERS))
+    return Opened(named.resolve().name, merged, families.resolve(merged))
 
 
 def _base_of(adapter: Path) -> Path:
@@ -94,23 +85,3 @@ def _base_of(adapter: Path) -> Path:
         f"`{adapter}` is an adapter; its adapter_config.json {said}",
         hint="add `--base DIR` with the folder of the model that it was trained on",
     )
-
-
-def adapters_of(checkpoint: Checkpoint) -> list[Adapter]:
-    """The adapters that a checkpoint has merged into it."""
-    return checkpoint.adapters if isinstance(checkpoint, AdaptedCheckpoint) else []
-
-
-def notes_on_adapters(checkpoint: Checkpoint) -> list[str]:
-    """Which adapters are merged, and what a person should know of it."""
-    if not isinstance(checkpoint, AdaptedCheckpoint):
-        return []
-    names = ", ".join(f"`{a.name}`" + _share(a.weight) for a in checkpoint.adapters)
-    return [
-        f"{names} merged into `{checkpoint.base.name}`: {len(checkpoint.merged)} tensors change",
-        *checkpoint.notes,
-    ]
-
-
-def _share(weight: float) -> str:
-    return "" if weight == 1.0 else f" times {weight:g}"

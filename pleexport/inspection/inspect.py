@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pleexport import targets
+from pleexport.checkpoint.adapters.adapted import adapters_of, notes_on_adapters
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
@@ -13,7 +14,7 @@ from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
 from pleexport.export.plan import copied_files
-from pleexport.families.opening import adapters_of, notes_on_adapters, open_model
+from pleexport.families.opening import open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
@@ -47,7 +48,7 @@ def inspect(
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = copied_files(checkpoint, opened.tokenizer).values()
+    copied = copied_files(checkpoint).values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
-from pleexport.checkpoint.adapters.adapted import digest_of_base
+from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
-from pleexport.families.opening import adapters_of, open_model
+from pleexport.families.opening import open_model
 from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
 from pleexport.parity.report import ParityReport

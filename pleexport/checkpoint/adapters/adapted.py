@@ -101,6 +101,26 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
     )
 
 
+def adapters_of(checkpoint: Checkpoint) -> list[Adapter]:
+    """The adapters that a checkpoint has merged into it."""
+    return checkpoint.adapters if isinstance(checkpoint, AdaptedCheckpoint) else []
+
+
+def notes_on_adapters(checkpoint: Checkpoint) -> list[str]:
+    """Which adapters are merged, and what a person should know of it."""
+    if not isinstance(checkpoint, AdaptedCheckpoint):
+        return []
+    names = ", ".join(f"`{a.name}`" + _share(a.weight) for a in checkpoint.adapters)
+    return [
+        f"{names} merged into `{checkpoint.base.name}`: {len(checkpoint.merged)} tensors change",
+        *checkpoint.notes,
+    ]
+
+
+def _share(weight: float) -> str:
+    return "" if weight == 1.0 else f" times {weight:g}"
+
+
 def digest_of_base(checkpoint: Checkpoint) -> str | None:
     """A digest of the weights that adapters are merged into; None where there are no adapters."""
     if not isinstance(checkpoint, AdaptedCheckpoint):
@@ -217,9 +237,9 @@ class _Merge:
                 return
             if key in before or (key in self._whole and change.kind == "base"):
                 raise CheckpointError(
-                    f"`{adapter.folder}` saves `{change.names[0]}` whole, and it differs from what "
-                    "else is merged into it",
-                    hint="merge adapters that do not both bring the same module whole",
+                    f"`{adapter.folder}` saves `{change.names[0]}` whole, but that tensor has been "
+                    "changed already",
+                    hint="leave one of the adapters out, or merge them where they were trained",
                 )
             self._whole.add(key)
         self._values[key] = changed

@@ -157,10 +157,15 @@ class Adapter:
         modules: dict[str, dict[tuple[Role, str], AdapterTensor]] = {}
         for full, entry in self._file.entries.items():
             name = read_name(full)
-            if name is None or entry.dtype not in FLOATS:
+            if name is None:
                 raise CheckpointError(
-                    f"`{self._file.path}`: tensor `{full}` ({entry.dtype} {list(entry.shape)}) "
-                    "is of no module that an adapter changes",
+                    f"`{self._file.path}`: tensor `{full}` has no name that PEFT gives",
+                    hint=AS_SAVED,
+                )
+            if entry.dtype not in FLOATS:
+                raise CheckpointError(
+                    f"`{self._file.path}`: tensor `{full}` has dtype {entry.dtype}; expected one "
+                    f"of {', '.join(FLOATS)}",
                     hint=AS_SAVED,
                 )
             role = name.role

@@ -71,9 +71,9 @@ def changes_of(adapter: Adapter, model: Model) -> tuple[list[Change], list[Unrea
         if part := _left_out(model, stem, {leaf for _, leaf in tensors}):
             unread.setdefault(part, []).extend(names)
             continue
-        for leaf in {leaf for _, leaf in tensors}:
+        for (_, leaf), tensor in tensors.items():
             if f"{stem}.{leaf}" not in keys:
-                raise _belongs_to_nothing(adapter, names[0], f"{stem}.{leaf}")
+                raise _belongs_to_nothing(adapter, tensor.name.full, f"{stem}.{leaf}")
         changes += _whole(adapter, stem, tensors)
         changes += _product(
             adapter, module, stem, tensors, by_token=keys.get(f"{stem}.weight", False)
@@ -142,9 +142,9 @@ def _product(
     b = given.get("B of lookup" if of_lookup else "B")
     magnitude = given.get("magnitude")
     if a is None or b is None or len(given) != 2 + (magnitude is not None):
+        alone = next(iter(given.values())).name.full
         raise CheckpointError(
-            f"`{adapter.folder}` has `{next(iter(given.values())).name.full}` without the other "
-            "matrix of its product",
+            f"`{adapter.folder}` has `{alone}` and not both matrices of that product, A and B",
             hint=AS_SAVED,
         )
     if adapter.config.dora != (magnitude is not None):
