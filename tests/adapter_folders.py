@@ -14,6 +14,7 @@ import torch
 import transformers
 from numpy.typing import NDArray
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
@@ -23,16 +24,23 @@ PER_LAYER = ["per_layer_model_projection", "per_layer_input_gate", "per_layer_pr
 
 
 def save_adapter(
-    base: Path, folder: Path, *, rows: int | None = None, seed: int = 0, **fields: Any
+    base: Path,
+    folder: Path,
+    *,
+    rows: int | None = None,
+    seed: int = 0,
+    kind: Any = transformers.AutoModelForCausalLM,
+    **fields: Any,
 ) -> Path:
     """Train an adapter by chance, and save it.
 
     Args:
         rows: ids of the vocabulary, where the model was resized before.
+        kind: how transformers loads the base.
         fields: of peft's LoraConfig.
     """
     with _quiet():
-        model = get_peft_model(_load(base, rows), LoraConfig(task_type="CAUSAL_LM", **fields))
+        model = get_peft_model(_load(base, rows, kind), LoraConfig(task_type="CAUSAL_LM", **fields))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -44,19 +52,35 @@ def save_adapter(
 
 
 def merge_with_peft(
-    base: Path, *adapters: tuple[Path, float] | Path, rows: int | None = None
+    base: Path,
+    *adapters: tuple[Path, float] | Path,
+    rows: int | None = None,
+    kind: Any = transformers.AutoModelForCausalLM,
 ) -> Any:
     """The original with adapters merged by peft, one after the other."""
     with _quiet():
-        model = _load(base, rows)
+        model = _load(base, rows, kind)
         for adapter in adapters:
             folder, weight = adapter if isinstance(adapter, tuple) else (adapter, 1.0)
             wrapped = PeftModel.from_pretrained(model, folder)
             for module in wrapped.modules():
-                if hasattr(module, "scale_layer"):
-                    module.scale_layer(weight)
+                if isinstance(module, LoraLayer):
+                    module.scaling["default"] *= weight  # `scale_layer` leaves lookups out
             model = wrapped.merge_and_unload()
     return model.eval()
+
+
+def concatenate_with_peft(base: Path, folders: Sequence[Path], weights: Sequence[float]) -> Any:
+    """The original with a weighted adapter of several merged."""
+    names = [folder.name for folder in folders]
+    with _quiet():
+        model = _load(base, None, transformers.AutoModelForCausalLM)
+        wrapped = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
+        for folder in folders[1:]:
+            wrapped.load_adapter(folder, adapter_name=folder.name)
+        wrapped.add_weighted_adapter(names, list(weights), "sum", combination_type="cat")
+        wrapped.set_adapter("sum")
+        return wrapped.merge_and_unload().eval()
 
 
 def logits_of(model: Any) -> Callable[[Sequence[int]], NDArray[np.float32]]:
@@ -84,8 +108,8 @@ def rewrite_tensors(
     save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
 
 
-def _load(base: Path, rows: int | None) -> Any:
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+def _load(base: Path, rows: int | None, kind: Any) -> Any:
+    model = kind.from_pretrained(base, dtype="auto")
     if rows is not None:
         model.resize_token_embeddings(rows)
     return model

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from adapter_folders import (
     ATTENTION,
     MLP,
     PER_LAYER,
+    WEIGHTS,
+    concatenate_with_peft,
     logits_of,
     merge_with_peft,
     rewrite_config,
     rewrite_tensors,
     save_adapter,
 )
-from checkpoints import gemma3n, gemma4
+from checkpoints import gemma3n, gemma4, gemma4_multimodal
 from conftest import TOLERANCE, check_every_way_to_feed, relative_error
+from safetensors.torch import load_file
 
 import pleexport
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint, notes_on_adapters
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
+from pleexport.checkpoint.matching import MatchedModel
 from pleexport.families.opening import open_model
 
 
@@ -154,3 +162,177 @@ def exchange_layers(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     """The first matrices of two layers, each in the other's place."""
     one, other = (f"base_model.model.model.layers.{i}.mlp.up_proj.lora_A.weight" for i in (0, 1))
     return tensors | {one: tensors[other], other: tensors[one]}
+
+
+UNTIED: dict[str, dict[str, Any]] = {
+    "tokens of both": {
+        "target_modules": "all-linear",
+        "trainable_token_indices": {"embed_tokens": [1, 2], "lm_head": [4]},
+    },
+    "products of both": {"target_modules": ["lm_head", "embed_tokens"]},
+    "biases of targets": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["q_proj", "o_proj"], "bias": "all"},
+    "a bias of its own": {"target_modules": ["q_proj", "o_proj"], "lora_bias": True},
+}
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("untied") / "gemma4"
+    return gemma4(folder, torch.float32, tie_word_embeddings=False, attention_bias=True)
+
+
+@pytest.mark.parametrize("case", UNTIED)
+def test_an_untied_head_and_biases_are_merged(untied: Path, case: str, tmp_path: Path) -> None:
+    adapter = save_adapter(untied, tmp_path / "adapter", r=4, **UNTIED[case])
+    expected = merge_with_peft(untied, adapter)
+    assert largest_difference(expected, merged_tensors(untied, adapter)) < 1e-6
+    # The control: the adapter does change something.
+    assert largest_difference(expected, merged_tensors(untied)) > 1e-2
+
+
+GROWN: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj"]},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+    "all tables saved": {
+        "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head", "embed_tokens_per_layer"],
+    },
+    "trained": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [120, 126]},
+}
+
+
+@pytest.mark.parametrize("rows", [127, 118])
+@pytest.mark.parametrize("case", GROWN)
+def test_the_vocabulary_grows_and_shrinks_with_the_adapter(
+    base: Path, case: str, rows: int, tmp_path: Path
+) -> None:
+    if case == "tokens" and rows < 120:
+        pytest.skip("these tokens would be gone")
+    adapter = save_adapter(base, tmp_path / "adapter", rows=rows, **GROWN[case])
+    expected = merge_with_peft(base, adapter, rows=rows)
+    # Rows that nobody trained have noise of 3e-5 standard deviations in transformers.
+    assert largest_difference(expected, merged_tensors(base, adapter)) < 1e-4
+    opened = open_model(base, adapters=[adapter])
+    assert opened.model.vocab_size == rows
+    assert opened.model.tables[1].rows == rows
+    per_layer = "embed_tokens_per_layer"
+    noted = any(per_layer in note for note in notes_on_adapters(opened.checkpoint))
+    assert noted == (rows > 120 and case != "all tables saved")
+
+
+def test_several_adapters_are_merged_one_after_the_other(base: Path, tmp_path: Path) -> None:
+    first = save_adapter(base, tmp_path / "first", target_modules=[*ATTENTION, "embed_tokens"])
+    second = save_adapter(base, tmp_path / "second", target_modules=ATTENTION + MLP, r=3, seed=1)
+    third = save_adapter(base, tmp_path / "third", target_modules=MLP, use_dora=True, seed=2)
+    expected = merge_with_peft(base, (first, 0.5), (second, -0.25), third)
+    got = merged_tensors(base, f"{first}:0.5", (second, -0.25), third)
+    assert largest_difference(expected, got) < 1e-6
+    # Controls: another weight, and another order, where norms are set in between.
+    assert largest_difference(expected, merged_tensors(base, first, (second, -0.25), third)) > 1e-3
+    assert largest_difference(expected, merged_tensors(base, third, f"{first}:0.5")) > 1e-3
+
+
+def test_weighted_adapters_are_what_peft_concatenates(base: Path, tmp_path: Path) -> None:
+    folders = [
+        save_adapter(base, tmp_path / name, target_modules=ATTENTION, r=rank, seed=rank)
+        for name, rank in (("one", 2), ("two", 3))
+    ]
+    expected = concatenate_with_peft(base, folders, [0.7, 0.2])
+    got = merged_tensors(base, (folders[0], 0.7), (folders[1], 0.2))
+    assert largest_difference(expected, got) < 1e-6
+
+
+SPELLINGS = {
+    "as peft writes them": lambda name: name,
+    "with an adapter's name": lambda name: re.sub(
+        r"\.(lora_[AB]|lora_embedding_[AB])", r".\1.default", name
+    ),
+    "below a multimodal wrapper": lambda name: name.replace(
+        "model.model.", "model.model.language_model.", 1
+    ),
+    "below an older wrapper": lambda name: name.replace(
+        "model.model.", "model.language_model.model.", 1
+    ),
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod.", 1),
+    "compiled around peft": lambda name: f"_orig_mod.{name}",
+    "compiled layers": lambda name: re.sub(r"(layers\.\d+)\.", r"\1._orig_mod.", name),
+    "without peft's prefix": lambda name: name.removeprefix("base_model.model."),
+    "below DataParallel": lambda name: f"module.{name}",
+    "below a value head": lambda name: name.replace(
+        "base_model.model.", "pretrained_model.base_model.model.", 1
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_names_are_read_as_trainers_write_them(base: Path, spelling: str, tmp_path: Path) -> None:
+    targets = [*ATTENTION, "per_layer_projection", "embed_tokens", "embed_tokens_per_layer"]
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=targets)
+    expected = merge_with_peft(base, adapter)
+    written = SPELLINGS[spelling]
+    rewrite_tensors(adapter, lambda tensors: {written(n): t for n, t in tensors.items()})
+    assert largest_difference(expected, merged_tensors(base, adapter)) < 1e-6
+
+
+def test_an_adapter_of_a_multimodal_model_is_merged_into_its_text_part(tmp_path: Path) -> None:
+    base = gemma4_multimodal(tmp_path / "base")
+    adapter = save_adapter(
+        base,
+        tmp_path / "adapter",
+        kind=transformers.AutoModelForImageTextToText,
+        target_modules=r".*(text|language)_model.*\.(q_proj|up_proj|embed_tokens_per_layer)|.*\.linear",
+    )
+    names = load_file(adapter / WEIGHTS).keys()
+    assert any(".vision_tower." in name for name in names)
+    opened = open_model(base, adapters=[adapter])
+    assert isinstance(opened.checkpoint, AdaptedCheckpoint)
+    (note,) = opened.checkpoint.notes
+    assert "vision tower" in note
+    expected = merge_with_peft(base, adapter, kind=transformers.AutoModelForImageTextToText)
+    tensors = expected.state_dict()
+    for name in opened.checkpoint.merged:
+        wanted = tensors[name].float()
+        got = torch.from_numpy(opened.checkpoint.array(name).astype(np.float32))
+        assert ((wanted - got).abs().max() / wanted.abs().max()).item() < 1e-2, name
+        assert (wanted != got).float().mean().item() < 1e-3, name
+    assert (
+        len(opened.checkpoint.merged)
+        == len(names) // 2 - sum(".vision_tower." in name for name in names) // 2
+    )
+
+
+def test_a_row_is_the_same_among_any_others(base_bf16: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base_bf16, tmp_path / "adapter", target_modules=["embed_tokens"], r=16)
+    opened = open_model(base_bf16, adapters=[adapter])
+    matched = MatchedModel(opened.model, opened.checkpoint)
+    table = opened.model.tables[0]
+    whole = matched.row_values(table, slice(None))
+    for rows in (slice(3, 70), slice(64, 65), np.array([7, 119, 7, 64])):
+        np.testing.assert_array_equal(matched.row_values(table, rows), whole[rows])
+
+
+def test_no_merged_table_is_in_memory_as_a_whole(tmp_path: Path) -> None:
+    rows = 100_000
+    base = gemma4(
+        tmp_path / "base", torch.float32, vocab_size=rows, vocab_size_per_layer_input=rows
+    )
+    tables = ["embed_tokens_per_layer", "embed_tokens"]
+    for name, fields in (("lora", {}), ("dora", {"use_dora": True})):
+        adapter = save_adapter(base, tmp_path / name, target_modules=tables, r=2, **fields)
+        tracemalloc.start()
+        opened = open_model(base, adapters=[adapter])
+        matched = MatchedModel(opened.model, opened.checkpoint)
+        table, batch = opened.model.tables[1], 512
+        for begin in range(0, rows, batch):
+            matched.row_values(table, slice(begin, begin + batch))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 4 * rows * table.row_width / 3
+        # The control: as a whole it takes that much, and more.
+        tracemalloc.start()
+        matched.row_values(table, slice(None))
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak > 4 * rows * table.row_width

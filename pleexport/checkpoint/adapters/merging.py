@@ -9,7 +9,8 @@ Shape suffixes: V rows, K columns, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -24,7 +25,8 @@ from pleexport.model import Rows
 from pleexport.safetensors_file import TensorEntry
 
 _ALL = slice(None)
-_ROWS_AT_ONCE = 64 * PIECE_ROWS
+# Numbers of a tensor that are in memory at a time where all of it is looked through.
+_NUMBERS_AT_ONCE = 1 << 18
 
 
 class Values(Protocol):
@@ -105,8 +107,7 @@ class WithProduct:
         assert self._magnitude is not None
         by_row = self._magnitude.shape[1] == 1
         squares = np.zeros(self._magnitude.shape, np.float64)
-        for begin in range(0, self.shape[0], _ROWS_AT_ONCE):
-            rows = slice(begin, begin + _ROWS_AT_ONCE)
+        for rows in _blocks(self.shape):
             squared = np.square(self._sum(rows, _ALL), dtype=np.float64)
             if by_row:
                 squares[rows] = squared.sum(axis=1, keepdims=True)
@@ -182,8 +183,8 @@ class Resized:
     def _mean(self) -> NDArray[np.float32]:
         count = self._base.shape[0]
         total = np.zeros((1, self.shape[1]), np.float64)
-        for begin in range(0, count, _ROWS_AT_ONCE):
-            part = self._base.read(slice(begin, begin + _ROWS_AT_ONCE), _ALL)
+        for rows in _blocks(self._base.shape):
+            part = self._base.read(rows, _ALL)
             total += part.sum(axis=0, dtype=np.float64, keepdims=True)
         mean: NDArray[np.float32] = (total / count).astype(self._dtype).astype(np.float32)
         return mean
@@ -225,5 +226,11 @@ def same_values(one: Values, other: Values) -> bool:
     """Whether two tensors hold the same numbers; of each, a part at a time is in memory."""
     if one.shape != other.shape:
         return False
-    parts = (slice(b, b + _ROWS_AT_ONCE) for b in range(0, one.shape[0], _ROWS_AT_ONCE))
-    return all(np.array_equal(one.read(p, _ALL), other.read(p, _ALL)) for p in parts)
+    blocks = _blocks(one.shape)
+    return all(np.array_equal(one.read(b, _ALL), other.read(b, _ALL)) for b in blocks)
+
+
+def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """The rows of a tensor, in blocks of about `_NUMBERS_AT_ONCE` numbers."""
+    step = max(PIECE_ROWS, _NUMBERS_AT_ONCE // max(1, math.prod(shape[1:])))
+    return (slice(begin, begin + step) for begin in range(0, shape[0], step))
