@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "adapter_model.safetensors"
+MODEL = "model.safetensors"
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 PER_LAYER = ["per_layer_model_projection", "per_layer_input_gate", "per_layer_projection"]
@@ -102,10 +103,12 @@ def rewrite_config(folder: Path, **fields: Any) -> None:
 
 
 def rewrite_tensors(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    folder: Path,
+    change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    name: str = WEIGHTS,
 ) -> None:
-    """Change the tensors of an adapter."""
-    save_file(change(load_file(folder / WEIGHTS)), folder / WEIGHTS)
+    """Change the tensors of a file of an adapter or a model."""
+    save_file(change(load_file(folder / name)), folder / name)
 
 
 def _load(base: Path, rows: int | None, kind: Any) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import shutil
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ import transformers
 from adapter_folders import (
     ATTENTION,
     MLP,
+    MODEL,
     PER_LAYER,
     WEIGHTS,
     concatenate_with_peft,
@@ -24,14 +28,18 @@ from adapter_folders import (
     save_adapter,
 )
 from checkpoints import gemma3n, gemma4, gemma4_multimodal
-from conftest import TOLERANCE, check_every_way_to_feed, relative_error
+from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
 from safetensors.torch import load_file
 
 import pleexport
 from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint, notes_on_adapters
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.errors import CheckpointError
+from pleexport.export.plan import copied_files
 from pleexport.families.opening import open_model
+from pleexport.progress import Progress
+from pleexport.show.inspection import describe_model
 
 
 @pytest.fixture(scope="module", params=["gemma4", "gemma3n"])
@@ -336,3 +344,68 @@ def test_no_merged_table_is_in_memory_as_a_whole(tmp_path: Path) -> None:
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak > 4 * rows * table.row_width
+
+
+def test_an_adapters_tokenizer_goes_before_its_bases(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    model = shutil.copytree(base, tmp_path / "base")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(SAMPLES / "gemma4-kjv" / name, model / name)
+    opened = open_model(model, adapters=[adapter])
+    assert copied_files(opened.checkpoint)["tokenizer.json"].parent == model
+    shutil.copyfile(model / "tokenizer.json", adapter / "tokenizer.json")
+    copied = copied_files(opened.checkpoint)
+    assert copied["tokenizer.json"].parent == adapter
+    assert "tokenizer_config.json" not in copied
+    assert copied_files(opened.checkpoint, model)["tokenizer.json"].parent == model
+
+
+def test_inspect_lists_the_adapters(base: Path, tmp_path: Path) -> None:
+    first = save_adapter(base, tmp_path / "first", target_modules=["q_proj"], r=4)
+    patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 9}, "use_rslora": True}
+    second = save_adapter(base, tmp_path / "second", target_modules=["q_proj"], r=4, **patterns)
+    info = pleexport.inspect(base, adapters=[first, (second, 0.5)])
+    assert [(a.name, a.weight, a.form) for a in info.adapters] == [
+        ("first", 1.0, "LoRA of rank 4"),
+        ("second", 0.5, "rank-stabilized LoRA of rank 4 to 9"),
+    ]
+    shown = describe_model(info)
+    assert "Adapters, merged in this order" in shown
+    assert "`first`, `second` times 0.5 merged into" in shown
+    assert "Adapters" not in describe_model(pleexport.inspect(base))
+
+
+def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -> None:
+    base = gemma4(tmp_path / "base", torch.float32)
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        bundle = pleexport.build(
+            adapter,  # its config names the base
+            tmp_path / "bundle",
+            verify=False,
+            weight_dtype="fp32",
+            table_dtype="source",
+            progress=Progress(),
+        )
+    assert "note: `adapter` merged into `base`: 12 tensors change" in said.getvalue()
+    manifest = bundle.manifest
+    assert [(a.name, a.weight) for a in manifest.adapters] == [("adapter", 1.0)]
+    assert manifest.base_digest is not None
+
+    report = pleexport.verify(bundle, checkpoint=base, adapters=[adapter])
+    assert report is not None
+    assert report.passed
+    assert report.oracle.endswith(", adapters merged by pleexport")
+    with pytest.raises(CheckpointError, match=r"was built with `adapter:1`, and .* 0 adapters"):
+        pleexport.verify(bundle, checkpoint=base)
+    with pytest.raises(CheckpointError, match=r"given with 1 adapters that are not the same"):
+        pleexport.verify(bundle, checkpoint=base, adapters=[f"{adapter}:0.5"])
+    other = gemma4(tmp_path / "other", torch.float32)
+    rewrite_tensors(other, lambda tensors: {n: t + 1 for n, t in tensors.items()}, MODEL)
+    with pytest.raises(CheckpointError, match=r"was built from another base than"):
+        pleexport.verify(bundle, checkpoint=other, adapters=[adapter])
+    # The control: an adapter that was changed after the build is another one.
+    rewrite_config(adapter, lora_alpha=9)
+    with pytest.raises(CheckpointError, match=r"adapters that are not the same"):
+        pleexport.verify(bundle, checkpoint=base, adapters=[adapter])

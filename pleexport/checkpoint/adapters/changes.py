@@ -74,10 +74,9 @@ def changes_of(adapter: Adapter, model: Model) -> tuple[list[Change], list[Unrea
         for (_, leaf), tensor in tensors.items():
             if f"{stem}.{leaf}" not in keys:
                 raise _belongs_to_nothing(adapter, tensor.name.full, f"{stem}.{leaf}")
-        changes += _whole(adapter, stem, tensors)
-        changes += _product(
-            adapter, module, stem, tensors, by_token=keys.get(f"{stem}.weight", False)
-        )
+        by_token = keys.get(f"{stem}.weight", False)
+        changes += _whole(adapter, stem, tensors, by_token=by_token)
+        changes += _product(adapter, module, stem, tensors, by_token=by_token)
         changes += _rows(adapter, module, stem, tensors)
     order: Mapping[Kind, int] = {"base": 0, "saved": 1, "part": 2}
     left = [Unread(names[0], len(names), reason) for reason, names in unread.items()]
@@ -103,7 +102,7 @@ def _left_out(model: Model, stem: str, leaves: set[str]) -> str | None:
     return reasons[0] if len(reasons) == len(leaves) else None
 
 
-def _whole(adapter: Adapter, stem: str, tensors: Tensors) -> Iterator[Change]:
+def _whole(adapter: Adapter, stem: str, tensors: Tensors, *, by_token: bool) -> Iterator[Change]:
     for (role, leaf), tensor in tensors.items():
         if role not in ("base", "saved"):
             continue
@@ -114,14 +113,18 @@ def _whole(adapter: Adapter, stem: str, tensors: Tensors) -> Iterator[Change]:
                 hint="leave the weight out",
             )
         kind: Kind = "base" if role == "base" else "saved"
-        yield Change(f"{stem}.{leaf}", kind, (tensor.name.full,), _replaced(adapter, tensor))
+        yield Change(
+            f"{stem}.{leaf}", kind, (tensor.name.full,), _replaced(adapter, tensor, by_token)
+        )
 
 
-def _replaced(adapter: Adapter, tensor: AdapterTensor) -> Callable[[Values, str], Values]:
+def _replaced(
+    adapter: Adapter, tensor: AdapterTensor, by_token: bool
+) -> Callable[[Values, str], Values]:
     def apply(values: Values, dtype: str) -> Values:
         # A vocabulary may have changed; no other size may.
-        same = tensor.shape == values.shape
-        if not same and (len(tensor.shape) != 2 or tensor.shape[1:] != values.shape[1:]):
+        fixed = 1 if by_token and len(tensor.shape) == 2 else 0
+        if tensor.shape[fixed:] != values.shape[fixed:]:
             raise _does_not_fit(adapter, tensor, values.shape)
         return Stored(tensor.file, tensor.name.full, dtype=dtype)
 
