@@ -85,7 +85,7 @@ def with_rows(name: str, count: int) -> Callable[[Tensors], Tensors]:
     [
         (
             lambda t: t | {A: torch.zeros(4, 33)},
-            f"`{A}` has shape [4, 33], which does not fit [32, 32] of the base",
+            f"`{A}` and `{B}` make [32, 33], which does not fit [32, 32] of the base",
         ),
         (lambda t: t | {A: torch.zeros(0)}, f"`{A}` has shape [0], and adapter_config.json gives"),
         (lambda t: {n: v for n, v in t.items() if n != A}, f"has `{B}` and not both matrices"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
@@ -38,6 +40,8 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError
 from pleexport.export.plan import copied_files
 from pleexport.families.opening import open_model
+from pleexport.parity.merged_by_peft import can_merge
+from pleexport.parity.oracle import open_oracle
 from pleexport.progress import Progress
 from pleexport.show.inspection import describe_model
 
@@ -396,7 +400,7 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
     report = pleexport.verify(bundle, checkpoint=base, adapters=[adapter])
     assert report is not None
     assert report.passed
-    assert report.oracle.endswith(", adapters merged by pleexport")
+    assert report.oracle.endswith(f", adapters merged by peft {peft.__version__}")
     with pytest.raises(CheckpointError, match=r"was built with `adapter:1`, and .* 0 adapters"):
         pleexport.verify(bundle, checkpoint=base)
     with pytest.raises(CheckpointError, match=r"given with 1 adapters that are not the same"):
@@ -409,3 +413,39 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
     rewrite_config(adapter, lora_alpha=9)
     with pytest.raises(CheckpointError, match=r"adapters that are not the same"):
         pleexport.verify(bundle, checkpoint=base, adapters=[adapter])
+
+
+@pytest.mark.parametrize("case", ["all linear", "dora", "both", "embedding saved", "tokens"])
+def test_the_original_is_the_same_without_peft(
+    base: Path, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", **CASES[case])
+    opened = open_model(base, adapters=[adapter])
+    matched = MatchedModel(opened.model, opened.checkpoint)
+    by_peft = open_oracle(matched)
+    assert by_peft.name.endswith(f"merged by peft {peft.__version__}")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    by_us = open_oracle(matched)
+    assert by_us.name.endswith("merged by pleexport")
+    ids = [3, 1, 4, 1, 5, 9, 2, 6]
+    assert relative_error(by_peft.logits(ids), by_us.logits(ids)) < TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peft_merges_only_what_it_merges_alike(dtype: torch.dtype, tmp_path: Path) -> None:
+    base = gemma4(tmp_path / "base", dtype)
+
+    def can(*adapters: Path) -> bool:
+        checkpoint = open_model(base, adapters=adapters).checkpoint
+        assert isinstance(checkpoint, AdaptedCheckpoint)
+        return can_merge(checkpoint)
+
+    one = save_adapter(base, tmp_path / "one", target_modules=["q_proj"])
+    two = save_adapter(base, tmp_path / "two", target_modules=["q_proj"])
+    assert can(one)
+    # It rounds after each.
+    assert can(one, two) == (dtype == torch.float32)
+    grown = save_adapter(base, tmp_path / "grown", rows=127, target_modules=["q_proj"])
+    assert not can(grown)
+    rewrite_tensors(one, lambda t: {n.replace("_model.", "_model.module.", 1): t[n] for n in t})
+    assert not can(one)

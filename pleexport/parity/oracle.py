@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -198,8 +198,9 @@ class TransformersOracle:
         if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
             self._model = self._load_with_codes(matched).eval()
         elif matched and isinstance(checkpoint, AdaptedCheckpoint):
-            self._model = self._load_merged(matched).eval()
-            self.name += ", adapters merged by pleexport"
+            loaded, merged_by = self._load_merged(matched, checkpoint)
+            self._model = loaded.eval()
+            self.name += f", adapters merged by {merged_by}"
         else:
             with _scales_of(matched.model.tables if matched else ()):
                 self._model = self._load(checkpoint).eval()
@@ -305,23 +306,34 @@ class TransformersOracle:
         compute_with_codes(model, matched)
         return model
 
-    def _load_merged(self, matched: MatchedModel) -> Any:
-        """Load the text model of a checkpoint that adapters are merged into."""
-        from pleexport.parity.merged import compute_merged, merged_when_used
+    def _load_merged(self, matched: MatchedModel, checkpoint: AdaptedCheckpoint) -> tuple[Any, str]:
+        """Load the text model with adapters merged, and say by whom."""
+        from pleexport.parity import merged, merged_by_peft
 
-        checkpoint, stand_ins = matched.checkpoint, merged_when_used(matched)
+        if merged_by_peft.can_merge(checkpoint):
+            base = checkpoint.base
+            tensors = merged_by_peft.writable(self._plain(matched, base), checkpoint)
+            model = self._load_tensors(base, self._config_fields(base), tensors)
+            with _quiet_transformers(), suppress(Exception):  # of whatever version it is
+                return merged_by_peft.merge(model, checkpoint)
+        stand_ins = merged.merged_when_used(matched)
+        tensors = {**self._plain(matched, checkpoint, besides=stand_ins), **stand_ins}
+        model = self._load_tensors(checkpoint, self._config_fields(checkpoint), tensors)
+        merged.compute_merged(model, matched)
+        return model, "pleexport"
+
+    def _plain(
+        self, matched: MatchedModel, checkpoint: Checkpoint, *, besides: Container[str] = ()
+    ) -> dict[str, Tensor]:
+        """The tensors of the text model as numbers."""
         tensors = CheckpointTensors(checkpoint)
-        plain = {
+        return {
             name: tensors[name]
             for name in checkpoint.entries
-            if name not in stand_ins
+            if name not in besides
             and matched.model.ignored_part(name) is None
             and name not in matched.ignored
         }
-        fields = self._config_fields(checkpoint)
-        model = self._load_tensors(checkpoint, fields, {**plain, **stand_ins})
-        compute_merged(model, matched)
-        return model
 
     def _load_tensors(
         self, checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: dict[str, Tensor]

@@ -7,6 +7,7 @@ Several adapters are merged in the order given, each into what the one before ma
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -42,6 +43,7 @@ class AdaptedCheckpoint(Checkpoint):
         base: the checkpoint that they are merged into.
         adapters: in the order in which they are merged.
         merged: by name, the tensors that they change.
+        changed_repeatedly: whether something is added to one of these more than once.
         notes: what a person should know of the merge.
     """
 
@@ -53,6 +55,7 @@ class AdaptedCheckpoint(Checkpoint):
         *,
         config: dict[str, Any],
         left_out: set[str],
+        changed_repeatedly: bool,
         notes: Sequence[str],
     ) -> None:
         self.path, self.folder, self.config = base.path, base.folder, config
@@ -60,6 +63,7 @@ class AdaptedCheckpoint(Checkpoint):
         self.base, self.adapters, self.merged = base, list(adapters), dict(merged)
         self.notes = list(notes)
         self._left_out = left_out
+        self.changed_repeatedly = changed_repeatedly
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
@@ -85,8 +89,9 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
         UnsupportedError: the model is none that adapters are merged into.
         CheckpointError: a tensor of an adapter does not fit.
     """
-    checkpoint, model = base.checkpoint, base.model
-    _refuse_base(checkpoint, model)
+    checkpoint = base.checkpoint
+    _refuse_base(checkpoint, base.model)
+    base.check_tied_head()
     merge = _Merge(base)
     for adapter in adapters:
         merge.add(adapter)
@@ -97,6 +102,7 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
         merge.tensors(),
         config=merge.config(),
         left_out=merge.left_out,
+        changed_repeatedly=any(count > 1 for count in merge.additions.values()),
         notes=merge.notes,
     )
 
@@ -148,6 +154,7 @@ class _Merge:
     Attributes:
         tied: whether the head still is the input embedding.
         left_out: names of the base that the merged checkpoint does not have.
+        additions: by key, how often something was added to a tensor.
     """
 
     def __init__(self, base: MatchedModel) -> None:
@@ -159,6 +166,7 @@ class _Merge:
         self.tied = self._model.head.key is not None
         # A copy of a tied head is read by nobody, and would contradict what is merged.
         self.left_out = {base.full_name(self._head)} if self.tied else set()
+        self.additions: Counter[str] = Counter()
         self.notes: list[str] = []
 
     def add(self, adapter: Adapter) -> None:
@@ -242,6 +250,8 @@ class _Merge:
                     hint="leave one of the adapters out, or merge them where they were trained",
                 )
             self._whole.add(key)
+        else:
+            self.additions[key] += 1
         self._values[key] = changed
 
     def _is_no_change(self, change: Change, changed: Values, key: str) -> bool:

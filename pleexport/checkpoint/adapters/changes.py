@@ -172,8 +172,13 @@ def _product(
         fitted = values
         if by_token and len(values.shape) == 2 and len(left) != values.shape[0]:
             fitted = Resized(values, len(left), dtype=dtype)
-        if fitted.shape != (len(left), right.shape[1]):
-            raise _does_not_fit(adapter, a, values.shape)
+        made = (len(left), right.shape[1])
+        if fitted.shape != made:
+            raise CheckpointError(
+                f"`{adapter.folder}`: `{a.name.full}` and `{b.name.full}` make {list(made)}, which "
+                f"does not fit {list(values.shape)} of the base",
+                hint=_OTHER_BASE,
+            )
         norms = None
         if magnitude is not None:
             norms = magnitude.vector()
@@ -197,6 +202,7 @@ def _product(
         yield Change(f"{stem}.bias", "part", (bias.name.full,), add)
 
 
+_OTHER_BASE = "pass the base that the adapter was trained on, of the same size"
 _OF_PRODUCT = ("A", "B", "A of lookup", "B of lookup", "magnitude")
 
 
@@ -250,5 +256,5 @@ def _does_not_fit(
     return CheckpointError(
         f"`{adapter.folder}`: tensor `{tensor.name.full}` has shape {list(tensor.shape)}, which "
         f"does not fit {list(shape)} of the base",
-        hint="pass the base that the adapter was trained on, of the same size",
+        hint=_OTHER_BASE,
     )
