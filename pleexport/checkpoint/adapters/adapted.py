@@ -95,7 +95,6 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
     merge = _Merge(base)
     for adapter in adapters:
         merge.add(adapter)
-    merge.fit_rows()
     return AdaptedCheckpoint(
         checkpoint,
         adapters,
@@ -176,12 +175,20 @@ class _Merge:
             CheckpointError: a tensor of it fits nothing, or has another shape.
         """
         changes, unread = changes_of(adapter, self._model)
-        of_tied = [c for c in changes if c.key in (self._head, self._embedding)]
+        of_tied = [c for c in changes if c.key in (self._embedding, self._head)]
         before = dict(self._values)
-        for change in changes:
+        for change in (c for c in changes if c.kind != "part"):
             if change.kind == "saved" and change in of_tied and self.tied:
                 self._untie(adapter)
             self._apply(adapter, change, before)
+        # Tables and head get their rows before anything is added to them, as in a resized model.
+        parts = [change for change in changes if change.kind == "part"]
+        first = {self._embedding, self._head} if self.tied else {self._embedding}
+        for change in sorted(parts, key=lambda c: (c.key not in first, c.key == self._head)):
+            if change.key not in first:
+                self._fit_rows()
+            self._apply(adapter, change, before)
+        self._fit_rows()
         if self.tied and any(change.kind == "part" for change in of_tied):
             self.notes.append(
                 f"the head is tied to the input embedding: what `{adapter.name}` changes in one "
@@ -193,7 +200,7 @@ class _Merge:
             for left in unread
         ]
 
-    def fit_rows(self) -> None:
+    def _fit_rows(self) -> None:
         """Give tables and head as many rows as the input embedding has by now.
 
         Raises:
@@ -202,17 +209,24 @@ class _Merge:
         rows = self._now(self._embedding).shape[0]
         if not self.tied:
             head_rows = self._now(self._head).shape[0]
-            if head_rows != rows and self._head in self._whole:
-                raise CheckpointError(
-                    f"the adapters leave the head with {head_rows} rows and the input embedding "
-                    f"with {rows}",
-                    hint="save both: `modules_to_save=['embed_tokens', 'lm_head']`",
-                )
+            if rows != head_rows and self._is_given(self._head):
+                if self._is_given(self._embedding):
+                    raise CheckpointError(
+                        f"the adapters leave the head with {head_rows} rows and the input "
+                        f"embedding with {rows}",
+                        hint="save both: `modules_to_save=['embed_tokens', 'lm_head']`",
+                    )
+                rows = head_rows
+            self._resize(self._embedding, rows, "the input embedding")
             self._resize(self._head, rows, "the output head")
         if rows != self._model.vocab_size:
             for table in self._model.tables[1:]:
                 if table.keys[0] not in self._whole:
                     self._resize(table.keys[0], rows, f"`{table.name}`")
+
+    def _is_given(self, key: str) -> bool:
+        """Whether an adapter says how many rows a tensor has."""
+        return key in self._whole or self._now(key).shape != self._of_base(key).shape
 
     def config(self) -> dict[str, Any]:
         """The base's config, with the sizes and the tying that adapters changed."""
@@ -284,8 +298,9 @@ class _Merge:
         return self._values.get(key) or self._of_base(key)
 
     def _of_base(self, key: str) -> Values:
-        checkpoint = self._base.checkpoint
-        return Stored(checkpoint, self._base.full_name(key), dtype=self._dtype)
+        checkpoint, tied = self._base.checkpoint, self._model.head.key is not None
+        source = self._embedding if tied and key == self._head else key
+        return Stored(checkpoint, self._base.full_name(source), dtype=self._dtype)
 
     def _name(self, key: str) -> str:
         """The name in the merged checkpoint; an untied head stands beside the text model."""

@@ -154,30 +154,19 @@ class Adapter:
         )
 
     def _modules(self) -> Mapping[str, dict[tuple[Role, str], AdapterTensor]]:
+        names = [self._name(full, entry.dtype) for full, entry in self._file.entries.items()]
+        saved = {name.module for name in names if name.role == "saved"}
         modules: dict[str, dict[tuple[Role, str], AdapterTensor]] = {}
-        for full, entry in self._file.entries.items():
-            name = read_name(full)
-            if name is None:
-                raise CheckpointError(
-                    f"`{self._file.path}`: tensor `{full}` has no name that PEFT gives",
-                    hint=AS_SAVED,
-                )
-            if entry.dtype not in FLOATS:
-                raise CheckpointError(
-                    f"`{self._file.path}`: tensor `{full}` has dtype {entry.dtype}; expected one "
-                    f"of {', '.join(FLOATS)}",
-                    hint=AS_SAVED,
-                )
+        for name in names:
             role = name.role
-            if role == "base" and ".original_module." not in full and self._saves(name):
+            if name.is_plain and (name.module in saved or self.config.saves(name.module)):
                 role = "saved"
             own = modules.setdefault(name.module, {})
             known = own.setdefault((role, name.leaf), AdapterTensor(name, self._file))
-            if known.name.full != full and not np.array_equal(
-                known.array(), self._file.array(full)
-            ):
+            again = self._file.array(name.full)
+            if known.name != name and not np.array_equal(known.array(), again):
                 raise CheckpointError(
-                    f"`{self._file.path}` has both `{known.name.full}` and `{full}`, and they "
+                    f"`{self._file.path}` has both `{known.name.full}` and `{name.full}`, and they "
                     "differ",
                     hint="save one adapter into one folder",
                 )
@@ -185,8 +174,19 @@ class Adapter:
             raise CheckpointError(f"`{self._file.path}` holds no tensors", hint=AS_SAVED)
         return modules
 
-    def _saves(self, name: TensorName) -> bool:
-        return ".base_layer." not in name.full and self.config.saves(name.module)
+    def _name(self, full: str, dtype: str) -> TensorName:
+        name = read_name(full)
+        if name is None:
+            raise CheckpointError(
+                f"`{self._file.path}`: tensor `{full}` has no name that PEFT gives", hint=AS_SAVED
+            )
+        if dtype not in FLOATS:
+            raise CheckpointError(
+                f"`{self._file.path}`: tensor `{full}` has dtype {dtype}; expected one of "
+                f"{', '.join(FLOATS)}",
+                hint=AS_SAVED,
+            )
+        return name
 
 
 def digest_of(files: Sequence[Path]) -> str:

@@ -51,9 +51,9 @@ class TensorName:
     leaf: str
 
     @property
-    def below_wrappers(self) -> str:
-        """The module's name without what stands around the text model; see `key_of`."""
-        return key_of(self.module)
+    def is_plain(self) -> bool:
+        """Whether it is called what the tensor of a model is, without a part of PEFT's."""
+        return self.full.endswith(f"{self.module.rpartition('.')[2]}.{self.leaf}")
 
 
 def read_name(name: str) -> TensorName | None:
