@@ -231,3 +231,10 @@ def test_a_head_of_another_size_than_the_embedding_is_refused(base: Path, tmp_pa
     rewrite_tensors(folder, lambda t: t | {"base_model.model.lm_head.weight": torch.zeros(125, 32)})
     said = refusal(base, adapters=[folder]).message
     assert "leave the head with 125 rows and the input embedding with 120" in said
+
+
+def test_what_peft_itself_loses_is_refused(base: Path, tmp_path: Path) -> None:
+    fields = {"target_modules": ["lm_head"], "trainable_token_indices": [3, 4]}
+    folder = save_adapter(base, tmp_path / "adapter", **fields)
+    said = refusal(base, adapters=[folder]).message
+    assert "has both LoRA and trained tokens for a head that is tied" in said

@@ -176,20 +176,27 @@ class _Merge:
         """
         changes, unread = changes_of(adapter, self._model)
         of_tied = [c for c in changes if c.key in (self._embedding, self._head)]
+        if self.tied and {c.kind for c in of_tied} >= {"product", "rows"}:
+            raise UnsupportedError(
+                f"`{adapter.folder}` has both LoRA and trained tokens for a head that is tied to "
+                "the input embedding; peft itself loses the first when it merges them",
+                hint="train it again with `modules_to_save=['embed_tokens', 'lm_head']` in place "
+                "of either",
+            )
         before = dict(self._values)
-        for change in (c for c in changes if c.kind != "part"):
+        for change in (c for c in changes if c.is_whole):
             if change.kind == "saved" and change in of_tied and self.tied:
                 self._untie(adapter)
             self._apply(adapter, change, before)
         # Tables and head get their rows before anything is added to them, as in a resized model.
-        parts = [change for change in changes if change.kind == "part"]
+        parts = [change for change in changes if not change.is_whole]
         first = {self._embedding, self._head} if self.tied else {self._embedding}
         for change in sorted(parts, key=lambda c: (c.key not in first, c.key == self._head)):
             if change.key not in first:
                 self._fit_rows()
             self._apply(adapter, change, before)
         self._fit_rows()
-        if self.tied and any(change.kind == "part" for change in of_tied):
+        if self.tied and any(not change.is_whole for change in of_tied):
             self.notes.append(
                 f"the head is tied to the input embedding: what `{adapter.name}` changes in one "
                 "is changed in both, as peft's `merge_and_unload` does"
@@ -254,7 +261,7 @@ class _Merge:
         key = self._embedding if self.tied and change.key == self._head else change.key
         now = self._now(key)
         changed = change.apply(now, self._dtype)
-        if change.kind != "part":
+        if change.is_whole:
             if key in self._values and self._is_no_change(change, changed, key):
                 return
             if key in before or (key in self._whole and change.kind == "base"):

@@ -20,8 +20,8 @@ from pleexport.checkpoint.adapters.names import Role, key_of
 from pleexport.errors import CheckpointError, PleexportError, UnsupportedError
 from pleexport.model import Model
 
-# "base" and "saved" are whole tensors; see `names.Role`.
-Kind = Literal["base", "saved", "part"]
+# "base" and "saved" are whole tensors, see `names.Role`; the others change what is there.
+Kind = Literal["base", "saved", "product", "rows"]
 Tensors = dict[tuple[Role, str], AdapterTensor]
 
 
@@ -39,6 +39,11 @@ class Change:
     kind: Kind
     names: tuple[str, ...]
     apply: Callable[[Values, str], Values]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it replaces the tensor."""
+        return self.kind in ("base", "saved")
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ def changes_of(adapter: Adapter, model: Model) -> tuple[list[Change], list[Unrea
         changes += _whole(adapter, stem, tensors, by_token=by_token)
         changes += _product(adapter, module, stem, tensors, by_token=by_token)
         changes += _rows(adapter, module, stem, tensors)
-    order: Mapping[Kind, int] = {"base": 0, "saved": 1, "part": 2}
+    order: Mapping[Kind, int] = {"base": 0, "saved": 1, "product": 2, "rows": 2}
     left = [Unread(names[0], len(names), reason) for reason, names in unread.items()]
     return sorted(changes, key=lambda change: order[change.kind]), left
 
@@ -190,7 +195,7 @@ def _product(
         rounded = dtype if of_lookup and norms is None else "fp32"
         return WithProduct(fitted, left, right, scale=scale, delta_dtype=rounded, magnitude=norms)
 
-    yield Change(key, "part", names, apply)
+    yield Change(key, "product", names, apply)
     bias = tensors.get(("B", "bias"))
     if bias is not None:
 
@@ -199,7 +204,7 @@ def _product(
                 raise _does_not_fit(adapter, bias, values.shape)
             return WithAddend(values, bias.vector() * scale)
 
-        yield Change(f"{stem}.bias", "part", (bias.name.full,), add)
+        yield Change(f"{stem}.bias", "product", (bias.name.full,), add)
 
 
 _OTHER_BASE = "pass the base that the adapter was trained on, of the same size"
@@ -234,7 +239,7 @@ def _rows(adapter: Adapter, module: str, stem: str, tensors: Tensors) -> Iterato
         fitted = values if rows == values.shape[0] else Resized(values, rows, dtype=dtype)
         return WithRows(fitted, ids, tensor.array(), dtype=dtype)
 
-    yield Change(f"{stem}.weight", "part", (tensor.name.full,), apply)
+    yield Change(f"{stem}.weight", "rows", (tensor.name.full,), apply)
 
 
 def _belongs_to_nothing(adapter: Adapter, name: str, key: str) -> PleexportError:
