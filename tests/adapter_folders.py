@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
@@ -31,6 +31,7 @@ def save_adapter(
     rows: int | None = None,
     seed: int = 0,
     kind: Any = transformers.AutoModelForCausalLM,
+    config: PeftConfig | None = None,
     **fields: Any,
 ) -> Path:
     """Train an adapter by chance, and save it.
@@ -38,10 +39,12 @@ def save_adapter(
     Args:
         rows: ids of the vocabulary, where the model was resized before.
         kind: how transformers loads the base.
+        config: of another kind of adapter than LoRA.
         fields: of peft's LoraConfig.
     """
     with _quiet():
-        model = get_peft_model(_load(base, rows, kind), LoraConfig(task_type="CAUSAL_LM", **fields))
+        config = config or LoraConfig(task_type="CAUSAL_LM", **fields)
+        model = get_peft_model(_load(base, rows, kind), config)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

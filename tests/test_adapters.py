@@ -43,6 +43,7 @@ from pleexport.families.opening import open_model
 from pleexport.parity.merged_by_peft import can_merge
 from pleexport.parity.oracle import open_oracle
 from pleexport.progress import Progress
+from pleexport.show.bundle import describe_bundle
 from pleexport.show.inspection import describe_model
 
 
@@ -369,9 +370,9 @@ def test_inspect_lists_the_adapters(base: Path, tmp_path: Path) -> None:
     patterns = {"rank_pattern": {"layers.0.self_attn.q_proj": 9}, "use_rslora": True}
     second = save_adapter(base, tmp_path / "second", target_modules=["q_proj"], r=4, **patterns)
     info = pleexport.inspect(base, adapters=[first, (second, 0.5)])
-    assert [(a.name, a.weight, a.form) for a in info.adapters] == [
-        ("first", 1.0, "LoRA of rank 4"),
-        ("second", 0.5, "rank-stabilized LoRA of rank 4 to 9"),
+    assert [(a.name, a.weight, a.form, a.trained_on) for a in info.adapters] == [
+        ("first", 1.0, "LoRA of rank 4", str(base)),
+        ("second", 0.5, "rank-stabilized LoRA of rank 4 to 9", str(base)),
     ]
     shown = describe_model(info)
     assert "Adapters, merged in this order" in shown
@@ -396,6 +397,7 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
     manifest = bundle.manifest
     assert [(a.name, a.weight) for a in manifest.adapters] == [("adapter", 1.0)]
     assert manifest.base_digest is not None
+    assert "adapters merged: adapter\n" in describe_bundle(bundle)
 
     report = pleexport.verify(bundle, checkpoint=base, adapters=[adapter])
     assert report is not None
@@ -449,3 +451,15 @@ def test_peft_merges_only_what_it_merges_alike(dtype: torch.dtype, tmp_path: Pat
     assert not can(grown)
     rewrite_tensors(one, lambda t: {n.replace("_model.", "_model.module.", 1): t[n] for n in t})
     assert not can(one)
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "embed_tokens_per_layer"])
+def test_an_adapter_of_trained_tokens_is_merged(base: Path, target: str, tmp_path: Path) -> None:
+    config = peft.TrainableTokensConfig(target_modules=[target], token_indices=[3, 117])
+    adapter = save_adapter(base, tmp_path / "adapter", config=config)
+    expected = merge_with_peft(base, adapter)
+    assert largest_difference(expected, merged_tensors(base, adapter)) < 1e-6
+    (info,) = pleexport.inspect(base, adapters=[adapter]).adapters
+    assert info.form == "trained tokens"
+    # The control: the adapter does change something.
+    assert largest_difference(expected, merged_tensors(base)) > 1e-2

@@ -56,12 +56,14 @@ class AdapterInfo(msgspec.Struct, frozen=True):
         weight: how much of it is taken.
         parameters: numbers in its file.
         form: "LoRA of rank 16", with what else it is.
+        trained_on: the base that its config names; "" where it names none.
     """
 
     name: str
     weight: float
     parameters: int
     form: str
+    trained_on: str
 
 
 class StoredTable(msgspec.Struct, frozen=True, kw_only=True):

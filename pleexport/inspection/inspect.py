@@ -64,7 +64,7 @@ def inspect(
         blobs=estimate_blobs(model, source),
         towers=towers,
         adapters=[
-            AdapterInfo(a.name, a.weight, a.parameters, a.config.described())
+            AdapterInfo(a.name, a.weight, a.parameters, a.config.described(), a.config.base)
             for a in adapters_of(checkpoint)
         ],
         effective=effective_count(model, counts),

@@ -39,11 +39,13 @@ def _head(info: ModelInfo) -> list[str]:
 
 
 def _adapters(info: ModelInfo) -> list[str]:
-    rows = [["", "weight", "parameters", ""]]
-    rows += [[a.name, f"{a.weight:g}", f"{a.parameters:,}", a.form] for a in info.adapters]
-    return ["Adapters, merged in this order", *aligned(rows, align="<>><", indent=2)] * bool(
-        info.adapters
-    )
+    rows = [["", "weight", "parameters", "", "trained on"]]
+    rows += [
+        [a.name, f"{a.weight:g}", f"{a.parameters:,}", a.form, a.trained_on or "-"]
+        for a in info.adapters
+    ]
+    lines = ["Adapters, merged in this order", *aligned(rows, align="<>><<", indent=2)]
+    return lines if info.adapters else []
 
 
 def _parameters(info: ModelInfo) -> list[str]:
