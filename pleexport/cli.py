@@ -26,11 +26,21 @@ app = typer.Typer(
 )
 
 CheckpointArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
         metavar="CKPT",
-        help="Hugging Face folder of the trained model or of an adapter, or RWKV's .pth file.",
+        help="Hugging Face folder of the trained model or of an adapter, or RWKV's .pth file; "
+        "or the id of a model on the Hugging Face hub, OWNER/MODEL.",
     ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the hub.", show_default="main")
+]
+TokenOption = Annotated[
+    str | None, typer.Option(help="For the hub.", show_default="that of `hf auth login`")
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take what was fetched before; ask nobody.")
 ]
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that `pleexport build` wrote.")
@@ -61,9 +71,9 @@ AdaptersOption = Annotated[
     ),
 ]
 BaseOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
-        metavar="DIR",
+        metavar="BASE",
         help="Model that the adapter at CKPT was trained on.",
         show_default="what the adapter names",
     ),
@@ -94,6 +104,9 @@ def inspect(
     checkpoint: CheckpointArgument,
     adapters: AdaptersOption = None,
     base: BaseOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a checkpoint holds and what a bundle of it would weigh; reads no weights.
@@ -103,7 +116,15 @@ def inspect(
     from pleexport.inspection.inspect import inspect as inspect_checkpoint
     from pleexport.show.inspection import describe_model
 
-    info = inspect_checkpoint(checkpoint, adapters=adapters, base=base)
+    info = inspect_checkpoint(
+        checkpoint,
+        adapters=adapters,
+        base=base,
+        revision=revision,
+        token=token,
+        offline=offline,
+        progress=Progress(quiet=as_json),
+    )
     _print_json(info) if as_json else typer.echo(describe_model(info))
 
 
@@ -188,6 +209,9 @@ def build(
     ] = None,
     adapters: AdaptersOption = None,
     base: BaseOption = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle at the same place.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare with the PyTorch original; keep only what passes.")
@@ -217,7 +241,7 @@ def build(
 def verify(
     bundle: BundleArgument,
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
     ] = None,
     adapters: AdaptersOption = None,
@@ -226,6 +250,9 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
     ] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check that a bundle is undamaged and computes what the PyTorch original computes.
@@ -254,6 +281,9 @@ def verify(
         adapters=adapters,
         base=base,
         text=text,
+        revision=revision,
+        token=token,
+        offline=offline,
         progress=Progress(quiet=as_json),
     )
     if result is None:

@@ -153,13 +153,11 @@ def test_an_adapter_without_weights_is_refused(base: Path, adapter: Path) -> Non
 
 def test_a_pickled_adapter_is_read_and_not_run(base: Path, adapter: Path) -> None:
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
-    expected = open_model(base, adapters=[adapter]).checkpoint.array(
-        "model.layers.0.self_attn.q_proj.weight"
-    )
+    name = "model.layers.0.self_attn.q_proj.weight"
+    safe, _ = open_model(base, adapters=[adapter])
     (adapter / WEIGHTS).unlink()
-    opened = open_model(base, adapters=[adapter])
-    got = opened.checkpoint.array("model.layers.0.self_attn.q_proj.weight")
-    assert (got == expected).all()
+    pickled, _ = open_model(base, adapters=[adapter])
+    assert (pickled.array(name) == safe.array(name)).all()
     torch.save({"x": print}, adapter / "adapter_model.bin")
     assert "holds more than tensors" in refusal(base, adapters=[adapter]).message
 
@@ -167,7 +165,7 @@ def test_a_pickled_adapter_is_read_and_not_run(base: Path, adapter: Path) -> Non
 @pytest.mark.parametrize(
     ("named", "said"),
     [
-        ("google/gemma-3n-E2B-it", "names the base `google/gemma-3n-E2B-it`, which is no folder"),
+        ("/nowhere/gemma", "names the base `/nowhere/gemma`, which is not here"),
         (None, "adapter_config.json names no base"),
     ],
 )
@@ -178,7 +176,13 @@ def test_an_adapter_whose_base_is_not_here_is_refused(
     refused = refusal(adapter)
     assert said in refused.message
     assert "--base DIR" in str(refused.hint)
-    assert open_model(adapter, base=base).name == "adapter"
+    checkpoint, _ = open_model(adapter, base=base)
+    assert checkpoint.name == "adapter"
+
+
+def test_the_base_of_an_adapter_is_taken_from_elsewhere(adapter: Path) -> None:
+    rewrite_config(adapter, base_model_name_or_path="nobody/no-such-model")
+    assert "nobody/no-such-model" in refusal(adapter, offline=True).message
 
 
 def test_bases_that_are_none_are_refused(base: Path, adapter: Path, tmp_path: Path) -> None:

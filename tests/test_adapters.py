@@ -34,7 +34,7 @@ from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
 from safetensors.torch import load_file
 
 import pleexport
-from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint, notes_on_adapters
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError
@@ -61,13 +61,12 @@ def base_bf16(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def merged_tensors(base: Path, *adapters: AdapterChoice) -> dict[str, torch.Tensor]:
     """By the names of transformers' model, all tensors that we merge or keep."""
-    opened = open_model(base, adapters=adapters)
-    checkpoint = opened.checkpoint
+    checkpoint, model = open_model(base, adapters=adapters)
     found = {}
     for name in checkpoint.entries:
         array = checkpoint.array(name).astype(np.float32)
         found[name] = torch.from_numpy(array)
-    if opened.model.head.key is not None:
+    if model.head.key is not None:
         found["lm_head.weight"] = found["model.embed_tokens.weight"]
     return found
 
@@ -227,11 +226,10 @@ def test_the_vocabulary_grows_and_shrinks_with_the_adapter(
     expected = merge_with_peft(base, adapter, rows=rows)
     # Rows that nobody trained have noise of 3e-5 standard deviations in transformers.
     assert largest_difference(expected, merged_tensors(base, adapter)) < 1e-4
-    opened = open_model(base, adapters=[adapter])
-    assert opened.model.vocab_size == rows
-    assert opened.model.tables[1].rows == rows
-    per_layer = "embed_tokens_per_layer"
-    noted = any(per_layer in note for note in notes_on_adapters(opened.checkpoint))
+    checkpoint, model = open_model(base, adapters=[adapter])
+    assert model.vocab_size == rows
+    assert model.tables[1].rows == rows
+    noted = any("embed_tokens_per_layer" in note for note in checkpoint.notes)
     assert noted == (rows > 120 and case != "all tables saved")
 
 
@@ -299,28 +297,28 @@ def test_an_adapter_of_a_multimodal_model_is_merged_into_its_text_part(tmp_path:
     )
     names = load_file(adapter / WEIGHTS).keys()
     assert any(".vision_tower." in name for name in names)
-    opened = open_model(base, adapters=[adapter])
-    assert isinstance(opened.checkpoint, AdaptedCheckpoint)
-    (note,) = opened.checkpoint.notes
+    checkpoint, _ = open_model(base, adapters=[adapter])
+    assert isinstance(checkpoint, AdaptedCheckpoint)
+    _, note = checkpoint.notes
     assert "vision tower" in note
     expected = merge_with_peft(base, adapter, kind=transformers.AutoModelForImageTextToText)
     tensors = expected.state_dict()
-    for name in opened.checkpoint.merged:
+    for name in checkpoint.merged:
         wanted = tensors[name].float()
-        got = torch.from_numpy(opened.checkpoint.array(name).astype(np.float32))
+        got = torch.from_numpy(checkpoint.array(name).astype(np.float32))
         assert ((wanted - got).abs().max() / wanted.abs().max()).item() < 1e-2, name
         assert (wanted != got).float().mean().item() < 1e-3, name
     assert (
-        len(opened.checkpoint.merged)
+        len(checkpoint.merged)
         == len(names) // 2 - sum(".vision_tower." in name for name in names) // 2
     )
 
 
 def test_a_row_is_the_same_among_any_others(base_bf16: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base_bf16, tmp_path / "adapter", target_modules=["embed_tokens"], r=16)
-    opened = open_model(base_bf16, adapters=[adapter])
-    matched = MatchedModel(opened.model, opened.checkpoint)
-    table = opened.model.tables[0]
+    checkpoint, model = open_model(base_bf16, adapters=[adapter])
+    matched = MatchedModel(model, checkpoint)
+    table = model.tables[0]
     whole = matched.row_values(table, slice(None))
     for rows in (slice(3, 70), slice(64, 65), np.array([7, 119, 7, 64])):
         np.testing.assert_array_equal(matched.row_values(table, rows), whole[rows])
@@ -335,9 +333,9 @@ def test_no_merged_table_is_in_memory_as_a_whole(tmp_path: Path) -> None:
     for name, fields in (("lora", {}), ("dora", {"use_dora": True})):
         adapter = save_adapter(base, tmp_path / name, target_modules=tables, r=2, **fields)
         tracemalloc.start()
-        opened = open_model(base, adapters=[adapter])
-        matched = MatchedModel(opened.model, opened.checkpoint)
-        table, batch = opened.model.tables[1], 512
+        checkpoint, model = open_model(base, adapters=[adapter])
+        matched = MatchedModel(model, checkpoint)
+        table, batch = model.tables[1], 512
         for begin in range(0, rows, batch):
             matched.row_values(table, slice(begin, begin + batch))
         _, peak = tracemalloc.get_traced_memory()
@@ -353,16 +351,16 @@ def test_no_merged_table_is_in_memory_as_a_whole(tmp_path: Path) -> None:
 
 def test_an_adapters_tokenizer_goes_before_its_bases(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    model = shutil.copytree(base, tmp_path / "base")
+    folder = shutil.copytree(base, tmp_path / "base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(SAMPLES / "gemma4-kjv" / name, model / name)
-    opened = open_model(model, adapters=[adapter])
-    assert copied_files(opened.checkpoint)["tokenizer.json"].parent == model
-    shutil.copyfile(model / "tokenizer.json", adapter / "tokenizer.json")
-    copied = copied_files(opened.checkpoint)
+        shutil.copyfile(SAMPLES / "gemma4-kjv" / name, folder / name)
+    checkpoint, _ = open_model(folder, adapters=[adapter])
+    assert copied_files(checkpoint)["tokenizer.json"].parent == folder
+    shutil.copyfile(folder / "tokenizer.json", adapter / "tokenizer.json")
+    copied = copied_files(checkpoint)
     assert copied["tokenizer.json"].parent == adapter
     assert "tokenizer_config.json" not in copied
-    assert copied_files(opened.checkpoint, model)["tokenizer.json"].parent == model
+    assert copied_files(checkpoint, folder)["tokenizer.json"].parent == folder
 
 
 def test_inspect_lists_the_adapters(base: Path, tmp_path: Path) -> None:
@@ -422,8 +420,8 @@ def test_the_original_is_the_same_without_peft(
     base: Path, case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", **CASES[case])
-    opened = open_model(base, adapters=[adapter])
-    matched = MatchedModel(opened.model, opened.checkpoint)
+    checkpoint, model = open_model(base, adapters=[adapter])
+    matched = MatchedModel(model, checkpoint)
     by_peft = open_oracle(matched)
     assert by_peft.name.endswith(f"merged by peft {peft.__version__}")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
@@ -438,7 +436,7 @@ def test_peft_merges_only_what_it_merges_alike(dtype: torch.dtype, tmp_path: Pat
     base = gemma4(tmp_path / "base", dtype)
 
     def can(*adapters: Path) -> bool:
-        checkpoint = open_model(base, adapters=adapters).checkpoint
+        checkpoint, _ = open_model(base, adapters=adapters)
         assert isinstance(checkpoint, AdaptedCheckpoint)
         return can_merge(checkpoint)
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
-from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base, notes_on_adapters
+from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base
+from pleexport.checkpoint.finite import bytes_to_check, check_finite
+from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
@@ -27,7 +29,7 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan, tokenizer_folder
-from pleexport.export.sealing import seal, staging_folder
+from pleexport.export.sealing import check_replaceable, seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
 from pleexport.families.opening import open_model
 from pleexport.model import Model
@@ -68,7 +70,8 @@ def build(
     """Write a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder, or a file of a family that has no config.
+        checkpoint: a Hugging Face folder, or a file of a family that has no config; or where else
+            it lies, see `find_remote`.
         out: folder of the bundle; `{checkpoint}-{target}` here by default.
         options: see `BuildOptions`.
     Returns:
@@ -78,22 +81,41 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    source = open_model(checkpoint, adapters=options.get("adapters"), base=options.get("base"))
-    opened, model = source.checkpoint, source.model
+    opened, model = open_model(
+        checkpoint,
+        adapters=options.get("adapters"),
+        base=options.get("base"),
+        revision=options.get("revision"),
+        token=options.get("token"),
+        offline=bool(options.get("offline")),
+        progress=progress,
+    )
+    for note in opened.notes:
+        progress.note(f"note: {note}")
     settings = resolve(options, quantized=model.is_quantized)
+    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
+    overwrite = bool(options.get("overwrite"))
+    check_replaceable(destination, overwrite=overwrite)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
-    matched = mark_grids(MatchedModel(model, opened))
+    matched = MatchedModel(model, opened)
+    for note in matched.checkpoint.notes[len(opened.notes) :]:
+        progress.note(f"note: {note}")
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
+    for file in copied.values():
+        refuse_foreign(file)
     tokenizer = open_tokenizer(copied)
     if tokenizer is None and given is not None:
         raise CheckpointError(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
+    with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
+        check_finite(matched, progress=update)
+    matched = mark_grids(matched)
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
     plan = make_plan(
         matched.model,
@@ -108,8 +130,7 @@ def build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    destination = Path(out) if out else Path(f"{source.name}-{settings.target.name}")
-    with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
+    with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress, given=given is not None)
         for note in generation_notes:
@@ -238,12 +259,7 @@ def _say_what_is_special(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "
             "will take token ids only"
         )
-    notes = [
-        *notes_on_adapters(matched.checkpoint),
-        *notes_on_grids(matched),
-        *plan.storage.notes(plan.model),
-        *notes_on_codes(plan),
-    ]
+    notes = [*notes_on_grids(matched), *plan.storage.notes(plan.model), *notes_on_codes(plan)]
     for note in (*notes, *plan.delivery):
         progress.note(f"note: {note}")
     for line in plan.chosen():

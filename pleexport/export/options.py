@@ -61,6 +61,9 @@ class BuildOptions(TypedDict, total=False):
         adapters: folders of adapters that are merged into the checkpoint, in this order; "DIR:0.5"
             or a pair of folder and number takes half of what one changes.
         base: of an adapter that is built by its own folder; what its config names by default.
+        revision: a branch, tag or commit of the Hugging Face hub; the main branch by default.
+        token: for the hub; the one that is logged in by default.
+        offline: take what was fetched of the hub before, and ask nobody.
         overwrite: replace a bundle at the same place; False by default.
         verify: compare with the PyTorch original, the default; a bundle that fails is not kept.
     """
@@ -80,6 +83,9 @@ class BuildOptions(TypedDict, total=False):
     tokenizer: str | Path | None
     adapters: Sequence[AdapterChoice] | None
     base: str | Path | None
+    revision: str | None
+    token: str | None
+    offline: bool | None
     overwrite: bool | None
     verify: bool | None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from pleexport import families
@@ -17,21 +16,10 @@ from pleexport.checkpoint.adapters.adapter import (
 )
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import find_remote, open_checkpoint
 from pleexport.errors import CheckpointError, InputError
 from pleexport.model import Model
-
-
-@dataclass(frozen=True)
-class Opened:
-    """A checkpoint and its model.
-
-    Attributes:
-        name: what a bundle is called after.
-    """
-
-    name: str
-    checkpoint: Checkpoint
-    model: Model
+from pleexport.progress import Progress
 
 
 def open_model(
@@ -39,48 +27,68 @@ def open_model(
     *,
     adapters: Sequence[AdapterChoice] | None = None,
     base: str | Path | None = None,
-) -> Opened:
-    """Open a checkpoint, and merge adapters into it.
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    weights: bool = True,
+    progress: Progress | None = None,
+) -> tuple[Checkpoint, Model]:
+    """Open a checkpoint, merge adapters into it, and find its model.
 
     Args:
-        path: a checkpoint, or the folder of an adapter.
+        path: a checkpoint, here or elsewhere, or the folder of an adapter.
         adapters: folders of adapters, "DIR:0.5", or pairs of folder and weight.
         base: of an adapter at `path`; what its config names by default.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
+        weights: whether those of a checkpoint elsewhere are fetched; adapters need them.
     Raises:
         InputError: adapters or a base that fit nothing.
         CheckpointError, UnsupportedError: folders that cannot be read or merged.
     """
-    chosen = choose_adapters(adapters)
-    named, checkpoint_path = Path(path), Path(path)
-    if is_adapter(named):
-        chosen = [ChosenAdapter(named), *chosen]
-        checkpoint_path = Path(base) if base is not None else _base_of(named)
+    progress = progress or Progress(quiet=True)
+    chosen, where = choose_adapters(adapters), path
+    if is_adapter(Path(path)):
+        chosen = [ChosenAdapter(Path(path)), *chosen]
+        where = _base_of(Path(path)) if base is None else base
     elif base is not None:
         raise InputError(
             f"`{path}` is no adapter, so it has no base `{base}`",
             hint="pass the base first, and the adapter with `--adapter DIR`",
         )
-    if chosen and is_adapter(checkpoint_path):
+    if chosen and is_adapter(Path(where)):
         raise InputError(
-            f"the base `{checkpoint_path}` is an adapter itself",
+            f"the base `{where}` is an adapter itself",
             hint="pass the model that it was trained on as the base, and both with `--adapter`",
         )
-    checkpoint = Checkpoint(checkpoint_path)
-    model = families.resolve(checkpoint)
-    if not chosen:
-        return Opened(checkpoint.name, checkpoint, model)
+    # Before a base is fetched for them.
     opened = [Adapter(adapter) for adapter in chosen]
-    merged = merge_adapters(MatchedModel(model, checkpoint), opened)
-    return Opened(named.resolve().name, merged, families.resolve(merged))
+    checkpoint = open_checkpoint(
+        where,
+        revision=revision,
+        token=token,
+        offline=offline,
+        weights=weights or bool(opened),
+        check=families.resolve,
+        progress=progress,
+    )
+    model = families.resolve(checkpoint)
+    if not opened:
+        return checkpoint, model
+    name = checkpoint.name if where == path else Path(path).resolve().name
+    merged = merge_adapters(MatchedModel(model, checkpoint), opened, name=name)
+    return merged, families.resolve(merged)
 
 
-def _base_of(adapter: Path) -> Path:
-    """The base that an adapter's config names, where it is a folder here."""
+def _base_of(adapter: Path) -> str:
+    """The base that an adapter's config names, where it is a folder here or lies elsewhere.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
     named = Adapter(ChosenAdapter(adapter)).config.base
-    # A name on a hub is one too; what fetches it belongs here.
-    if named and Path(named).is_dir():
-        return Path(named)
-    said = f"names the base `{named}`, which is no folder here" if named else "names no base"
+    if named and (Path(named).is_dir() or find_remote(named) is not None):
+        return named
+    said = f"names the base `{named}`, which is not here" if named else "names no base"
     raise CheckpointError(
         f"`{adapter}` is an adapter; its adapter_config.json {said}",
         hint="add `--base DIR` with the folder of the model that it was trained on",

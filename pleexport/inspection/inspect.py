@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pleexport import targets
-from pleexport.checkpoint.adapters.adapted import adapters_of, notes_on_adapters
+from pleexport.checkpoint.adapters.adapted import adapters_of
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
@@ -18,8 +19,9 @@ from pleexport.families.opening import open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import AdapterInfo, Counts, ModelInfo
+from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo
 from pleexport.model import Model
+from pleexport.progress import Progress
 
 
 def inspect(
@@ -27,6 +29,10 @@ def inspect(
     *,
     adapters: Sequence[AdapterChoice] | None = None,
     base: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
 ) -> ModelInfo:
     """Describe a checkpoint without reading its weights, but for a few rows of each matrix.
 
@@ -36,19 +42,30 @@ def inspect(
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder, of an adapter too, or a file of a family that has no config.
-        adapters, base: as for a build.
+        path: a Hugging Face folder, of an adapter too, or a file of a family that has no config. Of
+            a checkpoint that lies elsewhere only the config is fetched, no weights.
+        adapters, base: as for a build; with adapters, the weights of a base are fetched too.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
     """
-    opened = open_model(path, adapters=adapters, base=base)
-    checkpoint, model = opened.checkpoint, opened.model
+    checkpoint, model = open_model(
+        path,
+        adapters=adapters,
+        base=base,
+        revision=revision,
+        token=token,
+        offline=offline,
+        weights=False,
+        progress=progress or Progress(quiet=True),
+    )
     source = checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = copied_files(checkpoint).values()
+    files = copied_files(checkpoint)
+    copied = files.values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
@@ -71,9 +88,11 @@ def inspect(
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
         ],
+        ignored=[Ignored(what, names) for what, names in checkpoint.others(files).items()],
         notes=[
             *unmatched_notes,
-            *(f"{note[0].upper()}{note[1:]}." for note in notes_on_adapters(checkpoint)),
+            *_sentences((matched.checkpoint if matched else checkpoint).notes),
+            *_notes_on_files(copied),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
@@ -113,8 +132,17 @@ def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> li
 
 def _notes_on_grids(matched: MatchedModel | None) -> list[str]:
     """What was trained for a grid of 4 bits; the numbers of a build follow from it."""
-    found = notes_on_grids(matched) if matched else []
-    return [f"{note[0].upper()}{note[1:]}." for note in found]
+    return _sentences(notes_on_grids(matched) if matched else [])
+
+
+def _notes_on_files(files: Iterable[Path]) -> list[str]:
+    """Files that a bundle would get, and that are something else, so that a build is refused."""
+    found = ((file, recognized(file)) for file in files)
+    return _sentences(kind.error(file).message for file, kind in found if kind)
+
+
+def _sentences(notes: Iterable[str]) -> list[str]:
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def _notes_on_counts(model: Model, counts: Counts) -> list[str]:

@@ -21,7 +21,7 @@ from pleexport.checkpoint.compressed_tensors import CompressedTensors
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.quantized import read_quantization
 from pleexport.dtypes import FLOATS, numpy_dtype, torch_name
-from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.errors import CheckpointError, MissingDependencyError, PleexportError
 from pleexport.model import Reference, Table, TransformersOriginal
 from pleexport.progress import quiet
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # torch warns of torchao, which transformers imports where it is installed.
 _LOGGERS = ("transformers", "torch.utils._pytree")
+_SAID = 300
 
 
 class Oracle(Protocol):
@@ -87,14 +88,7 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
         self._rounded: dict[str, NDArray[Any]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch
-
-        array = self._array(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
-            if array.dtype == numpy_dtype("bf16"):
-                return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-            return torch.from_numpy(array)
+        return _as_tensor(self._array(name))
 
     def _array(self, name: str) -> NDArray[Any]:
         array = self._checkpoint.array(name)
@@ -110,6 +104,17 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._checkpoint.entries)
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    """A view of an array that nobody may write to."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would warn of that
+        if array.dtype == numpy_dtype("bf16"):
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 class StepOracle:
@@ -172,7 +177,7 @@ class TransformersOracle:
         matched: for a quantized checkpoint, what its codes stand for.
     Raises:
         MissingDependencyError: transformers is not installed.
-        CheckpointError: transformers does not find all weights in the checkpoint.
+        CheckpointError: transformers does not find all weights in the checkpoint, or refuses it.
     """
 
     def __init__(
@@ -194,17 +199,18 @@ class TransformersOracle:
             ) from err
         self._torch = torch
         self.name = f"transformers {transformers.__version__}"
-        self._original = original
-        if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
-            self._model = self._load_with_codes(matched).eval()
-        elif matched and isinstance(checkpoint, AdaptedCheckpoint):
-            loaded, merged_by = self._load_merged(matched, checkpoint)
-            self._model = loaded.eval()
-            self.name += f", adapters merged by {merged_by}"
-        else:
-            with _scales_of(matched.model.tables if matched else ()):
-                self._model = self._load(checkpoint).eval()
-        widen_where_used(self._model)
+        self._original, self._path = original, checkpoint.path
+        with self._in_one_sentence("load"):
+            if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
+                self._model = self._load_with_codes(matched).eval()
+            elif matched and isinstance(checkpoint, AdaptedCheckpoint):
+                loaded, merged_by = self._load_merged(matched, checkpoint)
+                self._model = loaded.eval()
+                self.name += f", adapters merged by {merged_by}"
+            else:
+                with _scales_of(matched.model.tables if matched else ()):
+                    self._model = self._load(checkpoint).eval()
+            widen_where_used(self._model)
         for module in self._model.modules():
             if hasattr(module, "embedding_quantized"):
                 module.output_dtype = torch.float32  # it is no parameter, and not widened
@@ -218,7 +224,7 @@ class TransformersOracle:
         keep: int = 0,
     ) -> NDArray[np.float32]:
         """See `Oracle.logits`."""
-        with self._torch.no_grad(), quiet(*_LOGGERS):
+        with self._in_one_sentence("run"), self._torch.no_grad(), quiet(*_LOGGERS):
             return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
@@ -235,7 +241,7 @@ class TransformersOracle:
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            with self._torch.no_grad(), quiet(*_LOGGERS):
+            with self._in_one_sentence("run"), self._torch.no_grad(), quiet(*_LOGGERS):
                 ids = self._torch.tensor([list(token_ids)])
                 self._model.get_decoder()(input_ids=ids, use_cache=False)
         finally:
@@ -257,6 +263,21 @@ class TransformersOracle:
             for scale, own in zip(scales, kept, strict=True):
                 scale.data = own
 
+    @contextmanager
+    def _in_one_sentence(self, verb: str) -> Iterator[None]:
+        """Say in a sentence what transformers raises, which may be anything."""
+        try:
+            yield
+        except PleexportError:
+            raise
+        except Exception as err:
+            said = " ".join(str(err).split()) or type(err).__name__
+            said = said if len(said) <= _SAID else f"{said[:_SAID]} ..."
+            raise CheckpointError(
+                f"{self.name} cannot {verb} the original in `{self._path}`: {said}",
+                hint="mend what it says, or build with `--no-verify`, which compares with nothing",
+            ) from err
+
     def _call(
         self,
         token_ids: Sequence[int],
@@ -271,22 +292,32 @@ class TransformersOracle:
         return logits
 
     def _load(self, checkpoint: Checkpoint) -> Any:
-        """Load the text model alone, also of a multimodal checkpoint."""
+        """Load the text model alone, also of a multimodal checkpoint.
+
+        transformers finds the files of a folder by itself. It is given tensors where it would find
+        others, or by other names.
+        """
         import transformers
 
         with _quiet_transformers():
             config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(checkpoint.path),
-                config=config,
-                local_files_only=True,
-                **self._loading(checkpoint),
-            )
+            if checkpoint.read_by_transformers:
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(checkpoint.path),
+                    config=config,
+                    local_files_only=True,
+                    **self._loading(checkpoint),
+                )
+            else:
+                tensors = {name: _as_tensor(checkpoint.array(name)) for name in checkpoint.entries}
+                model, info = self._made_of(tensors, config, checkpoint)
         _check_missing(info, checkpoint)
         return model
 
     def _load_with_codes(self, matched: MatchedModel) -> Any:
         """Load the text model of a checkpoint whose codes `transformers` does not read itself."""
+        import transformers
+
         from pleexport.parity.coded import compute_with_codes, stand_ins
 
         checkpoint, filled = matched.checkpoint, stand_ins(matched)
@@ -302,7 +333,10 @@ class TransformersOracle:
             and matched.model.ignored_part(name) is None
             and name not in matched.ignored
         }
-        model = self._load_tensors(checkpoint, fields, plain | filled)
+        with _quiet_transformers():
+            config = transformers.AutoConfig.for_model(**fields)
+            model, info = self._made_of(plain | filled, config, checkpoint)
+        _check_missing(info, checkpoint)
         compute_with_codes(model, matched)
         return model
 
@@ -313,12 +347,12 @@ class TransformersOracle:
         if merged_by_peft.can_merge(checkpoint):
             base = checkpoint.base
             tensors = merged_by_peft.writable(self._plain(matched, base), checkpoint)
-            model = self._load_tensors(base, self._config_fields(base), tensors)
+            model = self._load_tensors(base, tensors)
             with _quiet_transformers(), suppress(Exception):  # of whatever version it is
                 return merged_by_peft.merge(model, checkpoint)
         stand_ins = merged.merged_when_used(matched)
         tensors = {**self._plain(matched, checkpoint, besides=stand_ins), **stand_ins}
-        model = self._load_tensors(checkpoint, self._config_fields(checkpoint), tensors)
+        model = self._load_tensors(checkpoint, tensors)
         merged.compute_merged(model, matched)
         return model, "pleexport"
 
@@ -335,20 +369,26 @@ class TransformersOracle:
             and name not in matched.ignored
         }
 
-    def _load_tensors(
-        self, checkpoint: Checkpoint, fields: Mapping[str, Any], tensors: dict[str, Tensor]
-    ) -> Any:
+    def _load_tensors(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Any:
         """Load the text model from tensors that are here already."""
         import transformers
 
         with _quiet_transformers():
-            config = transformers.AutoConfig.for_model(**fields)
-            made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model, info = made.from_pretrained(
-                None, config=config, state_dict=tensors, **self._loading(checkpoint)
-            )
+            config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
+            model, info = self._made_of(tensors, config, checkpoint)
         _check_missing(info, checkpoint)
         return model
+
+    def _made_of(
+        self, tensors: Mapping[str, Tensor], config: Any, checkpoint: Checkpoint
+    ) -> tuple[Any, Mapping[str, Any]]:
+        import transformers
+
+        made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded: tuple[Any, Mapping[str, Any]] = made.from_pretrained(
+            None, config=config, state_dict=dict(tensors), **self._loading(checkpoint)
+        )
+        return loaded
 
     def _loading(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {

@@ -31,6 +31,9 @@ def verify(
     adapters: Sequence[AdapterChoice] | None = None,
     base: str | Path | None = None,
     text: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport | None:
     """Check a bundle's files, and compare it with the PyTorch original.
@@ -40,6 +43,7 @@ def verify(
         checkpoint: what the bundle was built from, a folder or a file; without it, files only.
         adapters, base: as for the build.
         text: a text file to measure logits and fidelity on; a short English text by default.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Returns:
         the report, or None without a checkpoint.
     Raises:
@@ -55,13 +59,22 @@ def verify(
         blob.verify(update)
     if checkpoint is None:
         return None
-    named = open_model(checkpoint, adapters=adapters, base=base)
-    source = named.checkpoint
+    source, model = open_model(
+        checkpoint,
+        adapters=adapters,
+        base=base,
+        revision=revision,
+        token=token,
+        offline=offline,
+        progress=progress,
+    )
     _check_adapters(opened, source)
-    model = named.model.with_cache(opened.manifest.cache_dtype)
+    model = model.with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, source))
+    for note in matched.checkpoint.notes:
+        progress.note(f"note: {note}")
     graph = opened.decoder
     context = opened.manifest.context
     if describe(model, load(graph.backend), context=context) != graph.contract:

@@ -44,7 +44,6 @@ class AdaptedCheckpoint(Checkpoint):
         adapters: in the order in which they are merged.
         merged: by name, the tensors that they change.
         changed_repeatedly: whether something is added to one of these more than once.
-        notes: what a person should know of the merge.
     """
 
     def __init__(
@@ -53,15 +52,19 @@ class AdaptedCheckpoint(Checkpoint):
         adapters: Sequence[Adapter],
         merged: Mapping[str, MergedTensor],
         *,
+        name: str,
         config: dict[str, Any],
         left_out: set[str],
         changed_repeatedly: bool,
         notes: Sequence[str],
     ) -> None:
         self.path, self.folder, self.config = base.path, base.folder, config
-        self.files = base.files
+        self.files, self._name = base.files, name
         self.base, self.adapters, self.merged = base, list(adapters), dict(merged)
-        self.notes = list(notes)
+        named = ", ".join(f"`{a.name}`" + _share(a.weight) for a in adapters)
+        changed = f"{named} merged into `{base.name}`: {len(merged)} tensors change"
+        self.notes = [*base.notes, changed, *notes]
+        self.read_by_transformers = False
         self._left_out = left_out
         self.changed_repeatedly = changed_repeatedly
 
@@ -82,9 +85,13 @@ class AdaptedCheckpoint(Checkpoint):
         return self.base.part(name, rows, columns)
 
 
-def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCheckpoint:
+def merge_adapters(
+    base: MatchedModel, adapters: Sequence[Adapter], *, name: str
+) -> AdaptedCheckpoint:
     """The checkpoint of a model, with adapters merged.
 
+    Args:
+        name: what a bundle is called after.
     Raises:
         UnsupportedError: the model is none that adapters are merged into.
         CheckpointError: a tensor of an adapter does not fit.
@@ -99,6 +106,7 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
         checkpoint,
         adapters,
         merge.tensors(),
+        name=name,
         config=merge.config(),
         left_out=merge.left_out,
         changed_repeatedly=any(count > 1 for count in merge.additions.values()),
@@ -109,17 +117,6 @@ def merge_adapters(base: MatchedModel, adapters: Sequence[Adapter]) -> AdaptedCh
 def adapters_of(checkpoint: Checkpoint) -> list[Adapter]:
     """The adapters that a checkpoint has merged into it."""
     return checkpoint.adapters if isinstance(checkpoint, AdaptedCheckpoint) else []
-
-
-def notes_on_adapters(checkpoint: Checkpoint) -> list[str]:
-    """Which adapters are merged, and what a person should know of it."""
-    if not isinstance(checkpoint, AdaptedCheckpoint):
-        return []
-    names = ", ".join(f"`{a.name}`" + _share(a.weight) for a in checkpoint.adapters)
-    return [
-        f"{names} merged into `{checkpoint.base.name}`: {len(checkpoint.merged)} tensors change",
-        *checkpoint.notes,
-    ]
 
 
 def _share(weight: float) -> str:
