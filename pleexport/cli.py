@@ -29,7 +29,7 @@ CheckpointArgument = Annotated[
     str,
     typer.Argument(
         metavar="CKPT",
-        help="Hugging Face folder of the trained model, or RWKV's .pth file; "
+        help="Hugging Face folder of the trained model or of an adapter, or RWKV's .pth file; "
         "or the id of a model on the Hugging Face hub, OWNER/MODEL.",
     ),
 ]
@@ -62,6 +62,24 @@ TextFileOption = Annotated[
 ]
 
 
+AdaptersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter",
+        metavar="DIR[:WEIGHT]",
+        help="Merge this adapter of PEFT, all of it or a part; may be repeated.",
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BASE",
+        help="Model that the adapter at CKPT was trained on.",
+        show_default="what the adapter names",
+    ),
+]
+
+
 @app.callback(invoke_without_command=True)
 def root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
@@ -84,6 +102,8 @@ def root(
 @app.command()
 def inspect(
     checkpoint: CheckpointArgument,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -98,6 +118,8 @@ def inspect(
 
     info = inspect_checkpoint(
         checkpoint,
+        adapters=adapters,
+        base=base,
         revision=revision,
         token=token,
         offline=offline,
@@ -185,6 +207,8 @@ def build(
             help="A tokenizer.json, or RWKV's vocabulary.", show_default="beside the weights"
         ),
     ] = None,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
     revision: RevisionOption = None,
     token: TokenOption = None,
     offline: OfflineOption = False,
@@ -220,6 +244,8 @@ def verify(
         str | None,
         typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
     ] = None,
+    adapters: AdaptersOption = None,
+    base: BaseOption = None,
     text: TextFileOption = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
@@ -240,8 +266,8 @@ def verify(
     from pleexport.show.html import write_html
     from pleexport.show.parity import describe_parity
 
-    if (report or text) and not checkpoint:
-        what = "a report" if report else "a text"
+    if (report or text or adapters or base) and not checkpoint:
+        what = "a report" if report else "a text" if text else "an adapter"
         raise errors.PleexportError(
             f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
@@ -252,6 +278,8 @@ def verify(
     result = verify_bundle(
         bundle,
         checkpoint=checkpoint,
+        adapters=adapters,
+        base=base,
         text=text,
         revision=revision,
         token=token,

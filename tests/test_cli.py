@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from adapter_folders import save_adapter
 
 from pleexport.errors import BundleError
 from pleexport.export.sealing import staging_folder
@@ -265,3 +266,24 @@ def test_an_interrupted_build_leaves_nothing(gemma4_checkpoint: Path, tmp_path: 
     assert "interrupted" in stderr
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_adapters_are_given_by_option_and_by_their_own_folder(
+    gemma4_checkpoint: Path, tmp_path: Path
+) -> None:
+    adapter = save_adapter(gemma4_checkpoint, tmp_path / "adapter", target_modules=["q_proj"])
+    halved = pleexport("inspect", gemma4_checkpoint, "--adapter", f"{adapter}:0.5", "--json")
+    assert halved.returncode == 0, halved.stderr
+    (info,) = json.loads(halved.stdout)["adapters"]
+    assert (info["name"], info["weight"]) == ("adapter", 0.5)
+    # Its config names the base, unless another one is given.
+    for options in ([], ["--base", gemma4_checkpoint]):
+        own = pleexport("inspect", adapter, *options)
+        assert own.returncode == 0, own.stderr
+        assert "LoRA of rank 8" in own.stdout
+    nowhere = pleexport("inspect", adapter, "--base", tmp_path / "nowhere")
+    assert nowhere.returncode == 2
+    assert nowhere.stderr.startswith("error: ")
+    alone = pleexport("verify", tmp_path, "--adapter", adapter)
+    assert alone.returncode == 2
+    assert "an adapter compares with the original" in alone.stderr

@@ -355,6 +355,7 @@ STRUCTS = (
     contract.StateInput,
     bundle_module.ParitySummary,
     bundle_module.FileRecord,
+    bundle_module.AdapterRecord,
 )
 
 

@@ -400,9 +400,9 @@ REFUSED: dict[str, Refusal] = {
         "pass one of them; the last is `{}/checkpoint-500`",
     ),
     "an adapter": Refusal(
-        no_config(only("adapter_model.safetensors", "adapter_config.json")),
-        "`{}` holds an adapter (`adapter_config.json`), not a whole model",
-        "`pleexport build {}` merges it into the base that adapter_config.json names",
+        no_config(only("adapter_model.safetensors")),
+        "`{}` holds an adapter (`adapter_model.safetensors`), not a whole model",
+        "fetch adapter_config.json too; `pleexport build {}` then merges it into the base",
     ),
     "a bundle": Refusal(
         no_config(only("manifest.json", "embeddings.safetensors", "model.onnx")),

@@ -20,6 +20,7 @@ from pleexport.checkpoint.pickled_file import PickledFile
 from pleexport.checkpoint.wrappers import note_on_wrappers, unwrapped
 from pleexport.dtypes import COMPUTED, torch_name
 from pleexport.errors import CheckpointError
+from pleexport.model import Rows
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 GENERATION_CONFIG = "generation_config.json"
@@ -147,6 +148,10 @@ class Checkpoint:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
         return self._file_of[name].array(self._names[name])
 
+    def part(self, name: str, rows: Rows, columns: slice = slice(None)) -> NDArray[Any]:
+        """Rows, and columns, of tensor `name` in its dtype; slices of a file's are views."""
+        return cut(self.array(name), rows, columns)
+
     def renamed(self, old: str, new: str, *, note: str) -> Checkpoint:
         """The same files, with another name for a tensor, and a note on that."""
         other = copy(self)
@@ -168,6 +173,14 @@ class Checkpoint:
         if len(own) > 1:
             own.append(INDEX)
         return others(self.folder, {*own, *read, CONFIG, GENERATION_CONFIG})
+
+
+def cut(array: NDArray[Any], rows: Rows, columns: slice) -> NDArray[Any]:
+    """Rows of a tensor, and columns of one that has them; a number has neither."""
+    if not array.ndim:
+        return array
+    found: NDArray[Any] = array[rows] if columns == slice(None) else array[rows, columns]
+    return found
 
 
 def _by_name(files: Iterable[WeightFile]) -> tuple[dict[str, WeightFile], list[str]]:

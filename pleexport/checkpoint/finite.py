@@ -64,11 +64,13 @@ def _in_numbers(matched: MatchedModel) -> Iterator[str]:
 def _pieces(matched: MatchedModel) -> Iterator[_Piece]:
     checkpoint = matched.checkpoint
     for name in _in_numbers(matched):
-        entry, array = checkpoint.entries[name], np.atleast_1d(checkpoint.array(name))
+        entry = checkpoint.entries[name]
+        rows = entry.shape[0] if entry.shape else 1
         limit = _least_infinite(entry.dtype, matched.dtype)
-        count = max(1, _VALUES * len(array) // max(1, array.size))
-        for begin in range(0, len(array), count):
-            yield _Piece(name, begin, array[begin : begin + count], limit)
+        count = max(1, _VALUES * rows // max(1, entry.size))
+        for begin in range(0, rows, count):
+            part = np.atleast_1d(checkpoint.part(name, slice(begin, begin + count)))
+            yield _Piece(name, begin, part, limit)
 
 
 def _least_infinite(stored: str, computed: str) -> int:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint, cut
 from pleexport.checkpoint.quantized import read_codes
+from pleexport.checkpoint.row_pieces import compute_rows
 from pleexport.codes import QuantizedRows
 from pleexport.dtypes import COMPUTED, FLOATS, bits, numpy_dtype, packed_bytes
 from pleexport.errors import CheckpointError
-from pleexport.model import Codes, Fold, Model, Rows, Table, Weight
+from pleexport.model import Codes, Model, Rows, Table, Weight
 from pleexport.safetensors_file import TensorEntry
 from pleexport.sizes import align, groups
 
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
-_FOLDED_ROWS = 64
 _JOIN = (
     "tensors without a number in them are what DeepSpeed (ZeRO 3) leaves in a model that was not "
     "gathered: remove the file where the shards of an index lie beside it, or join the parts with "
@@ -61,7 +62,7 @@ class MatchedModel:
         keys = item.keys if isinstance(item, Table) else (item.source_key,)
         if item.codes:
             keys = item.codes.keys
-        return [self.checkpoint.entries[self._full_name(key)] for key in keys]
+        return [self.checkpoint.entries[self.full_name(key)] for key in keys]
 
     def names(self) -> list[str]:
         """All tensors of the checkpoint that the model uses, each once."""
@@ -82,31 +83,11 @@ class MatchedModel:
         if table.codes:
             return _in_segments(self._codes(table.codes, table.row_width, rows), table)
         if table.fold:
-            return self._folded(table.fold, rows)
+            compute = partial(table.fold.compute, self._read)
+            return compute_rows(compute, rows, count=self.model.num_rows)
         dtype = numpy_dtype(self.dtype)
-        parts = [self._array(key)[rows].astype(dtype, copy=False) for key in table.keys]
+        parts = [self._part(key, rows).astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
-
-    def _folded(self, fold: Fold, rows: Rows) -> NDArray[np.float32]:
-        """Rows that are computed, in pieces that begin at the same places whatever is asked for.
-
-        A product of matrices may round a row otherwise among other rows.
-        """
-        wanted = np.arange(*rows.indices(self.model.num_rows)) if isinstance(rows, slice) else rows
-        pieces, piece_of = np.unique(wanted // _FOLDED_ROWS, return_inverse=True)
-        computed = np.stack(
-            [
-                _padded(fold.compute(self._read, slice(p * _FOLDED_ROWS, (p + 1) * _FOLDED_ROWS)))
-                for p in pieces.tolist()
-            ]
-        )
-        found: NDArray[np.float32] = computed[piece_of, wanted % _FOLDED_ROWS]
-        return found
-
-    def matrix(self, weight: Weight) -> NDArray[np.generic]:
-        """A view of a weight in its stored dtype; `widened` makes numbers of it."""
-        array = self._array(weight.source_key)
-        return array.T if weight.transposed else array.reshape(weight.shape)
 
     def row_values(self, table: Table, rows: Rows) -> NDArray[np.float32]:
         """Rows `[n, row width]` of a table in float32."""
@@ -131,7 +112,7 @@ class MatchedModel:
             columns: begins at a multiple of 4.
         """
         if weight.codes is None:
-            return self.widened(self.matrix(weight)[rows, columns])
+            return self.widened(self._stored(weight, rows, columns))
         width, size = weight.shape[1], weight.codes.group_size
         begin, end, _ = columns.indices(width)
         # Whole groups, where a row has several.
@@ -144,9 +125,7 @@ class MatchedModel:
         """A whole weight in float32."""
         if weight.constant is not None:
             return weight.constant
-        if weight.codes is not None:
-            return self.read(weight)
-        return self.widened(self.matrix(weight))
+        return self.read(weight)
 
     def widened(self, values: NDArray[np.generic]) -> NDArray[np.float32]:
         """A copy of stored values in float32, rounded to the checkpoint's dtype first."""
@@ -166,7 +145,7 @@ class MatchedModel:
             CheckpointError: the file's own head differs from what it is tied to.
         """
         for weight in self.model.weights:
-            own = self._full_name(weight.name)
+            own = self.full_name(weight.name)
             if weight.key is None or own not in self.checkpoint.entries:
                 continue
             (tied_to,) = self.entries(weight)
@@ -189,22 +168,35 @@ class MatchedModel:
         pairs = zip(head.codes.keys, table.codes.keys, strict=True)
         return all(_equal(self._array(a), self._array(b)) for a, b in pairs)
 
+    def full_name(self, key: str) -> str:
+        """The checkpoint's name of a key, where it has it."""
+        # What is nowhere is missed where it belongs.
+        places = (self.prefix, *self.model.text_prefixes[self.prefix])
+        names = (place + key for place in places)
+        return next((n for n in names if n in self.checkpoint.entries), self.prefix + key)
+
     def _array(self, key: str) -> NDArray[np.generic]:
-        array: NDArray[np.generic] = self.checkpoint.array(self._full_name(key))
+        array: NDArray[np.generic] = self.checkpoint.array(self.full_name(key))
         return array
+
+    def _part(self, key: str, rows: Rows, columns: slice = slice(None)) -> NDArray[np.generic]:
+        part: NDArray[np.generic] = self.checkpoint.part(self.full_name(key), rows, columns)
+        return part
+
+    def _stored(self, weight: Weight, rows: slice, columns: slice) -> NDArray[np.generic]:
+        """A part of a weight in its stored dtype; `widened` makes numbers of it."""
+        if weight.transposed:
+            return self._part(weight.source_key, columns, rows).T
+        if weight.leading_ones:
+            return cut(self._array(weight.source_key).reshape(weight.shape), rows, columns)
+        return self._part(weight.source_key, rows, columns)
 
     def _read(self, key: str, rows: Rows) -> NDArray[np.float32]:
         if isinstance(rows, slice) and rows == slice(None):  # every batch of rows needs it
             if key not in self._whole:
                 self._whole[key] = self._array(key).astype(np.float32, order="C")
             return self._whole[key]
-        return self._array(key)[rows].astype(np.float32, order="C")
-
-    def _full_name(self, key: str) -> str:
-        # What is nowhere is missed where it belongs.
-        places = (self.prefix, *self.model.text_prefixes[self.prefix])
-        names = (place + key for place in places)
-        return next((n for n in names if n in self.checkpoint.entries), self.prefix + key)
+        return self._part(key, rows).astype(np.float32, order="C")
 
     def _codes(
         self, how: Codes, width: int, rows: Rows, columns: slice = slice(None)
@@ -227,23 +219,23 @@ class MatchedModel:
                 yield from self._expected_codes(table.codes, table.rows, table.row_width)
                 continue
             for key, shape in table.sources.items():
-                yield self._full_name(key), shape, FLOATS
+                yield self.full_name(key), shape, FLOATS
         for weight in self.model.weights:
             if weight.codes:
                 yield from self._expected_codes(weight.codes, *weight.shape)
             elif weight.constant is None:
-                yield self._full_name(weight.source_key), weight.source_shape, FLOATS
+                yield self.full_name(weight.source_key), weight.source_shape, FLOATS
 
     def _expected_codes(
         self, how: Codes, rows: int, width: int
     ) -> Iterator[tuple[str, tuple[int, ...], tuple[str, ...]]]:
-        codes, scales = (self._full_name(key) for key in how.keys)
-        zero_points, in_a_row = self._full_name(how.zero_points), width // how.group_size
+        codes, scales = (self.full_name(key) for key in how.keys)
+        zero_points, in_a_row = self.full_name(how.zero_points), width // how.group_size
         if how.in_words:
             words = groups(rows, 32 // bits(how.dtype))
             yield codes, (rows, groups(width, 32 // bits(how.dtype))), ("int32",)
             yield scales, (rows, in_a_row), COMPUTED
-            yield self._full_name(how.shape), (2,), ("int64", "int32")
+            yield self.full_name(how.shape), (2,), ("int64", "int32")
             if how.zero_points:
                 yield zero_points, (words, in_a_row), ("int32",)
             return
@@ -263,7 +255,7 @@ class MatchedModel:
         problems = []
         for codes, shape in shapes:
             if codes and codes.shape:
-                name = self._full_name(codes.shape)
+                name = self.full_name(codes.shape)
                 said = self.checkpoint.array(name).tolist()
                 if said != list(shape):
                     problems.append(f"tensor `{name}` says {said}; the model has {list(shape)}")
@@ -273,7 +265,7 @@ class MatchedModel:
         entries = self.checkpoint.entries
         expected = {name: (shape, dtypes) for name, shape, dtypes in self._expected()}
         problems = []
-        unused = {self._full_name(key) for key in self.model.unused}
+        unused = {self.full_name(key) for key in self.model.unused}
         towers: dict[str, list[TensorEntry]] = {}
         unknown = []
         for name, entry in entries.items():
@@ -329,13 +321,6 @@ def _equal(one: NDArray[np.generic], other: NDArray[np.generic]) -> bool:
     """Whether two tensors hold the same numbers; of mapped ones, a part at a time is in memory."""
     parts = (slice(begin, begin + _ROWS_COMPARED) for begin in range(0, len(one), _ROWS_COMPARED))
     return all(np.array_equal(one[rows], other[rows]) for rows in parts)
-
-
-def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The last piece of a table, made as long as the others."""
-    whole = np.zeros((_FOLDED_ROWS, rows.shape[1]), dtype=np.float32)
-    whole[: len(rows)] = rows
-    return whole
 
 
 def _with_tied_embedding(model: Model, checkpoint: Checkpoint) -> Checkpoint:

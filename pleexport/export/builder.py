@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
-from pleexport import families
+from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base
 from pleexport.checkpoint.finite import bytes_to_check, check_finite
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -29,9 +28,10 @@ from pleexport.export.blob_writer import write_blob
 from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
-from pleexport.export.plan import Plan, copied_files, make_plan
+from pleexport.export.plan import Plan, copied_files, make_plan, tokenizer_folder
 from pleexport.export.sealing import check_replaceable, seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
+from pleexport.families.opening import open_model
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
 from pleexport.progress import Progress
@@ -40,6 +40,7 @@ from pleexport.runtime.bundle import (
     DECODER,
     PARITY,
     SCHEMA,
+    AdapterRecord,
     Bundle,
     Manifest,
     ParitySummary,
@@ -80,17 +81,17 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     progress = progress or Progress(quiet=True)
-    opened = open_checkpoint(
+    opened, model = open_model(
         checkpoint,
+        adapters=options.get("adapters"),
+        base=options.get("base"),
         revision=options.get("revision"),
         token=options.get("token"),
         offline=bool(options.get("offline")),
-        check=families.resolve,
         progress=progress,
     )
     for note in opened.notes:
         progress.note(f"note: {note}")
-    model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
     destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
     overwrite = bool(options.get("overwrite"))
@@ -131,7 +132,7 @@ def build(
         _check_disk(staging, plan)
         with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
             check_finite(matched, progress=update)
-        _say_what_is_special(matched, plan, tokenizer, progress)
+        _say_what_is_special(matched, plan, tokenizer, progress, given=given is not None)
         for note in generation_notes:
             progress.note(f"note: {note}")
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
@@ -157,6 +158,8 @@ def build(
             calibration_tokens=len(calibration_ids),
             max_bytes=settings.max_bytes,
             target=settings.target.name,
+            base_digest=digest_of_base(opened),
+            adapters=[AdapterRecord(a.name, a.weight, a.digest()) for a in adapters_of(opened)],
             tables_digest=tables_digest,
             versions=_versions(),
             parity=ParitySummary(checked=False),
@@ -223,9 +226,18 @@ def _check_disk(folder: Path, plan: Plan) -> None:
 
 
 def _say_what_is_special(
-    matched: MatchedModel, plan: Plan, tokenizer: Tokenizer | None, progress: Progress
+    matched: MatchedModel,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+    *,
+    given: bool,
 ) -> None:
-    """Note what is left out, and what the bundle will lack."""
+    """Note what is left out, and what the bundle will lack.
+
+    Args:
+        given: whether the build was told where the tokenizer is.
+    """
     for part in matched.left_out:
         progress.note(
             f"note: the {part.name} is left out: {part.parameters:,} parameters, "
@@ -239,6 +251,9 @@ def _say_what_is_special(
             f"note: {len(matched.ignored)} tensors are not used by the model, "
             f"`{first}` first: {reason}"
         )
+    folder = tokenizer_folder(matched.checkpoint)
+    if tokenizer and not given and folder != matched.checkpoint.folder:
+        progress.note(f"note: the tokenizer is that of the adapter `{folder.resolve().name}`")
     if tokenizer is None:
         progress.note(
             f"warning: there is no {' or '.join(TOKENIZERS)} beside the weights; the bundle "

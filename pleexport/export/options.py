@@ -9,6 +9,7 @@ from typing import TypedDict, cast, get_args
 
 from pleexport import targets
 from pleexport.backends import registry
+from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.dtypes import (
     CACHE_DTYPES,
     QUANTIZED,
@@ -57,6 +58,9 @@ class BuildOptions(TypedDict, total=False):
             rounded for the least error on it, and dtypes chosen for the least divergence.
         tokenizer: a tokenizer.json, a vocabulary of RWKV's World tokenizer, or a folder with
             either; what lies beside the weights by default.
+        adapters: folders of adapters that are merged into the checkpoint, in this order; "DIR:0.5"
+            or a pair of folder and number takes half of what one changes.
+        base: of an adapter that is built by its own folder; what its config names by default.
         revision: a branch, tag or commit of the Hugging Face hub; the main branch by default.
         token: for the hub; the one that is logged in by default.
         offline: take what was fetched of the hub before, and ask nobody.
@@ -77,6 +81,8 @@ class BuildOptions(TypedDict, total=False):
     max_bytes: int | str | None
     calibrate: str | Path | None
     tokenizer: str | Path | None
+    adapters: Sequence[AdapterChoice] | None
+    base: str | Path | None
     revision: str | None
     token: str | None
     offline: bool | None

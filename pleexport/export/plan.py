@@ -11,6 +11,7 @@ from pleexport import targets
 from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
+from pleexport.checkpoint.adapters.adapted import adapters_of
 from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.contract import GraphContract
 from pleexport.dtypes import QUANTIZED, packed_bytes
@@ -21,7 +22,7 @@ from pleexport.export.options import Settings
 from pleexport.export.sensitivity import Sensitivity, TypicalSensitivity
 from pleexport.model import Model
 from pleexport.runtime.blob_layout import Segment
-from pleexport.runtime.tokenizer import tokenizer_files
+from pleexport.runtime.tokenizer import TOKENIZERS, tokenizer_files
 from pleexport.sizes import size_text
 from pleexport.tied_layout import TiedLayout
 
@@ -189,11 +190,19 @@ def copied_files(checkpoint: Checkpoint, tokenizer: Path | None = None) -> dict[
     """What a bundle gets as it is, by the names that it has there.
 
     Args:
-        tokenizer: a file or folder; what lies beside the weights by default.
+        tokenizer: a file or folder; that of an adapter or beside the weights by default.
     """
-    files = tokenizer_files(tokenizer or checkpoint.folder)
+    files = tokenizer_files(tokenizer or tokenizer_folder(checkpoint))
     generation = checkpoint.folder / GENERATION_CONFIG
     return files | ({GENERATION_CONFIG: generation} if generation.is_file() else {})
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Where a checkpoint's tokenizer is: the last adapter's that brings one, else the weights'."""
+    for adapter in reversed(adapters_of(checkpoint)):
+        if tokenizer_files(adapter.folder).keys() & set(TOKENIZERS):
+            return adapter.folder
+    return checkpoint.folder
 
 
 def _structure_bytes(model: Model) -> int:

@@ -49,6 +49,23 @@ class Tower(msgspec.Struct, frozen=True):
     nbytes: int
 
 
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """An adapter that is merged.
+
+    Attributes:
+        weight: how much of it is taken.
+        parameters: numbers in its file.
+        form: "LoRA of rank 16", with what else it is.
+        trained_on: the base that its config names; "" where it names none.
+    """
+
+    name: str
+    weight: float
+    parameters: int
+    form: str
+    trained_on: str
+
+
 class StoredTable(msgspec.Struct, frozen=True, kw_only=True):
     """One table in one dtype.
 
@@ -198,6 +215,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     tables: list[TableInfo]
     blobs: list[BlobInfo]
     towers: list[Tower]
+    adapters: list[AdapterInfo]
     effective: Effective
     targets: list[TargetEstimate]
     ignored: list[Ignored]

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pleexport import families, targets
+from pleexport import targets
+from pleexport.checkpoint.adapters.adapted import adapters_of
+from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
 from pleexport.export.plan import copied_files
+from pleexport.families.opening import open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import Counts, Ignored, ModelInfo
+from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo
 from pleexport.model import Model
 from pleexport.progress import Progress
 
@@ -25,6 +27,8 @@ from pleexport.progress import Progress
 def inspect(
     path: str | Path,
     *,
+    adapters: Sequence[AdapterChoice] | None = None,
+    base: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -38,22 +42,25 @@ def inspect(
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder, or a file of a family that has no config. Of a checkpoint that
-            lies elsewhere only the config is fetched, no weights.
+        path: a Hugging Face folder, of an adapter too, or a file of a family that has no config. Of
+            a checkpoint that lies elsewhere only the config is fetched, no weights.
+        adapters, base: as for a build; with adapters, the weights of a base are fetched too.
         revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
     """
-    checkpoint = open_checkpoint(
+    checkpoint, model = open_model(
         path,
+        adapters=adapters,
+        base=base,
         revision=revision,
         token=token,
         offline=offline,
         weights=False,
         progress=progress or Progress(quiet=True),
     )
-    model, source = families.resolve(checkpoint), checkpoint.dtype
+    source = checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
@@ -73,6 +80,10 @@ def inspect(
         tables=[describe_table(model, table, source) for table in model.tables],
         blobs=estimate_blobs(model, source),
         towers=towers,
+        adapters=[
+            AdapterInfo(a.name, a.weight, a.parameters, a.config.described(), a.config.base)
+            for a in adapters_of(checkpoint)
+        ],
         effective=effective_count(model, counts),
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()

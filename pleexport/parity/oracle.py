@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.compressed_tensors import CompressedTensors
 from pleexport.checkpoint.matching import MatchedModel
@@ -202,6 +203,10 @@ class TransformersOracle:
         with self._in_one_sentence("load"):
             if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
                 self._model = self._load_with_codes(matched).eval()
+            elif matched and isinstance(checkpoint, AdaptedCheckpoint):
+                loaded, merged_by = self._load_merged(matched, checkpoint)
+                self._model = loaded.eval()
+                self.name += f", adapters merged by {merged_by}"
             else:
                 with _scales_of(matched.model.tables if matched else ()):
                     self._model = self._load(checkpoint).eval()
@@ -304,11 +309,8 @@ class TransformersOracle:
                     **self._loading(checkpoint),
                 )
             else:
-                made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
                 tensors = {name: _as_tensor(checkpoint.array(name)) for name in checkpoint.entries}
-                model, info = made.from_pretrained(
-                    None, config=config, state_dict=tensors, **self._loading(checkpoint)
-                )
+                model, info = self._made_of(tensors, config, checkpoint)
         _check_missing(info, checkpoint)
         return model
 
@@ -333,13 +335,60 @@ class TransformersOracle:
         }
         with _quiet_transformers():
             config = transformers.AutoConfig.for_model(**fields)
-            made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            model, info = made.from_pretrained(
-                None, config=config, state_dict=plain | filled, **self._loading(checkpoint)
-            )
+            model, info = self._made_of(plain | filled, config, checkpoint)
         _check_missing(info, checkpoint)
         compute_with_codes(model, matched)
         return model
+
+    def _load_merged(self, matched: MatchedModel, checkpoint: AdaptedCheckpoint) -> tuple[Any, str]:
+        """Load the text model with adapters merged, and say by whom."""
+        from pleexport.parity import merged, merged_by_peft
+
+        if merged_by_peft.can_merge(checkpoint):
+            base = checkpoint.base
+            tensors = merged_by_peft.writable(self._plain(matched, base), checkpoint)
+            model = self._load_tensors(base, tensors)
+            with _quiet_transformers(), suppress(Exception):  # of whatever version it is
+                return merged_by_peft.merge(model, checkpoint)
+        stand_ins = merged.merged_when_used(matched)
+        tensors = {**self._plain(matched, checkpoint, besides=stand_ins), **stand_ins}
+        model = self._load_tensors(checkpoint, tensors)
+        merged.compute_merged(model, matched)
+        return model, "pleexport"
+
+    def _plain(
+        self, matched: MatchedModel, checkpoint: Checkpoint, *, besides: Container[str] = ()
+    ) -> dict[str, Tensor]:
+        """The tensors of the text model as numbers."""
+        tensors = CheckpointTensors(checkpoint)
+        return {
+            name: tensors[name]
+            for name in checkpoint.entries
+            if name not in besides
+            and matched.model.ignored_part(name) is None
+            and name not in matched.ignored
+        }
+
+    def _load_tensors(self, checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> Any:
+        """Load the text model from tensors that are here already."""
+        import transformers
+
+        with _quiet_transformers():
+            config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
+            model, info = self._made_of(tensors, config, checkpoint)
+        _check_missing(info, checkpoint)
+        return model
+
+    def _made_of(
+        self, tensors: Mapping[str, Tensor], config: Any, checkpoint: Checkpoint
+    ) -> tuple[Any, Mapping[str, Any]]:
+        import transformers
+
+        made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        loaded: tuple[Any, Mapping[str, Any]] = made.from_pretrained(
+            None, config=config, state_dict=dict(tensors), **self._loading(checkpoint)
+        )
+        return loaded
 
     def _loading(self, checkpoint: Checkpoint) -> dict[str, Any]:
         return {

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from pleexport import families
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
+from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base
+from pleexport.checkpoint.adapters.adapter import AdapterChoice
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
+from pleexport.families.opening import open_model
 from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
 from pleexport.parity.report import ParityReport
@@ -25,6 +28,8 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     checkpoint: str | Path | None = None,
+    adapters: Sequence[AdapterChoice] | None = None,
+    base: str | Path | None = None,
     text: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -36,6 +41,7 @@ def verify(
     Args:
         bundle: a folder, or an open bundle.
         checkpoint: what the bundle was built from, a folder or a file; without it, files only.
+        adapters, base: as for the build.
         text: a text file to measure logits and fidelity on; a short English text by default.
         revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Returns:
@@ -53,10 +59,17 @@ def verify(
         blob.verify(update)
     if checkpoint is None:
         return None
-    source = open_checkpoint(
-        checkpoint, revision=revision, token=token, offline=offline, progress=progress
+    source, model = open_model(
+        checkpoint,
+        adapters=adapters,
+        base=base,
+        revision=revision,
+        token=token,
+        offline=offline,
+        progress=progress,
     )
-    model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
+    _check_adapters(opened, source)
+    model = model.with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, source))
@@ -70,6 +83,24 @@ def verify(
             hint="pass the checkpoint that the bundle was built from",
         )
     return compare_with_original(opened, matched, text=text, progress=progress)
+
+
+def _check_adapters(bundle: Bundle, source: Checkpoint) -> None:
+    """Refuse a checkpoint with other adapters than the bundle was built with, or another base."""
+    recorded = bundle.manifest.adapters
+    given = [(a.digest(), a.weight) for a in adapters_of(source)]
+    if given != [(record.digest, record.weight) for record in recorded]:
+        names = ", ".join(f"`{r.name}:{r.weight:g}`" for r in recorded) or "no adapter"
+        raise CheckpointError(
+            f"`{bundle.path}` was built with {names}, and `{source.path}` is given with "
+            f"{len(given)} adapters that are not the same",
+            hint="pass the same adapters in the same order, each with `--adapter DIR:WEIGHT`",
+        )
+    if recorded and digest_of_base(source) != bundle.manifest.base_digest:
+        raise CheckpointError(
+            f"`{bundle.path}` was built from another base than `{source.path}`: its digest differs",
+            hint="pass the base that the bundle was built from",
+        )
 
 
 def compare_with_original(

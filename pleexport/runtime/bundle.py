@@ -49,6 +49,14 @@ class ParitySummary(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_logit_error: float | None = None
 
 
+class AdapterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """An adapter that was merged: its folder's name, how much of it, and what it held."""
+
+    name: str
+    weight: float
+    digest: str
+
+
 class Manifest(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
@@ -66,6 +74,8 @@ class Manifest(
             rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         generation: how the checkpoint wants texts generated; None where it says nothing.
+        base_digest: of the weights that adapters were merged into; None without adapters.
+        adapters: in the order in which they were merged.
         tables_digest: of the checkpoint's tables; the blob has it too.
         versions: of the tools that wrote the bundle.
     """
@@ -89,6 +99,8 @@ class Manifest(
     activation_rounding: bool = True
     calibration_tokens: int
     target: str
+    base_digest: str | None = None
+    adapters: list[AdapterRecord] = []
     tables_digest: str
     versions: dict[str, str]
     parity: ParitySummary

@@ -28,6 +28,14 @@ def _chosen(manifest: Manifest) -> list[str]:
     return [f"to fit, {' and '.join(told)} have another dtype"] if told else []
 
 
+def _merged(manifest: Manifest) -> list[str]:
+    """The adapters that the weights have merged into them."""
+    named = (
+        a.name if a.weight == 1.0 else f"{a.name} times {a.weight:g}" for a in manifest.adapters
+    )
+    return [f"adapters merged: {', '.join(named)}"] if manifest.adapters else []
+
+
 def describe_bundle(bundle: Bundle) -> str:
     """Where the bytes of a bundle went."""
     manifest, total = bundle.manifest, bundle.nbytes
@@ -36,6 +44,7 @@ def describe_bundle(bundle: Bundle) -> str:
         f"{manifest.weight_dtype} weights, {manifest.table_dtype} tables, "
         f"{manifest.cache_dtype} cache, context {manifest.context:,}",
         *_chosen(manifest),
+        *_merged(manifest),
         "",
     ]
     records = sorted(manifest.files, key=lambda record: -record.size)

@@ -11,6 +11,7 @@ def describe_model(info: ModelInfo) -> str:
     """Aligned plain text, at most 100 columns, a blank line between its parts."""
     parts = [
         _head(info),
+        _adapters(info),
         _parameters(info),
         _tables(info),
         _sizes(info),
@@ -36,6 +37,16 @@ def _head(info: ModelInfo) -> list[str]:
         info.dtype,
     ]
     return [info.path, f"  {info.model_type}: {', '.join(facts)}; {weights[info.weights]}"]
+
+
+def _adapters(info: ModelInfo) -> list[str]:
+    rows = [["", "weight", "parameters", "", "trained on"]]
+    rows += [
+        [a.name, f"{a.weight:g}", f"{a.parameters:,}", a.form, a.trained_on or "-"]
+        for a in info.adapters
+    ]
+    lines = ["Adapters, merged in this order", *aligned(rows, align="<>><<", indent=2)]
+    return lines if info.adapters else []
 
 
 def _parameters(info: ModelInfo) -> list[str]:

@@ -1,0 +1,1 @@
+"""Adapters as PEFT saves them, merged into a checkpoint while its tensors are read."""
