@@ -310,7 +310,7 @@ def run(
             typer.echo(describe_stats(runner.stats), err=True)
         return "".join(shown)
 
-    as_chat = chat and runner.tokenizer is not None and runner.tokenizer.chat_template is not None
+    as_chat = chat and runner.tokenizer is not None and runner.tokenizer.has_chat_template
     if ids is not None:
         answer(_parse_ids(ids))
     elif prompt is not None:

@@ -14,7 +14,7 @@ from pleexport.runtime.drafting import Drafter, Drafting
 from pleexport.runtime.reader import Reader
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
-from pleexport.runtime.stopping import StopStrings
+from pleexport.runtime.stopping import AnswerText
 from pleexport.runtime.tokenizer import Tokenizer
 
 
@@ -63,8 +63,7 @@ def generate(
     logits = reader.read(new_ids, keep=1)[-1]
     watch.prefilled()
     generator = np.random.default_rng(request.seed)
-    stops = StopStrings(request.stop)
-    stream = tokenizer.stream(ids) if tokenizer else None
+    text = AnswerText(tokenizer.stream(ids) if tokenizer else None, request.stop)
     drafting = Drafting(reader, request.drafter, stats)
     for count in range(1, request.max_new_tokens + 1):
         token_id = request.sampling.choose(logits, ids, generator)
@@ -73,21 +72,21 @@ def generate(
             stats.finish_reason = "eos"
             break
         ids.append(token_id)
-        text = stops.push(stream.push(token_id)) if stream else ""
-        if stops.hit:
+        piece = text.push(token_id)
+        if text.stopped:
             stats.finish_reason = "stop"
         elif count == request.max_new_tokens:
             stats.finish_reason = "length"
         elif len(ids) >= reader.context:
             stats.finish_reason = "context"
-        text += stops.flush() if stats.finish_reason in ("length", "context") else ""
+        piece += text.flush() if stats.finish_reason in ("length", "context") else ""
         watch.finished()
-        yield Token(token_id, text)
+        yield Token(token_id, piece)
         if stats.finish_reason:
             return
         wanted = min(request.max_new_tokens - count, reader.context - len(ids))
         logits = drafting.logits_after(ids, wanted=wanted)
-    held = stops.flush()
+    held = text.flush()
     watch.finished()
     if held:
         yield Token(token_id, held)
