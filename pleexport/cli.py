@@ -37,6 +37,8 @@ BundleArgument = Annotated[
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
 ]
+# Where help says what an option is by default.
+_OWN = "the checkpoint's"
 PackedOption = Annotated[
     Path | None,
     typer.Option(
@@ -243,16 +245,42 @@ def run(
     prompt: Annotated[
         str | None, typer.Option(help="Text to continue; interactive without it.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after this many tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 for all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Keep the most likely tokens up to this sum.")] = 1.0,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Stop after this many tokens.", show_default=_OWN)
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy.", show_default=_OWN)
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Keep the k most likely tokens; 0 for all.", show_default=_OWN),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        typer.Option(help="Keep the most likely tokens up to this sum.", show_default=_OWN),
+    ] = None,
     min_p: Annotated[
-        float, typer.Option(help="Keep tokens at least this likely, relative to the best.")
-    ] = 0.0,
+        float | None,
+        typer.Option(
+            help="Keep tokens at least this likely, relative to the best.", show_default=_OWN
+        ),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1 discourages tokens that the text has already.")
-    ] = 1.0,
+        float | None,
+        typer.Option(
+            help="Above 1 discourages tokens that the text has already.", show_default=_OWN
+        ),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Any other field of a generation_config.json; may be repeated.",
+            metavar="NAME=JSON",
+        ),
+    ] = None,
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="The likeliest tokens, whatever the checkpoint says.")
+    ] = False,
     seed: Annotated[int | None, typer.Option(help="Makes sampling repeatable.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(help="End the text at this string; may be repeated.")
@@ -292,9 +320,11 @@ def run(
         "top_p": top_p,
         "min_p": min_p,
         "repetition_penalty": repetition_penalty,
+        "greedy": greedy,
         "seed": seed,
         "stop": stop or [],
         "draft": draft,
+        **_parse_options(option or []),
     }
 
     def answer(text: Prompt) -> str:
@@ -307,7 +337,7 @@ def run(
         sys.stdout.write("\n")
         sys.stdout.flush()
         if stats:
-            typer.echo(describe_stats(runner.stats), err=True)
+            typer.echo(describe_stats(runner.stats, runner.config), err=True)
         return "".join(shown)
 
     as_chat = chat and runner.tokenizer is not None and runner.tokenizer.has_chat_template
@@ -448,6 +478,30 @@ def _parse_ids(text: str) -> list[int]:
         raise errors.PleexportError(
             f"`{text}` is not a list of numbers separated by commas", hint="e.g. `2,651,9456`"
         ) from None
+
+
+def _parse_options(pairs: list[str]) -> dict[str, Any]:
+    """Fields of a generation config, each given as `NAME=JSON`."""
+    from pleexport.runtime.generation_config import GenerationConfig
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        try:
+            found[name] = json.loads(value) if equals else None
+        except ValueError:
+            found[name] = None
+        if found[name] is None:
+            raise errors.PleexportError(
+                f"`{pair}` is not a name, an equals sign and a value in JSON",
+                hint="e.g. `--option no_repeat_ngram_size=3`",
+            )
+        if name not in GenerationConfig.__struct_fields__:
+            raise errors.PleexportError(
+                f"`{name}` is no option of generation",
+                hint=f"known are {', '.join(GenerationConfig.__struct_fields__)}",
+            )
+    return found
 
 
 def _print_json(value: Any) -> None:

@@ -27,6 +27,7 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.export.options import BuildOptions
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime import bundle as bundle_module
+from pleexport.runtime.generation_config import GenerationConfig
 
 DEFAULTS: dict[str, Any] = {
     "table_dtype": "int8",
@@ -357,7 +358,7 @@ STRUCTS = (
 )
 
 
-@pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("struct", [*STRUCTS, GenerationConfig], ids=lambda s: s.__name__)
 def test_the_bundle_format_lists_the_fields_of_the_manifest(struct: Any) -> None:
     text = section(read("bundle-format.md"), f"### {struct.__name__}")
     assert first_column(text) == list(struct.__struct_fields__)

@@ -21,6 +21,7 @@ from pleexport.backends.onnx import session
 from pleexport.backends.onnx.session import OnnxSession
 from pleexport.errors import InputError
 from pleexport.runtime.drafting import PromptLookup
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.show.stats import describe_stats
 
 PROMPT = [5, 17, 40, 3]
@@ -322,8 +323,8 @@ def test_statistics_say_what_drafts_brought(gemma4_bundle: Path) -> None:
     plain, without = written(gemma4_bundle, max_new_tokens=33, ignore_eos=True)
     text = [*PROMPT, *(token.id for token in plain)]
     _, stats = written(gemma4_bundle, max_new_tokens=33, ignore_eos=True, draft=Guesses(text))
-    assert "drafts" not in describe_stats(without)
+    assert "drafts" not in describe_stats(without, GenerationConfig())
     assert "drafts       30 of 30 tokens accepted (100%), 16.0 tokens a call" in describe_stats(
-        stats
+        stats, GenerationConfig()
     )
     assert without.tokens_per_call == 1.0

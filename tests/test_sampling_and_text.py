@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tokenizers_in_code import byte_level, save
 
 from pleexport.errors import InputError, TokenizerError
+from pleexport.runtime.generation_config import GenerationConfig
+from pleexport.runtime.logit_rules import LogitRules
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stopping import StopStrings
 from pleexport.runtime.tokenizer import Tokenizer as Text
@@ -20,9 +22,9 @@ from pleexport.runtime.tokenizer import tokenizer_files
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 
 
-def drawn(sampling: Sampling, ids: list[int] | None = None) -> set[int]:
+def drawn(sampling: Sampling) -> set[int]:
     generator = np.random.default_rng(0)
-    return {sampling.choose(LOGITS, ids or [], generator) for _ in range(400)}
+    return {sampling.choose(LOGITS, generator) for _ in range(400)}
 
 
 @pytest.mark.parametrize(
@@ -43,22 +45,9 @@ def test_filters_keep_what_they_say(sampling: Sampling, expected: set[int]) -> N
 
 
 def test_repetition_penalty_pushes_seen_tokens_down() -> None:
-    assert drawn(Sampling(repetition_penalty=5.0), ids=[0, 0]) == {1}
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"temperature": -1}, "temperature is -1; it must be 0 or more"),
-        ({"top_k": -1}, "top_k is -1"),
-        ({"top_p": 0}, "top_p is 0; it must be above 0"),
-        ({"min_p": 2}, "min_p is 2; it must be from 0 to 1"),
-        ({"repetition_penalty": 0}, "repetition_penalty is 0"),
-    ],
-)
-def test_options_outside_their_range_are_refused(options: dict[str, float], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        Sampling(**options)  # type: ignore[arg-type]
+    config = GenerationConfig(repetition_penalty=5.0)
+    rules = LogitRules(config, prompt_ids=[0], eos=frozenset(), max_length=9)
+    assert rules.apply(LOGITS, [0, 0]).argmax() == 1
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from pleexport.errors import (
     TargetError,
 )
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
@@ -41,6 +42,7 @@ from pleexport.runtime.bundle import (
     Manifest,
     ParitySummary,
 )
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer
 from pleexport.sizes import size_text
 
@@ -82,7 +84,7 @@ def build(
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, opened))
-    _ = opened.generation_config  # to say now if it is malformed
+    generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     copied = copied_files(opened, None if given is None else Path(given))
     tokenizer = open_tokenizer(copied)
@@ -109,6 +111,8 @@ def build(
     with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress)
+        for note in generation_notes:
+            progress.note(f"note: {note}")
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
         for name, file in copied.items():
             shutil.copyfile(file, staging / name)
@@ -118,6 +122,7 @@ def build(
             graphs={DECODER: artifact},
             context=plan.context,
             eos_token_ids=_eos_token_ids(matched),
+            generation=None if generation == GenerationConfig() else generation,
             table_dtype=plan.settings.table_dtype,
             table_dtypes=dict(plan.settings.table_dtypes),
             weight_dtype=plan.settings.weights.dtype,

@@ -1,4 +1,5 @@
 """Texts, conversations and ids that are hard to get right; data, and what makes more of it."""
+# ruff: noqa: RUF001
 
 from __future__ import annotations
 

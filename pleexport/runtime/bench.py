@@ -86,7 +86,7 @@ def bench(
     runner = Runner(opened, threads=threads, packed_weights=packed_weights)
     load_seconds = time.perf_counter() - started
     first = _random_ids(runner, prompt_tokens[0])
-    next(runner.generate(first, max_new_tokens=1, ignore_eos=True))
+    next(runner.generate(first, max_new_tokens=1, greedy=True, ignore_eos=True))
     load_to_first_token_seconds = time.perf_counter() - started
     timings = []
     with progress.count("Measuring", len(prompt_tokens) * (repeat + 1), "runs") as update:
@@ -118,7 +118,7 @@ def _time(
         if cold:
             runner.blob.forget_pages()
         runner.reset()
-        for _ in runner.generate(ids, max_new_tokens=decode, ignore_eos=True):
+        for _ in runner.generate(ids, max_new_tokens=decode, greedy=True, ignore_eos=True):
             pass
         if attempt:
             runs.append(runner.stats)

@@ -14,6 +14,7 @@ from pleexport.contract import Artifact
 from pleexport.dtypes import CacheDtype
 from pleexport.errors import BundleError, CheckFailed
 from pleexport.runtime.blob import Blob
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tied import TiedRows
 from pleexport.runtime.tokenizer import tokenizer_files
 from pleexport.tied_layout import TIED
@@ -64,6 +65,7 @@ class Manifest(
         activation_rounding: whether inputs and outputs of matrices are rounded where the original
             rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
+        generation: how the checkpoint wants texts generated; None where it says nothing.
         tables_digest: of the checkpoint's tables; the blob has it too.
         versions: of the tools that wrote the bundle.
     """
@@ -73,6 +75,7 @@ class Manifest(
     graphs: dict[str, Artifact]
     context: Annotated[int, msgspec.Meta(ge=1)]
     eos_token_ids: list[int]
+    generation: GenerationConfig | None = None
     table_dtype: str
     weight_dtype: str
     table_dtypes: dict[str, str] = {}
@@ -229,6 +232,11 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
                 f"`{known}`",
                 hint="install the version of pleexport that wrote the bundle, or rebuild it",
             )
+    if manifest.generation and (problem := manifest.generation.out_of_range()):
+        raise BundleError(
+            f"`{path}` has impossible defaults for generation: {problem}",
+            hint="copy the bundle again, or rebuild it",
+        )
     needed = [BLOB, *(name for graph in manifest.graphs.values() for name in graph.files)]
     for name in needed:
         if name not in listed:

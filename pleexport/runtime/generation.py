@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
+from pleexport.errors import InputError
 from pleexport.process import memory, page_faults
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.drafting import Drafter, Drafting
+from pleexport.runtime.generation_config import GenerationConfig
+from pleexport.runtime.logit_rules import LogitRules
 from pleexport.runtime.reader import Reader
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
@@ -23,17 +27,21 @@ class Request:
     """How to continue a prompt.
 
     Attributes:
+        config: how tokens are chosen, and how long the text may take.
+        max_new_tokens: most tokens to write.
         seed: makes sampling repeatable.
         stop: strings that end the text; they are not part of it.
         eos: ids that end it.
+        ends: ids that rules take for an end; as `eos`, unless these are to be passed over.
         drafter: guesses tokens that are read ahead, or None.
     """
 
-    sampling: Sampling
+    config: GenerationConfig
     max_new_tokens: int
     seed: int | None
     stop: tuple[str, ...]
     eos: frozenset[int]
+    ends: frozenset[int]
     drafter: Drafter | None = None
 
 
@@ -62,11 +70,18 @@ def generate(
     stats.prompt_tokens = len(new_ids)
     logits = reader.read(new_ids, keep=1)[-1]
     watch.prefilled()
-    generator = np.random.default_rng(request.seed)
+    config, generator = request.config, np.random.default_rng(request.seed)
+    sampling = Sampling.of(config)
+    rules = LogitRules(
+        config,
+        prompt_ids=prompt_ids,
+        eos=request.ends,
+        max_length=len(prompt_ids) + request.max_new_tokens,
+    )
     text = AnswerText(tokenizer.stream(ids) if tokenizer else None, request.stop)
     drafting = Drafting(reader, request.drafter, stats)
     for count in range(1, request.max_new_tokens + 1):
-        token_id = request.sampling.choose(logits, ids, generator)
+        token_id = sampling.choose(rules.apply(_checked(logits), ids), generator)
         watch.chosen(count)
         if token_id in request.eos:
             stats.finish_reason = "eos"
@@ -79,7 +94,11 @@ def generate(
             stats.finish_reason = "length"
         elif len(ids) >= reader.context:
             stats.finish_reason = "context"
-        piece += text.flush() if stats.finish_reason in ("length", "context") else ""
+        elif config.max_time is not None and watch.seconds > config.max_time:
+            stats.finish_reason = "time"
+        piece += text.flush() if stats.finish_reason in ("length", "context", "time") else ""
+        if text.stopped:
+            stats.finish_reason = "stop"
         watch.finished()
         yield Token(token_id, piece)
         if stats.finish_reason:
@@ -92,6 +111,16 @@ def generate(
         yield Token(token_id, held)
 
 
+def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The logits, if they are numbers."""
+    if not np.isfinite(logits_V).all():
+        raise InputError(
+            "the model's logits are not finite",
+            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+        )
+    return logits_V
+
+
 class _Watch:
     """Fills the statistics of one call."""
 
@@ -99,6 +128,11 @@ class _Watch:
         self._reader, self._blob, self._stats = reader, blob, stats
         self._started, self._faults = time.perf_counter(), page_faults()
         self._first_at = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Since the call began."""
+        return time.perf_counter() - self._started
 
     def prefilled(self) -> None:
         self._stats.prefill_seconds = time.perf_counter() - self._started

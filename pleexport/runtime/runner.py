@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,12 +16,13 @@ from pleexport.runtime import generation
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.chat import Message
 from pleexport.runtime.drafting import Drafter, open_drafter
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.reader import Reader, Vectors
-from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
 from pleexport.runtime.tokenizer import Tokenizer, open_tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Message]
+_DEFAULT_TOKENS = 256
 
 
 class Runner:
@@ -35,6 +37,7 @@ class Runner:
     Attributes:
         chunk: most tokens of one `feed`.
         stats: of the last call.
+        config: how the last call generated: the checkpoint's defaults, and what was said otherwise.
     Raises:
         BundleError: the folder is not a bundle that this version reads.
         CheckFailed: files are damaged.
@@ -59,6 +62,7 @@ class Runner:
             )
         self.tokenizer = open_tokenizer(self.bundle.tokenizer_files)
         self.stats = Stats()
+        self.config = GenerationConfig()
         graph = self.bundle.decoder
         session = load(graph.backend).open_session(
             self.bundle.path,
@@ -118,56 +122,93 @@ class Runner:
         self,
         prompt: Prompt,
         *,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        repetition_penalty: float = 1.0,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        greedy: bool = False,
         seed: int | None = None,
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         draft: str | Drafter | None = None,
         template_arguments: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> Iterator[Token]:
         """Continue a prompt, token by token.
 
-        A prompt that begins with the whole text so far only has its new part read.
+        A prompt that begins with the whole text so far only has its new part read. What is not
+        said here is as the checkpoint's `generation_config.json` had it, and where that says
+        nothing either: greedy, up to 256 tokens.
 
         Args:
             prompt: text, token ids, or a conversation of `{"role", "content"}` for a bundle whose
                 tokenizer has a chat template.
-            temperature, top_k, top_p, min_p, repetition_penalty: see `Sampling`.
+            temperature: 0 for the likeliest token each time; above 0 it samples.
+            top_k, top_p, min_p: see `Sampling`.
+            repetition_penalty: see `LogitRules`.
+            greedy: the likeliest token each time, whatever the checkpoint says: nothing of its
+                `generation_config.json` counts but the ends of a text.
             seed: makes sampling repeatable.
-            stop: strings that end the text; they are not part of it.
+            stop: strings that end the text, beside the checkpoint's; they are not part of it.
             ignore_eos: go on past end-of-text ids, for timing.
             draft: "lookup" reads ahead what followed when the text had these words before, and so
                 writes several tokens a call where it repeats itself; or a `Drafter` of your own.
             template_arguments: see `encode`.
+            options: any other field of `GenerationConfig`.
         Raises:
             InputError: a prompt or option that cannot be used; before anything is generated.
         """
         if seed is not None and seed < 0:
             raise InputError(f"seed is {seed}; it must be 0 or more", hint="leave it out for any")
-        if max_new_tokens < 1:
-            raise InputError(
-                f"max_new_tokens is {max_new_tokens}; it must be 1 or more",
-                hint="it is the number of tokens to generate at most",
-            )
         if stop and self.tokenizer is None:
             raise InputError(
                 "stop strings need a tokenizer, and this bundle has none",
                 hint="leave them out, or build with `--tokenizer PATH`",
             )
+        options |= {
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "min_p": min_p,
+            "repetition_penalty": repetition_penalty,
+        }
+        config = self._config(options, greedy=greedy)
+        ids = self.encode(prompt, template_arguments)
+        ends = frozenset(self.bundle.manifest.eos_token_ids)
+        own = config.stop_strings or ()
         request = generation.Request(
-            sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty),
-            max_new_tokens=max_new_tokens,
+            config=config,
+            max_new_tokens=_room(config, len(ids)),
             seed=seed,
-            stop=tuple(stop),
-            eos=frozenset() if ignore_eos else frozenset(self.bundle.manifest.eos_token_ids),
+            stop=(*stop, *((own,) if isinstance(own, str) else own)),
+            eos=frozenset() if ignore_eos else ends,
+            ends=ends,
             drafter=open_drafter(draft, chunk=self.chunk),
         )
-        return self._generate(self.encode(prompt, template_arguments), request)
+        return self._generate(ids, request)
+
+    def _config(self, options: dict[str, Any], *, greedy: bool) -> GenerationConfig:
+        """The bundle's defaults, and what a call says otherwise."""
+        given = {name: value for name, value in options.items() if value is not None}
+        if greedy and given.get("temperature"):
+            raise InputError(
+                f"greedy text has no temperature, and {given['temperature']} was given",
+                hint="leave one of the two out",
+            )
+        defaults = None if greedy else self.bundle.manifest.generation
+        try:
+            config = (defaults or GenerationConfig()).overridden(given)
+        except msgspec.ValidationError as err:
+            raise InputError(
+                f"an option of generation cannot be used: {str(err).replace('$.', '')}",
+                hint=f"known are {', '.join(GenerationConfig.__struct_fields__)}",
+            ) from err
+        if problem := config.out_of_range():
+            raise InputError(problem, hint="leave it out for the default")
+        return config
 
     def encode(
         self, prompt: Prompt, template_arguments: Mapping[str, Any] | None = None
@@ -197,7 +238,7 @@ class Runner:
     def _generate(self, ids: list[int], request: generation.Request) -> Iterator[Token]:
         # The statistics begin with the first token, not when the call was made: other calls may
         # have come in between.
-        self.stats = Stats()
+        self.stats, self.config = Stats(), request.config
         yield from generation.generate(
             self._reader, self.blob, self.tokenizer, ids, request, self.stats
         )
@@ -206,3 +247,18 @@ class Runner:
         if self.tokenizer is None:
             raise InputError("this bundle has no tokenizer", hint="pass token ids instead of text")
         return self.tokenizer
+
+
+def _room(config: GenerationConfig, prompt_tokens: int) -> int:
+    """How many tokens an answer may have."""
+    if config.max_new_tokens is not None:
+        return config.max_new_tokens
+    if config.max_length is None:
+        return _DEFAULT_TOKENS
+    if prompt_tokens >= config.max_length:
+        raise InputError(
+            f"the prompt has {prompt_tokens} tokens, and by the checkpoint's generation config "
+            f"prompt and answer have {config.max_length} at most",
+            hint="say how long the answer may be with `--max-new-tokens`",
+        )
+    return config.max_length - prompt_tokens

@@ -8,84 +8,138 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.errors import InputError
+from pleexport.runtime.generation_config import GenerationConfig
+
+# Source: transformers 5.23, `TopHLogitsWarper`.
+_TOP_H_TOKENS = 100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to choose tokens; the default is greedy.
+    """How to choose tokens; the default is greedy. What is cut off is so in this order.
 
     Attributes:
         temperature: 0 for greedy; otherwise logits are divided by it.
-        top_k: keep the k most likely tokens; 0 for all.
-        top_p: keep the smallest set of most likely tokens whose probabilities reach p.
-        min_p: keep tokens at least this fraction as likely as the most likely one.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that the
-            text holds already. Source: Keskar et al. 2019, arXiv 1909.05858, section 4.1.
-    Raises:
-        InputError: a value outside its range.
+        top_h: of the 100 likeliest tokens, keep the first ones as long as they have no more than
+            this share of the entropy.
+        top_k: keep the k likeliest tokens, and what is as likely as the last; 0 for all.
+        top_p: keep the smallest set of likeliest tokens whose probabilities reach p.
+        min_p: keep tokens at least this fraction as likely as the likeliest one.
+        typical_p: keep the smallest set of tokens with this probability whose information is
+            closest to the expected one. Source: arXiv 2202.00666.
+        epsilon_cutoff: keep tokens of this probability; eta_cutoff: or of
+            `sqrt(eta) exp(-entropy)`, if that is less. Source: arXiv 2210.15191.
     """
 
     temperature: float = 0.0
+    top_h: float | None = None
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    typical_p: float = 1.0
+    epsilon_cutoff: float = 0.0
+    eta_cutoff: float = 0.0
 
-    def __post_init__(self) -> None:
-        ranges = {
-            "temperature": (0 <= self.temperature < np.inf, "0 or more"),
-            "top_k": (self.top_k >= 0, "0 or more"),
-            "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"),
-        }
-        for name, (valid, expected) in ranges.items():
-            if not valid:
-                raise InputError(
-                    f"{name} is {getattr(self, name)}; it must be {expected}",
-                    hint="leave it out for the default",
-                )
+    @classmethod
+    def of(cls, config: GenerationConfig) -> Sampling:
+        """What a config asks for."""
+        if not config.do_sample:
+            return cls()
+        temperature = 1.0 if config.temperature is None else config.temperature
+        named = {name: getattr(config, name) for name in cls.__dataclass_fields__}
+        given = {name: value for name, value in named.items() if value is not None}
+        return cls(**given | {"temperature": temperature})
 
-    def choose(
-        self, logits_V: NDArray[np.float32], ids: list[int], generator: np.random.Generator
-    ) -> int:
-        """The next token's id, given the ids of the text so far.
+    def choose(self, scores_V: NDArray[np.float32], generator: np.random.Generator) -> int:
+        """The next token's id.
 
+        Args:
+            scores_V: logits; minus infinity is a token that may not come.
         Raises:
-            InputError: the logits are not numbers.
+            InputError: no token may come.
         """
-        if not np.isfinite(logits_V).all():
+        if not np.isfinite(scores_V).any():
             raise InputError(
-                "the model's logits are not finite",
-                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+                "the generation options leave no token that may come next",
+                hint="suppress or forbid fewer tokens, or generate with `--greedy`",
             )
-        if self.repetition_penalty != 1.0:
-            logits_V = logits_V.copy()
-            seen = np.unique(np.asarray(ids, dtype=np.int64))
-            values = logits_V[seen]
-            penalty = np.float32(self.repetition_penalty)
-            logits_V[seen] = np.where(values > 0, values / penalty, values * penalty)
         if self.temperature == 0:
-            return int(logits_V.argmax())
-        candidates, probabilities = self._distribution(logits_V)
+            return int(scores_V.argmax())
+        candidates, probabilities = self.distribution(scores_V)
         # Every token waits for a time of its own, the likely ones less, and the first to come is
         # chosen. Logits that differ by little, as those of a token alone and of one
         # among many do, so give the same token. Sums of sorted probabilities would not: tokens
         # change places in them.
-        waits_V = generator.standard_exponential(len(logits_V))
+        waits_V = generator.standard_exponential(len(scores_V))
         return int(candidates[np.argmin(waits_V[candidates] / probabilities)])
 
-    def _distribution(
-        self, logits_V: NDArray[np.float32]
+    def distribution(
+        self, scores_V: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """The ids that may be chosen, most likely first, and their probabilities."""
-        count = min(self.top_k, len(logits_V)) or len(logits_V)
-        candidates = np.argpartition(-logits_V, count - 1)[:count]
-        candidates = candidates[np.argsort(-logits_V[candidates], kind="stable")]
-        values = logits_V[candidates].astype(np.float64)
+        """The ids that may be chosen, likeliest first, and their probabilities."""
+        ids = _likeliest(scores_V, _TOP_H_TOKENS if self.top_h else self.top_k)
+        ids = ids[:_TOP_H_TOKENS] if self.top_h else ids
+        scores = scores_V[ids].astype(np.float64)
         with np.errstate(over="ignore"):  # a tiny temperature is greedy
-            probabilities = np.exp((values - values[0]) / self.temperature)
-        probabilities /= probabilities.sum()
+            scores = (scores - scores[0]) / self.temperature
+        # All but the last three keep a beginning of what is sorted.
+        if self.top_h:
+            probabilities = _softmax(scores)
+            summed = np.cumsum(-probabilities * np.log(np.maximum(probabilities, 1e-300)))
+            scores = scores[: max(1, int((summed <= self.top_h * summed[-1]).sum()))]
+            if self.top_k:
+                scores = scores[: int((scores >= scores[min(self.top_k, len(scores)) - 1]).sum())]
+        probabilities = _softmax(scores)
         before = np.cumsum(probabilities) - probabilities
         kept = (before < self.top_p) & (probabilities >= self.min_p * probabilities[0])
-        return candidates[kept], probabilities[kept] / probabilities[kept].sum()
+        scores = scores[: max(1, int(kept.sum()))]
+        ids = ids[: len(scores)]
+        for keeps in (self._typical, self._above_epsilon, self._above_eta):
+            kept = keeps(_softmax(scores))
+            ids, scores = ids[kept], scores[kept]
+        return ids, _softmax(scores)
+
+    def _typical(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        if self.typical_p >= 1:
+            return np.ones(len(probabilities), dtype=bool)
+        information = -np.log(np.maximum(probabilities, 1e-300))
+        distance = np.abs(information - (probabilities * information).sum())
+        order = np.argsort(distance, kind="stable")
+        reached = int((np.cumsum(probabilities[order]) < self.typical_p).sum())
+        kept: NDArray[np.bool_] = distance <= distance[order[min(reached, len(order) - 1)]]
+        return kept
+
+    def _above_epsilon(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        return _at_least(probabilities, self.epsilon_cutoff)
+
+    def _above_eta(self, probabilities: NDArray[np.float64]) -> NDArray[np.bool_]:
+        if not self.eta_cutoff:
+            return np.ones(len(probabilities), dtype=bool)
+        entropy = -(probabilities * np.log(np.maximum(probabilities, 1e-300))).sum()
+        least = min(self.eta_cutoff, np.sqrt(self.eta_cutoff) * np.exp(-entropy))
+        return _at_least(probabilities, least)
+
+
+def _likeliest(scores_V: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Ids that may come, best first: at least `count`, with what is as good as the last; 0: all."""
+    least = _LEAST_SCORE
+    if 0 < count < len(scores_V):
+        least = max(least, np.partition(scores_V, len(scores_V) - count)[len(scores_V) - count])
+    ids = np.flatnonzero(scores_V >= least)
+    return ids[np.argsort(-scores_V[ids], kind="stable")]
+
+
+_LEAST_SCORE = np.finfo(np.float32).min
+
+
+def _softmax(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of scores of which the largest is near 0."""
+    exponentials = np.exp(scores - scores.max())
+    normalised: NDArray[np.float64] = exponentials / exponentials.sum()
+    return normalised
+
+
+def _at_least(probabilities: NDArray[np.float64], least: float) -> NDArray[np.bool_]:
+    """Which are that likely; the likeliest always is."""
+    kept: NDArray[np.bool_] = probabilities >= min(least, probabilities.max())
+    return kept

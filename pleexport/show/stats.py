@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import msgspec
+
+from pleexport.runtime.generation_config import GenerationConfig
+from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats
 from pleexport.show.tables import aligned
 from pleexport.sizes import size_text
 
+# Fields without an effect where nothing is sampled.
+_SAMPLED = Sampling.__dataclass_fields__.keys()
+_MOST_LISTED = 4
 
-def describe_stats(stats: Stats) -> str:
-    """Statistics of a run as text."""
+
+def describe_stats(stats: Stats, config: GenerationConfig) -> str:
+    """Statistics of a run as text.
+
+    Args:
+        config: how it chose its tokens.
+    """
     memory = "not known on this system"
     if stats.anonymous_bytes is not None and stats.file_backed_bytes is not None:
         memory = (
@@ -36,8 +48,24 @@ def describe_stats(stats: Stats) -> str:
             f"{stats.minor_page_faults:,} minor, {stats.major_page_faults:,} major",
         ),
         ("ended by", stats.finish_reason),
+        ("chosen by", describe_config(config)),
     ]
     return "\n".join(aligned(rows, align="<<"))
+
+
+def describe_config(config: GenerationConfig) -> str:
+    """The fields of a generation config that say something, in their order; long ones cut."""
+    fields = msgspec.to_builtins(config)
+    if not fields.get("do_sample"):
+        fields = {name: value for name, value in fields.items() if name not in _SAMPLED}
+    told = [f"{name} {_short(value)}" for name, value in fields.items() if name != "do_sample"]
+    return ", ".join(["sampling" if fields.get("do_sample") else "the likeliest token", *told])
+
+
+def _short(value: object) -> str:
+    if isinstance(value, list) and len(value) > _MOST_LISTED:
+        return f"of {len(value)} entries"
+    return str(value)
 
 
 def _draft_rows(stats: Stats) -> list[tuple[str, str]]:
