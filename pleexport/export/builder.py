@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Unpack
 
 import msgspec
@@ -30,8 +31,10 @@ from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
 from pleexport.export.sealing import seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
+from pleexport.export.text_files import TextFiles, text_files
 from pleexport.model import Model
 from pleexport.parallel import Work, beside
+from pleexport.parity.text import check_text
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import (
     BLOB,
@@ -76,8 +79,19 @@ def build(
         PleexportError: anything that a user can mend; nothing is left at `out`.
         CheckFailed: the bundle does not compute what the original does.
     """
-    progress = progress or Progress(quiet=True)
-    opened = Checkpoint(checkpoint)
+    with TemporaryDirectory(prefix="pleexport-") as scratch:
+        return _build(
+            Checkpoint(checkpoint), out, options, progress or Progress(quiet=True), Path(scratch)
+        )
+
+
+def _build(
+    opened: Checkpoint,
+    out: str | Path | None,
+    options: BuildOptions,
+    progress: Progress,
+    scratch: Path,
+) -> Bundle:
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
     model = model.with_cache(settings.cache_dtype)
@@ -86,8 +100,9 @@ def build(
     matched = mark_grids(MatchedModel(model, opened))
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
-    copied = copied_files(opened, None if given is None else Path(given))
-    tokenizer = open_tokenizer(copied)
+    text = text_files(Path(given or opened.folder), scratch)
+    copied = text.files | copied_files(opened)
+    tokenizer = open_tokenizer(text.files)
     if tokenizer is None and given is not None:
         raise CheckpointError(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
@@ -111,7 +126,7 @@ def build(
     with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, tokenizer, progress)
-        for note in generation_notes:
+        for note in (*text.notes, *generation_notes):
             progress.note(f"note: {note}")
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
         for name, file in copied.items():
@@ -142,7 +157,7 @@ def build(
             files=[],
         )
         if options.get("verify") is not False:
-            summary = _verify(Bundle(staging, unsealed=manifest), matched, progress)
+            summary = _verify(Bundle(staging, unsealed=manifest), matched, text, progress)
             manifest = msgspec.structs.replace(manifest, parity=summary)
         seal(staging, manifest)
     return Bundle(destination)
@@ -294,11 +309,15 @@ def _versions() -> dict[str, str]:
     return versions | {"python": platform.python_version()}
 
 
-def _verify(bundle: Bundle, matched: MatchedModel, progress: Progress) -> ParitySummary:
+def _verify(
+    bundle: Bundle, matched: MatchedModel, text: TextFiles, progress: Progress
+) -> ParitySummary:
     from pleexport.parity.report import write_report
     from pleexport.parity.verify import compare_with_original
 
-    report = compare_with_original(bundle, matched, progress=progress)
+    tokenizer = open_tokenizer(bundle.tokenizer_files)
+    checked = check_text(tokenizer, text.original) if tokenizer else None
+    report = compare_with_original(bundle, matched, checked=checked, progress=progress)
     write_report(report, bundle.path / PARITY)
     if not report.passed:
         raise CheckFailed(

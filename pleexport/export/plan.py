@@ -21,7 +21,6 @@ from pleexport.export.options import Settings
 from pleexport.export.sensitivity import Sensitivity, TypicalSensitivity
 from pleexport.model import Model
 from pleexport.runtime.blob_layout import Segment
-from pleexport.runtime.tokenizer import tokenizer_files
 from pleexport.sizes import size_text
 from pleexport.tied_layout import TiedLayout
 
@@ -185,15 +184,10 @@ def make_plan(
     )
 
 
-def copied_files(checkpoint: Checkpoint, tokenizer: Path | None = None) -> dict[str, Path]:
-    """What a bundle gets as it is, by the names that it has there.
-
-    Args:
-        tokenizer: a file or folder; what lies beside the weights by default.
-    """
-    files = tokenizer_files(tokenizer or checkpoint.folder)
+def copied_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What a bundle gets beside its tokenizer as it is, by the names that it has there."""
     generation = checkpoint.folder / GENERATION_CONFIG
-    return files | ({GENERATION_CONFIG: generation} if generation.is_file() else {})
+    return {GENERATION_CONFIG: generation} if generation.is_file() else {}
 
 
 def _structure_bytes(model: Model) -> int:

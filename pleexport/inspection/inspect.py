@@ -16,6 +16,7 @@ from pleexport.inspection.effective import effective_count, find_published, publ
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
 from pleexport.inspection.info import Counts, ModelInfo
 from pleexport.model import Model
+from pleexport.runtime.tokenizer import tokenizer_files
 
 
 def inspect(path: str | Path) -> ModelInfo:
@@ -37,7 +38,7 @@ def inspect(path: str | Path) -> ModelInfo:
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = copied_files(checkpoint).values()
+    copied = (copied_files(checkpoint) | tokenizer_files(checkpoint.folder)).values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),

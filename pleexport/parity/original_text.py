@@ -171,14 +171,14 @@ def _templates(tokenizer: Any, source: Path, notes: list[str]) -> tuple[str | No
     """Where the chat templates stand, and these by name: the tokenizer's, or else a processor's."""
     own = tokenizer.chat_template
     named = own if isinstance(own, dict) else {"default": own} if own else {}
-    folder = source if source.is_dir() else None
     place = None
     if named:
-        has_file = folder and ((folder / CHAT_TEMPLATE).is_file() or (folder / _MORE).is_dir())
-        place = CHAT_TEMPLATE if has_file else TOKENIZER_CONFIG
-    for name in _PROCESSOR_TEMPLATES if folder else ():
+        place = TOKENIZER_CONFIG
+        if (source / CHAT_TEMPLATE).is_file() or (source / _MORE).is_dir():
+            place = CHAT_TEMPLATE
+    for name in _PROCESSOR_TEMPLATES:
         try:
-            found = json.loads((folder / name).read_bytes()).get("chat_template")
+            found = json.loads((source / name).read_bytes()).get("chat_template")
         except (OSError, ValueError, AttributeError):
             continue
         if isinstance(found, list):

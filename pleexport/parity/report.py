@@ -22,6 +22,30 @@ KL_LIMITS = {"fp16": 0.01, "int8": 0.05, "int4": 0.5}
 LEAST_CORRELATION = {"fp16": 0.999, "int8": 0.95, "int4": 0.7}
 
 
+class TextCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """Text and ids against the original's tokenizer.
+
+    Attributes:
+        original: its name; None where it was not compared.
+        not_compared: why not, as a clause. Streams are compared with decodings all the same.
+        template: the file with the chat template; None where there is none.
+        texts, conversations, streams: how many were compared. Streams are ids of texts, and ids as
+            a model might write them.
+        refused: of the conversations, those for which the original's template has no prompt, and
+            ours has none either.
+        differences: for each kind of comparison one sentence, if anything differs.
+    """
+
+    original: str | None
+    not_compared: str | None
+    template: str | None
+    texts: int
+    conversations: int
+    refused: int
+    streams: int
+    differences: tuple[str, ...]
+
+
 class TableCheck(msgspec.Struct, frozen=True, kw_only=True):
     """One table, every row read back.
 
@@ -113,6 +137,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
         original_perplexity: of the original, on the tokens that `fidelity` was measured on; None
             where these are random.
         text: of greedy text; None where the context has no place for one.
+        tokenizer: text, ids and prompts; None where the bundle has no tokenizer.
         failures: one sentence for each check that failed, see `find_failures`; empty when passed.
     """
 
@@ -127,6 +152,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     fidelity: tuple[Fidelity, ...]
     fidelity_tokens: int
     failures: tuple[str, ...]
+    tokenizer: TextCheck | None = None
 
     @property
     def passed(self) -> bool:
@@ -151,6 +177,7 @@ def find_failures(
     greedy: GreedyCheck | None,
     first_diverging_layer: int | None,
     computing_dtypes: Collection[str],
+    tokenizer: TextCheck | None = None,
 ) -> tuple[str, ...]:
     """One sentence for each check that failed; a bundle passes where there is none.
 
@@ -163,7 +190,8 @@ def find_failures(
         if first_diverging_layer is not None
         else ""
     )
-    failures = [_table_problem(check) for check in tables if check.first_bad_row is not None]
+    failures = [f"text: {difference}" for difference in tokenizer.differences] if tokenizer else []
+    failures += [_table_problem(check) for check in tables if check.first_bad_row is not None]
     coarsest = _coarsest({table.dtype for table in tables} | {*computing_dtypes})
     for check in logits:
         problem = _exact_problem(check) if exact else _rounded_problem(check, coarsest)

@@ -13,7 +13,8 @@ from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
 from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
-from pleexport.parity.report import ParityReport
+from pleexport.parity.report import ParityReport, TextCheck
+from pleexport.parity.text import check_text_of
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.tokenizer import open_tokenizer
@@ -26,6 +27,7 @@ def verify(
     *,
     checkpoint: str | Path | None = None,
     text: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ParityReport | None:
     """Check a bundle's files, and compare it with the PyTorch original.
@@ -34,6 +36,7 @@ def verify(
         bundle: a folder, or an open bundle.
         checkpoint: what the bundle was built from, a folder or a file; without it, files only.
         text: a text file to measure logits and fidelity on; a short English text by default.
+        tokenizer: what the build was given as such; what lies beside the weights by default.
     Returns:
         the report, or None without a checkpoint.
     Raises:
@@ -61,7 +64,11 @@ def verify(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
             hint="pass the checkpoint that the bundle was built from",
         )
-    return compare_with_original(opened, matched, text=text, progress=progress)
+    with progress.step("Comparing text and ids"):
+        checked = check_text_of(
+            open_tokenizer(opened.tokenizer_files), Path(tokenizer or source.folder)
+        )
+    return compare_with_original(opened, matched, text=text, checked=checked, progress=progress)
 
 
 def compare_with_original(
@@ -69,9 +76,14 @@ def compare_with_original(
     matched: MatchedModel,
     *,
     text: str | Path | None = None,
+    checked: TextCheck | None = None,
     progress: Progress,
 ) -> ParityReport:
-    """Parity of a bundle with the checkpoint that it was built from."""
+    """Parity of a bundle with the checkpoint that it was built from.
+
+    Args:
+        checked: what was found out about text and ids.
+    """
     with progress.step("Loading the PyTorch original"):
         oracle = open_oracle(matched)
     ids = None
@@ -84,4 +96,11 @@ def compare_with_original(
         )
     rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
-        return compare(bundle, matched=matched, oracle=oracle, text_ids=ids, progress=update)
+        return compare(
+            bundle,
+            matched=matched,
+            oracle=oracle,
+            text_ids=ids,
+            tokenizer=checked,
+            progress=update,
+        )

@@ -66,6 +66,11 @@ class JsonTokenizer:
         )
         return CleanedStream(raw) if self._cleans else raw
 
+    @property
+    def size(self) -> int:
+        """Ids are below it."""
+        return max(self._tokenizer.get_vocab().values(), default=-1) + 1
+
     def special_text(self, token_id: int) -> str:
         """The text of a special token; "" of any other."""
         return self._special.get(token_id, "")

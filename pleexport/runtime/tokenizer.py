@@ -68,6 +68,16 @@ class Tokenizer:
         return bool(self._templates)
 
     @property
+    def size(self) -> int:
+        """Ids are below it."""
+        return self._tokenizer.size
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every text comes back as it was."""
+        return isinstance(self._tokenizer, WorldTokenizer)
+
+    @property
     def special_tokens(self) -> dict[str, str]:
         """Texts of special tokens by the names that chat templates have for them."""
         own = self._config.get("model_specific_special_tokens")
@@ -139,7 +149,15 @@ class Tokenizer:
         goes_on = by_assistant and not given.get("add_generation_prompt")
         given.setdefault("continue_final_message", goes_on)
         given.setdefault("add_generation_prompt", not given["continue_final_message"])
-        return self._encode(self.render_chat(messages, given), add_special_tokens=False)
+        return self.encode_prompt(self.render_chat(messages, given))
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that has its special tokens already, as a rendered conversation has.
+
+        Raises:
+            InputError: the text is not Unicode.
+        """
+        return self._encode(text, add_special_tokens=False)
 
     def stream(self, prompt_ids: Sequence[int]) -> Stream:
         """What makes text of the ids that follow a prompt, as they come."""

@@ -52,6 +52,11 @@ class WorldTokenizer:
         """A decoder of the ids that follow a prompt."""
         return WorldStream(self._pieces)
 
+    @property
+    def size(self) -> int:
+        """Ids are below it."""
+        return max(self._pieces) + 1
+
     def special_text(self, token_id: int) -> str:
         """The text of a special token; there are none."""
         return ""
