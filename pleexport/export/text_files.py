@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pleexport.parity.original_text import OriginalText
 from pleexport.parity.text import find_original_text
-from pleexport.runtime.tokenizer import tokenizer_files
+from pleexport.runtime.tokenizer import TOKENIZERS, tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ def text_files(place: Path, scratch: Path) -> TextFiles:
     original = find_original_text(place, scratch)
     if original and original.witness:
         return TextFiles(original.files, original, original.witness.notes)
-    notes = []
+    found, notes = tokenizer_files(place), []
     if original:
+        there = found.keys() & set(TOKENIZERS)
+        fate = "is copied as it is and compared with nothing" if there else "is left out"
         notes.append(
-            f"the tokenizer at `{place}` is copied as it is and compared with nothing, as "
-            f"transformers cannot open it ({original.problem})"
+            f"the tokenizer at `{place}` {fate}, as transformers cannot open it "
+            f"({original.problem})"
         )
-    return TextFiles(tokenizer_files(place), original, notes)
+    return TextFiles(found, original, notes)

@@ -121,11 +121,15 @@ def read_original_text(source: Path, folder: Path) -> OriginalText:
         )
     except subprocess.TimeoutExpired:
         return OriginalText({}, None, f"it takes longer than {_SECONDS} s")
+    return _collect(folder, done.stderr.strip() or f"exit code {done.returncode}")
+
+
+def _collect(folder: Path, last_words: str) -> OriginalText:
+    """What `_write` has left in a folder."""
     if (folder / _PROBLEM).is_file():
         return OriginalText({}, None, (folder / _PROBLEM).read_text(encoding="utf-8"))
     if not (folder / _WITNESS).is_file():
-        last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return OriginalText({}, None, last)
+        return OriginalText({}, None, last_words.splitlines()[-1])
     witness = msgspec.json.decode((folder / _WITNESS).read_bytes(), type=Witness)
     names = (TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE)
     files = {name: folder / name for name in names if (folder / name).is_file()}
