@@ -40,7 +40,7 @@ _LINES, _A_WHILE = 20_000, 0.01
 
 Message = Mapping[str, Any]
 # Of a message's thoughts; the first is the standard one, and templates know one or the other.
-_THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
 _CONTINUED = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -254,7 +254,7 @@ def _with_thoughts(message: Any) -> Any:
     if not isinstance(message, dict):
         raise TypeError(f"a message is an object with `role` and `content`, not `{message!r}`")
     message = {key: value for key, value in message.items() if value is not None}
-    thoughts = next((message[name] for name in _THOUGHTS if name in message), None)
+    thoughts = next((message[name] for name in THOUGHTS if name in message), None)
     if thoughts is None:
         return message
     return {"thinking": thoughts, **message, "reasoning_content": thoughts}

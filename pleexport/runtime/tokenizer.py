@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pleexport.errors import InputError, TokenizerError
-from pleexport.runtime.chat import Message, render_chat
+from pleexport.runtime.chat import THOUGHTS, Message, render_chat
 from pleexport.runtime.json_tokenizer import JsonTokenizer
 from pleexport.runtime.text_stream import Stream
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldTokenizer
@@ -86,6 +86,19 @@ class Tokenizer:
             k: _content(v) for k, v in (named | (own if isinstance(own, dict) else {})).items()
         }
         return {name: text for name, text in texts.items() if text is not None}
+
+    @property
+    def thought_markers(self) -> list[tuple[str, str]]:
+        """What stands before and after thoughts, where the config says it in plain texts."""
+        template = self._config.get("response_template")
+        fields = template.get("fields") if isinstance(template, dict) else None
+        found = [fields.get(name) for name in THOUGHTS] if isinstance(fields, dict) else []
+        pairs = [(f.get("open"), f.get("close")) for f in found if isinstance(f, dict)]
+        return [(a, b) for a, b in pairs if a and b and isinstance(a, str) and isinstance(b, str)]
+
+    def special_text(self, token_id: int) -> str:
+        """The text of a special token; "" of any other."""
+        return self._tokenizer.special_text(token_id)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, with the special tokens that the tokenizer puts around it.
