@@ -196,6 +196,10 @@ def verify(
         typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
     ] = None,
     text: TextFileOption = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="What `build --tokenizer` was given.", show_default="beside the weights"),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
     ] = None,
@@ -212,8 +216,8 @@ def verify(
     from pleexport.show.html import write_html
     from pleexport.show.parity import describe_parity
 
-    if (report or text) and not checkpoint:
-        what = "a report" if report else "a text"
+    if (report or text or tokenizer) and not checkpoint:
+        what = "a report" if report else "a text" if text else "a tokenizer"
         raise errors.PleexportError(
             f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
@@ -222,7 +226,11 @@ def verify(
             f"`{report.resolve().parent}` is not a folder", hint="make it, or choose another place"
         )
     result = verify_bundle(
-        bundle, checkpoint=checkpoint, text=text, progress=Progress(quiet=as_json)
+        bundle,
+        checkpoint=checkpoint,
+        text=text,
+        tokenizer=tokenizer,
+        progress=Progress(quiet=as_json),
     )
     if result is None:
         if as_json:

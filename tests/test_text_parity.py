@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from chat_templates import TEMPLATES
 from odd_tokenizers import FOLDERS, write
+from test_world_tokenizer import published_vocabulary
 from tokenizers_in_code import byte_fallback, save
 from transformers import AutoTokenizer
 
@@ -20,7 +21,8 @@ from pleexport.parity import original_text
 from pleexport.parity.text import check_text
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS
 from pleexport.runtime import chat
-from pleexport.runtime.tokenizer import Tokenizer
+from pleexport.runtime.tokenizer import Tokenizer, tokenizer_files
+from pleexport.runtime.world_tokenizer import VOCABULARY
 
 CONFIG = '{"model_type": "gemma4_text"}'
 MARKED = "<a1> <a2>x<x1> <x2><end2> <d1> <d2> <s1><s2><stop> <call><img> <sound> <bos>a<eos>"
@@ -215,3 +217,60 @@ def test_a_template_that_never_ends_is_stopped(template: str) -> None:
     with pytest.raises(InputError, match="the chat template cannot render"):
         chat.render_chat(template, [{"role": "user", "content": ""}], {})
     assert time.perf_counter() - started < 2 * chat.SECONDS + 5
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"extra_special_tokens": 3}, "TypeError: "),
+        ({"auto_map": {"AutoTokenizer": ["a.B", "a.B"]}}, "ValueError: "),
+        ([], "AttributeError: "),
+    ],
+)
+def test_a_tokenizer_that_transformers_cannot_open_is_noted(
+    config: Any, problem: str, tmp_path: Path
+) -> None:
+    """In a process of its own, as in a build."""
+    folder, scratch = with_template(tmp_path / "folder"), tmp_path / "scratch"
+    scratch.mkdir()
+    write(folder, "tokenizer_config.json", config)
+    text = text_files(folder, scratch)
+    assert len(text.notes) == 1
+    start = f"the tokenizer at `{folder}` is copied as it is and compared with nothing, as"
+    assert text.notes[0].startswith(f"{start} transformers cannot open it ({problem}")
+    assert "\n" not in text.notes[0]
+    found = check_text(Tokenizer(text.files), text.original)
+    assert found.original is None
+    assert found.not_compared
+    assert found.differences == ()
+    (folder / "tokenizer.json").rename(folder / "vocab.json")
+    assert "is left out, as transformers cannot open it" in text_files(folder, scratch).notes[0]
+
+
+def test_the_original_is_asked_in_a_process_of_its_own(tmp_path: Path) -> None:
+    folder, scratch = tmp_path / "folder", tmp_path / "scratch"
+    with_template(folder, chat_template=TEMPLATES["thinking"])
+    scratch.mkdir()
+    found = original_text.read_original_text(folder, scratch)
+    assert found.problem is None
+    assert found.witness
+    assert check_text(Tokenizer(found.files), found).differences == ()
+
+
+def test_without_an_original_streams_are_compared_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = Tokenizer(tokenizer_files(save(byte_fallback(), tmp_path)))
+    found = check_text(ours, None)
+    assert (found.not_compared, found.differences) == ("the checkpoint has no tokenizer", ())
+    monkeypatch.setattr("pleexport.runtime.json_tokenizer.JsonTokenizer._is_byte", lambda *_: False)
+    assert "stream as" in check_text(ours, None).differences[0]
+
+
+def test_the_vocabulary_of_rwkv_gives_every_text_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Tokenizer({VOCABULARY: published_vocabulary()})
+    found = check_text(ours, None)
+    assert found.not_compared == "transformers has no tokenizer of this kind"
+    assert found.differences == ()
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: "")
+    assert "comes back as ''" in check_text(ours, None).differences[0]

@@ -22,7 +22,6 @@ from typing import Any
 
 import msgspec
 
-import pleexport
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences, texts_around
 from pleexport.runtime.chat import limited
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -105,8 +104,8 @@ def read_original_text(source: Path, folder: Path) -> OriginalText:
         source: a folder as transformers reads it, or a tokenizer.json.
         folder: where files are written.
     """
-    package = Path(pleexport.__file__).parent.parent
-    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    above = Path(__file__).parents[2]  # where this package is found
+    paths = [str(above), *filter(None, [os.environ.get("PYTHONPATH")])]
     command = [sys.executable, "-P", "-m", __name__, str(source.resolve()), str(folder.resolve())]
     try:
         done = subprocess.run(

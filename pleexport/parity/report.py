@@ -131,18 +131,19 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         exact: the bundle is held to float32 noise instead of a KL limit.
+        tokenizer: of text, ids and prompts; None where the bundle has no tokenizer.
         layer_errors: by layer, relative error of what it hands on (root mean square). Empty where
             logits agree and hidden values of so large a bundle would take another build.
         first_diverging_layer: None where none is beyond the limit.
         original_perplexity: of the original, on the tokens that `fidelity` was measured on; None
             where these are random.
         text: of greedy text; None where the context has no place for one.
-        tokenizer: text, ids and prompts; None where the bundle has no tokenizer.
         failures: one sentence for each check that failed, see `find_failures`; empty when passed.
     """
 
     oracle: str
     exact: bool
+    tokenizer: TextCheck | None = None
     tables: tuple[TableCheck, ...]
     logits: tuple[LogitsCheck, ...]
     text: GreedyCheck | None
@@ -152,7 +153,6 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
     fidelity: tuple[Fidelity, ...]
     fidelity_tokens: int
     failures: tuple[str, ...]
-    tokenizer: TextCheck | None = None
 
     @property
     def passed(self) -> bool:

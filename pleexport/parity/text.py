@@ -32,6 +32,8 @@ _SOURCES = (
     "vocab.json",
     "vocab.txt",
 )
+_NONE_OF_ITS_KIND = "transformers has no tokenizer of this kind"
+_NONE_AT_ALL = "the checkpoint has no tokenizer"
 _SHOWN = 60  # characters of a text in a sentence
 _SHOWN_IDS = 12
 
@@ -66,11 +68,12 @@ def check_text(tokenizer: Tokenizer, original: OriginalText | None) -> TextCheck
     """Compare a bundle's tokenizer with the original's.
 
     Args:
-        original: None where transformers has no tokenizer of this kind.
+        original: None where there is none to compare with.
     """
     witness = original.witness if original else None
     if witness is None:
-        problem = original.problem if original else "transformers has no tokenizer for it"
+        none = _NONE_OF_ITS_KIND if tokenizer.is_lossless else _NONE_AT_ALL
+        problem = original.problem if original else none
         streams = [*map(tokenizer.encode, TEXTS), *id_sequences(tokenizer.size, [])]
         return TextCheck(
             original=None,
