@@ -68,6 +68,11 @@ class Tokenizer:
         return bool(self._templates)
 
     @property
+    def chat_template(self) -> str | None:
+        """The template of conversations without tools; None where there is none."""
+        return self._templates.get("default")
+
+    @property
     def size(self) -> int:
         """Ids are below it."""
         return self._tokenizer.size
