@@ -18,7 +18,8 @@ from transformers import AutoTokenizer
 from pleexport.errors import InputError
 from pleexport.export.text_files import text_files
 from pleexport.parity import original_text
-from pleexport.parity.text import check_text
+from pleexport.parity import text as text_parity
+from pleexport.parity.report import TextCheck
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS
 from pleexport.runtime import chat
 from pleexport.runtime.tokenizer import Tokenizer, tokenizer_files
@@ -39,6 +40,12 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return original_text._collect(folder, "nothing")
 
     monkeypatch.setattr("pleexport.parity.text.read_original_text", read)
+
+
+def check_text(ours: Tokenizer, original: original_text.OriginalText | None) -> TextCheck:
+    found = text_parity.check_text(ours, original)
+    assert found is not None
+    return found
 
 
 def original_of(folder: Path) -> Any:

@@ -57,19 +57,19 @@ def find_original_text(place: Path, scratch: Path) -> OriginalText | None:
 
 
 def check_text_of(tokenizer: Tokenizer | None, place: Path) -> TextCheck | None:
-    """Compare a bundle's tokenizer with the one of a place; None where the bundle has none."""
-    if tokenizer is None:
-        return None
+    """Compare a bundle's tokenizer with the one of a place; see `check_text`."""
     with TemporaryDirectory() as scratch:
         return check_text(tokenizer, find_original_text(place, Path(scratch)))
 
 
-def check_text(tokenizer: Tokenizer, original: OriginalText | None) -> TextCheck:
-    """Compare a bundle's tokenizer with the original's.
+def check_text(tokenizer: Tokenizer | None, original: OriginalText | None) -> TextCheck | None:
+    """Compare a bundle's tokenizer with the original's; None where the bundle has none.
 
     Args:
         original: None where there is none to compare with.
     """
+    if tokenizer is None:
+        return None
     witness = original.witness if original else None
     if witness is None:
         none = _NONE_OF_ITS_KIND if tokenizer.is_lossless else _NONE_AT_ALL

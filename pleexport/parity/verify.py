@@ -86,14 +86,7 @@ def compare_with_original(
     """
     with progress.step("Loading the PyTorch original"):
         oracle = open_oracle(matched)
-    ids = None
-    if tokenizer := open_tokenizer(bundle.tokenizer_files):
-        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=matched.model.num_rows)
-    elif text:
-        raise InputError(
-            f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
-            hint="leave the text out; random token ids are used",
-        )
+    ids = _text_ids(bundle, text, num_rows=matched.model.num_rows)
     rows = matched.model.num_rows * len(matched.model.tables)
     with progress.count("Comparing rows, logits and text", rows, "rows") as update:
         return compare(
@@ -104,3 +97,15 @@ def compare_with_original(
             tokenizer=checked,
             progress=update,
         )
+
+
+def _text_ids(bundle: Bundle, text: str | Path | None, *, num_rows: int) -> list[int] | None:
+    """The ids of the text to measure on; None where there is no tokenizer."""
+    if tokenizer := open_tokenizer(bundle.tokenizer_files):
+        return tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=num_rows)
+    if text:
+        raise InputError(
+            f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
+            hint="leave the text out; random token ids are used",
+        )
+    return None
