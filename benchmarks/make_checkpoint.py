@@ -25,13 +25,14 @@ from tqdm import tqdm
 
 from pleexport import families
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.quantized import ACTIVATION_SCALES
 from pleexport.dtypes import BY_SAFETENSORS, packed_bytes
 from pleexport.model import Codes
 
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4_000_000_000
 BATCH_VALUES = 8 << 20
+# Beside each matrix of the mobile format, for what activations are rounded by.
+_SCALES = ("input_activation_scale", "output_activation_scale")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def tensors_of(folder: Path) -> dict[str, Tensor]:
         if weight.codes:
             found |= _codes(weight.codes, *weight.shape)
             module = weight.source_key.removesuffix("weight")
-            found |= {module + name: Tensor("F32", ()) for name in ACTIVATION_SCALES}
+            found |= {module + name: Tensor("F32", ()) for name in _SCALES}
         elif weight.constant is None:
             found[weight.source_key] = Tensor("BF16", weight.source_shape)
     for key, unused in model.unused.items():

@@ -27,10 +27,21 @@ app = typer.Typer(
 )
 
 CheckpointArgument = Annotated[
-    Path,
+    str,
     typer.Argument(
-        metavar="CKPT", help="Hugging Face folder of the trained model, or RWKV's .pth file."
+        metavar="CKPT",
+        help="Hugging Face folder of the trained model, or RWKV's .pth file; "
+        "or the id of a model on the Hugging Face hub, OWNER/MODEL.",
     ),
+]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the hub.", show_default="main")
+]
+TokenOption = Annotated[
+    str | None, typer.Option(help="For the hub.", show_default="that of `hf auth login`")
+]
+OfflineOption = Annotated[
+    bool, typer.Option("--offline", help="Take what was fetched before; ask nobody.")
 ]
 BundleArgument = Annotated[
     Path, typer.Argument(metavar="BUNDLE", help="Folder that `pleexport build` wrote.")
@@ -72,7 +83,13 @@ def root(
 
 
 @app.command()
-def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None:
+def inspect(
+    checkpoint: CheckpointArgument,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a checkpoint holds and what a bundle of it would weigh; reads no weights.
 
     Example: pleexport inspect my-gemma-4-E2B
@@ -80,7 +97,13 @@ def inspect(checkpoint: CheckpointArgument, as_json: JsonOption = False) -> None
     from pleexport.inspection.inspect import inspect as inspect_checkpoint
     from pleexport.show.inspection import describe_model
 
-    info = inspect_checkpoint(checkpoint)
+    info = inspect_checkpoint(
+        checkpoint,
+        revision=revision,
+        token=token,
+        offline=offline,
+        progress=Progress(quiet=as_json),
+    )
     _print_json(info) if as_json else typer.echo(describe_model(info))
 
 
@@ -163,6 +186,9 @@ def build(
             help="A tokenizer.json, or RWKV's vocabulary.", show_default="beside the weights"
         ),
     ] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
     overwrite: Annotated[bool, typer.Option(help="Replace a bundle at the same place.")] = False,
     verify: Annotated[
         bool, typer.Option(help="Compare with the PyTorch original; keep only what passes.")
@@ -192,7 +218,7 @@ def build(
 def verify(
     bundle: BundleArgument,
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="Checkpoint it was built from; without it, only files are checked."),
     ] = None,
     text: TextFileOption = None,
@@ -203,6 +229,9 @@ def verify(
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
     ] = None,
+    revision: RevisionOption = None,
+    token: TokenOption = None,
+    offline: OfflineOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check that a bundle is undamaged and computes what the PyTorch original computes.
@@ -230,6 +259,9 @@ def verify(
         checkpoint=checkpoint,
         text=text,
         tokenizer=tokenizer,
+        revision=revision,
+        token=token,
+        offline=offline,
         progress=Progress(quiet=as_json),
     )
     if result is None:

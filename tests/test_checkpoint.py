@@ -153,8 +153,10 @@ def test_shards_are_read_through_their_index(gemma4_checkpoint: Path, tmp_path: 
     np.testing.assert_array_equal(matched.rows(table, slice(3, 5)), expected)
 
     index.write_text(json.dumps({"weight_map": weight_map | {"ghost": "a.safetensors"}}))
-    with pytest.raises(CheckpointError, match="tensors that are in no file, `ghost` first"):
-        Checkpoint(folder)
+    assert Checkpoint(folder).notes == [
+        "`model.safetensors.index.json` lists tensor `ghost`, which is in no file; what the files "
+        "have counts"
+    ]
     (folder / "b.safetensors").unlink()
     with pytest.raises(CheckpointError, match="lists it"):
         Checkpoint(folder)
@@ -326,12 +328,12 @@ def test_both_spellings_of_the_global_head_size_mean_the_same(
 
 
 def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"config.json` does not exist"):
+    with pytest.raises(CheckpointError, match=r"is an empty folder"):
         Checkpoint(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match="is not valid JSON"):
         Checkpoint(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "config.json").write_text('{"model_type": "gemma4_text"}')
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="pickled weights"):
         Checkpoint(tmp_path)

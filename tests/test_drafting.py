@@ -73,7 +73,7 @@ def test_lookup_drafts_what_followed_the_longest_piece_that_agrees(
     if longest >= fewest:
         begin = len(agreed) - agreed[::-1].index(longest)  # behind the last of these
         expected = ids[begin : begin + min(longest, most)]
-    drafter = PromptLookup(fewest=fewest)
+    drafter = PromptLookup(fewest=fewest, most=fewest)
     for known in range(1, len(ids)):
         drafter.propose(ids[:known], most)
     assert drafter.propose(ids, most) == expected
@@ -90,6 +90,24 @@ def test_lookup_doubles_its_drafts_while_they_come_true() -> None:
     assert lengths[:4] == [2, 5, 11, 15]
     ids[-1] = 8
     assert drafter.propose(ids, 15) == []
+
+
+def test_lookup_asks_for_more_agreement_after_drafts_that_are_wrong() -> None:
+    # Pairs that come again and again, each time with something else behind them.
+    drafter, ids, drafts = PromptLookup(), [], 0
+    for i in range(200):
+        ids += [1, 2]
+        drafts += bool(drafter.propose(ids, 15))
+        ids += [100 + i]
+        drafts += bool(drafter.propose(ids, 15))
+    assert drafts == 1
+    passage = [*range(1000, 1040)]
+    ids += [*passage, 7, *passage[:3]]
+    assert drafter.propose(ids, 15) == []
+    ids += passage[3:4]
+    assert drafter.propose(ids, 15) == passage[4:8]
+    ids += [*passage[4:8], 7, *passage[:2]]
+    assert drafter.propose(ids, 15) == passage[2:5]  # one that came true needs less
 
 
 # That the text stays the same.

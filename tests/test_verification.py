@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import gemma4
 from resealed import change_header, change_rows
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
@@ -220,6 +221,38 @@ def test_the_first_token_that_the_original_would_not_write_is_found(
     )
     assert check is not None
     assert (check.tokens, check.equal_tokens, check.near_tie) == (32, equal, near_tie)
+
+
+def test_a_text_ends_with_an_id_that_has_no_row(tmp_path: Path) -> None:
+    folder = gemma4(tmp_path / "checkpoint", vocab_size_per_layer_input=90)
+    tensors = load_file(folder / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"]
+    head[100] *= 20  # one of the two is always the best
+    head[101] = -head[100]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    bundle = pleexport.build(
+        folder, tmp_path / "out", table_dtype="source", weight_dtype="fp32", context=64
+    )
+    text = json.loads((bundle.path / "parity.json").read_text())["text"]
+    assert text == {"tokens": 1, "equal_tokens": 1, "near_tie": False}
+    # The control: another id than the original's is a difference still, with a row or without.
+    checkpoint = Checkpoint(folder)
+    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+
+    class Swapped:
+        name = "swapped"
+        hidden = oracle.hidden
+
+        def logits(self, token_ids: Any, vectors: Any = None, *, keep: int = 0) -> Any:
+            logits = oracle.logits(token_ids, vectors, keep=keep)
+            logits[:, [100, 101]] = logits[:, [101, 100]]
+            return logits
+
+    check = check_greedy(
+        pleexport.Runner(bundle), oracle=Swapped(), prompt=[3, 4, 5], logit_range=60.0
+    )
+    assert check is not None
+    assert (check.tokens, check.equal_tokens, check.near_tie) == (1, 0, False)
 
 
 def test_dense_weights_are_in_memory_once(

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from copy import copy
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from pleexport.checkpoint.beside import notes_on_index, others
+from pleexport.checkpoint.folder import CONFIG, Contents, look_into
+from pleexport.checkpoint.foreign import refuse_foreign, refuse_text
+from pleexport.checkpoint.index import INDEX
+from pleexport.checkpoint.json_file import read_json
 from pleexport.checkpoint.pickled_file import PickledFile
+from pleexport.checkpoint.wrappers import note_on_wrappers, unwrapped
 from pleexport.dtypes import COMPUTED, torch_name
-from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.errors import CheckpointError
 from pleexport.safetensors_file import SafetensorsFile, TensorEntry
 
 GENERATION_CONFIG = "generation_config.json"
@@ -38,43 +45,58 @@ class Checkpoint:
     file, `.pth` or safetensors, of a family that has no config, or the folder around it. Weights
     are optional: a folder that has only a config can be inspected.
 
+    Args:
+        weights: otherwise only the config is opened.
+        name: what a bundle is called after; that of the folder or file by default.
+    Attributes:
+        notes: what contradicts itself in the folder, and what is read; for people.
+        read_by_transformers: `from_pretrained` finds the same tensors in the folder, by the same
+            names, and nothing else.
     Raises:
         CheckpointError: nothing there, no config where there has to be one, or damaged files; the
             text names the file.
+        UnsupportedError: weights in a format that is not read.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, weights: bool = True, name: str | None = None) -> None:
         self.path = Path(path)
+        self._name = name
         self.config: dict[str, Any] = {}
         if self.path.is_file():
-            self.folder, names = self.path.parent, [self.path.name]
+            self.folder, contents = self.path.parent, Contents((self.path.name,))
         elif self.path.is_dir():
-            self.folder, names = self.path, _weight_file_names(self.path)
-            if not names or (self.path / "config.json").exists():
-                self.config = _read_json(self.path / "config.json")
+            self.folder = self.path
+            self.config = _read_config(self.path / CONFIG)
+            contents = look_into(self.path, self.config) if weights else Contents(())
         else:
             raise CheckpointError(
                 f"`{self.path}` does not exist",
                 hint="pass the folder that holds config.json and the safetensors files, or a "
                 ".pth file",
             )
-        self.files: list[WeightFile] = [_open_weights(self.folder / name) for name in names]
-        self._file_of: dict[str, WeightFile] = {}
-        for file in self.files:
-            for name in file.entries:
-                if name in self._file_of:
-                    raise CheckpointError(
-                        f"tensor `{name}` is in both `{self._file_of[name].path.name}` and "
-                        f"`{file.path.name}`",
-                        hint="keep the files of one save only",
-                    )
-                self._file_of[name] = file
-        self._check_index()
+        self.files: list[WeightFile] = [
+            _open_weights(self.folder / name) for name in contents.weights
+        ]
+        by_name, twice = _by_name(self.files)
+        self._names = unwrapped(by_name)
+        self._file_of = {own: by_name[name] for own, name in self._names.items()}
+        wrappers = note_on_wrappers(self._names)
+        self.read_by_transformers = contents.as_transformers and not wrappers
+        index = contents.index
+        self.notes: list[str] = [
+            *contents.notes,
+            *(notes_on_index(index, by_name, self.folder, contents.weights) if index else ()),
+            *twice,
+            *wrappers,
+        ]
 
     @cached_property
     def entries(self) -> Mapping[str, TensorEntry]:
-        """Shape, dtype and place of every tensor, by its name in the files."""
-        return {name: file.entries[name] for name, file in self._file_of.items()}
+        """Shape, dtype and place of every tensor, by its name without what wrappers add."""
+        return {
+            name: replace(file.entries[self._names[name]], name=name)
+            for name, file in self._file_of.items()
+        }
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -111,112 +133,78 @@ class Checkpoint:
     def generation_config(self) -> dict[str, Any]:
         """`generation_config.json`, or an empty dict."""
         path = self.folder / GENERATION_CONFIG
-        return _read_json(path) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     @property
     def name(self) -> str:
         """What a bundle is called after."""
+        if self._name:
+            return self._name
         path = self.path.resolve()
         return path.name if path.is_dir() else path.stem
 
     def array(self, name: str) -> NDArray[Any]:
         """Tensor `name` as a read-only view of the mapped file, in its stored dtype."""
-        return self._file_of[name].array(name)
+        return self._file_of[name].array(self._names[name])
 
-    def _check_index(self) -> None:
-        index_path = self.path / "model.safetensors.index.json"
-        if not self.path.is_dir() or not index_path.exists():
-            return
-        missing = sorted(set(_read_json(index_path)["weight_map"]) - set(self._file_of))
-        if missing:
-            raise CheckpointError(
-                f"`{index_path}` lists {len(missing)} tensors that are in no file, "
-                f"`{missing[0]}` first",
-                hint="fetch the shards again; they and the index belong together",
-            )
+    def renamed(self, old: str, new: str, *, note: str) -> Checkpoint:
+        """The same files, with another name for a tensor, and a note on that."""
+        other = copy(self)
+        other.__dict__.pop("entries", None)  # it is made from the names
+        other._names = {new if own == old else own: name for own, name in self._names.items()}
+        other.notes = [*self.notes, note]
+        other._file_of = {new if own == old else own: f for own, f in self._file_of.items()}
+        return other
+
+    def others(self, read: Iterable[str] = ()) -> dict[str, list[str]]:
+        """By what they are, the files and folders beside the weights that nothing is read from.
+
+        Args:
+            read: names of files that somebody else reads.
+        """
+        if not self.path.is_dir():
+            return {}
+        own = [Path(file.path).relative_to(self.folder).parts[0] for file in self.files]
+        if len(own) > 1:
+            own.append(INDEX)
+        return others(self.folder, {*own, *read, CONFIG, GENERATION_CONFIG})
 
 
-def _gguf(path: Path) -> UnsupportedError:
-    return UnsupportedError(
-        f"`{path}` holds GGUF, which is not read",
-        hint="use the safetensors checkpoint that it was made from; for a form called "
-        "`q4_0-gguf`, that is the one called `q4_0-unquantized`",
-    )
+def _by_name(files: Iterable[WeightFile]) -> tuple[dict[str, WeightFile], list[str]]:
+    """Where each tensor is, and a note on those that are in two files: the last counts."""
+    found: dict[str, WeightFile] = {}
+    twice = []
+    for file in files:
+        for name in file.entries:
+            if name in found:
+                twice.append((name, found[name].path.name, file.path.name))
+            found[name] = file
+    if not twice:
+        return found, []
+    name, first, last = twice[0]
+    what = f"`{name}` is" if len(twice) == 1 else f"`{name}` and {len(twice) - 1} more tensors are"
+    return found, [f"{what} in both `{first}` and `{last}`; the latter is read, as in transformers"]
 
 
 def _open_weights(path: Path) -> WeightFile:
-    if path.suffix == ".gguf":
-        raise _gguf(path)
-    if path.suffix == ".pth":
-        return PickledFile(path)
-    return SafetensorsFile(path, error=CheckpointError)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as err:
+    of_torch = path.suffix == ".pth"
+    if path.suffix == ".json":
         raise CheckpointError(
-            f"`{path}` does not exist",
-            hint="a checkpoint folder holds config.json and the safetensors files",
-        ) from err
-    except OSError as err:
-        raise CheckpointError(
-            f"`{path}` cannot be read: {err.strerror}", hint="check the file and its permissions"
-        ) from err
-    except (ValueError, RecursionError) as err:
-        raise CheckpointError(
-            f"`{path}` is not valid JSON ({err})", hint="fetch the file again"
-        ) from err
-    if not isinstance(value, dict):
-        raise CheckpointError(f"`{path}` does not hold a JSON object", hint="fetch the file again")
-    return value
-
-
-def _weight_file_names(folder: Path) -> list[str]:
-    """Names of the weight files: the index's shards, or the only file there is."""
-    index_path = folder / "model.safetensors.index.json"
-    if index_path.exists():
-        weight_map = _read_json(index_path).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(name, str) for name in weight_map.values()
-        ):
-            raise CheckpointError(
-                f"`{index_path}` has no `weight_map` from tensor to file",
-                hint="fetch the index again",
-            )
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if Path(name).name != name:
-                raise CheckpointError(
-                    f"`{index_path}` points outside the folder: `{name}`",
-                    hint="do not use this checkpoint; a sound index names files beside it",
-                )
-            if not (folder / name).is_file():
-                raise CheckpointError(
-                    f"`{folder / name}` does not exist, but `{index_path.name}` lists it",
-                    hint="fetch the missing shard",
-                )
-        return names
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
-    if len(found) > 1:
-        raise CheckpointError(
-            f"`{folder}` holds {len(found)} safetensors files and no `{index_path.name}`",
-            hint="fetch the index, or leave one file",
+            f"`{path}` is a JSON file, not weights", hint="pass the folder that holds it"
         )
-    if not found:
-        found = sorted(path.name for path in folder.glob("*.pth"))
-        if len(found) > 1:
-            raise CheckpointError(
-                f"`{folder}` holds {len(found)} .pth files", hint="pass the path of one of them"
-            )
-    if not found and any(folder.glob("*.gguf")):
-        raise _gguf(folder)
-    if not found and any(folder.glob("*.bin")):
+    refuse_foreign(path, of_torch=of_torch)
+    refuse_text(path)
+    return PickledFile(path) if of_torch else SafetensorsFile(path, error=CheckpointError)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """config.json, or an empty dict where there is none."""
+    if not path.exists():
+        return {}
+    config = read_json(path)
+    if not config:
         raise CheckpointError(
-            f"`{folder}` holds pickled weights (*.bin), which are not opened",
-            hint="save it again with `model.save_pretrained(folder)`, which writes safetensors",
+            f"`{path}` is an empty object: it says nothing of the model",
+            hint="fetch the file again, as the model was published with it",
         )
-    return found
+    return config

@@ -21,6 +21,14 @@ from pleexport.sizes import align, groups
 _MAX_PROBLEMS_SHOWN = 20
 _ROWS_COMPARED = 4096
 _FOLDED_ROWS = 64
+_JOIN = (
+    "tensors without a number in them are what DeepSpeed (ZeRO 3) leaves in a model that was not "
+    "gathered: remove the file where the shards of an index lie beside it, or join the parts with "
+    "`zero_to_fp32.py`"
+)
+_MERGE = (
+    "an adapter was saved inside the model: save `model.merge_and_unload()`, or the adapter alone"
+)
 
 
 @dataclass(frozen=True)
@@ -43,8 +51,8 @@ class MatchedModel:
 
     def __init__(self, model: Model, checkpoint: Checkpoint) -> None:
         self.model = model
-        self.checkpoint = checkpoint
-        self.prefix = _text_prefix(model, checkpoint)
+        self.checkpoint = _with_tied_embedding(model, checkpoint)
+        self.prefix = _text_prefix(model, self.checkpoint)
         self._whole: dict[str, NDArray[np.float32]] = {}
         self.left_out, self.ignored = self._check()
 
@@ -54,6 +62,10 @@ class MatchedModel:
         if item.codes:
             keys = item.codes.keys
         return [self.checkpoint.entries[self._full_name(key)] for key in keys]
+
+    def names(self) -> list[str]:
+        """All tensors of the checkpoint that the model uses, each once."""
+        return [*dict.fromkeys(name for name, _, _ in self._expected())]
 
     @property
     def dtype(self) -> str:
@@ -290,7 +302,8 @@ class MatchedModel:
                 )
         problems += self._lying_shapes() if not problems else []
         if problems:
-            raise _everything(self.checkpoint, problems)
+            empty = [n for n in expected if n in entries and entries[n].shape == (0,)]
+            raise _everything(self.checkpoint, problems, hint=_JOIN if empty else None)
         left_out = [
             LeftOut(name, len(es), sum(e.size for e in es), sum(e.nbytes for e in es))
             for name, es in towers.items()
@@ -325,6 +338,27 @@ def _padded(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return whole
 
 
+def _with_tied_embedding(model: Model, checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with its input embedding, which may be there by the name of a tied head only.
+
+    `safetensors.torch.save_model` saves one of two names that share a tensor, and transformers
+    reads it for both.
+    """
+    head, entries = model.head, checkpoint.entries
+    others = [w.source_key for w in model.weights if w is not head and w.constant is None]
+    if head.key is None or head.codes or not others:
+        return checkpoint
+    for prefix, places in model.text_prefixes.items():
+        embedding = prefix + head.key
+        if prefix + others[0] not in entries or embedding in entries:
+            continue
+        own = next((p + head.name for p in (prefix, *places) if p + head.name in entries), None)
+        if own is not None:
+            note = f"`{embedding}` is in no file, and is read from the head it is tied to, `{own}`"
+            return checkpoint.renamed(own, embedding, note=note)
+    return checkpoint
+
+
 def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
     first = model.tables[0]
     key = first.codes.keys[0] if first.codes else first.keys[0]
@@ -336,12 +370,22 @@ def _text_prefix(model: Model, checkpoint: Checkpoint) -> str:
             f"`{checkpoint.path}` holds no safetensors files",
             hint="`pleexport inspect` works without weights; a build needs them",
         )
-    near = _nearest(next(iter(model.text_prefixes)) + key, list(checkpoint.entries))
+    there = _same_tensor(model, key, list(checkpoint.entries))
+    inside = any(".lora_A." in name or ".base_layer." in name for name in checkpoint.entries)
     raise CheckpointError(
         f"`{checkpoint.path}` has no tensor `{key}` under any of the known prefixes "
-        f"{', '.join(repr(p) for p in model.text_prefixes)}{near}",
-        hint="rename the tensors as the model was published, or save it again",
+        f"{', '.join(repr(p) for p in model.text_prefixes)}; `{there}` is there",
+        hint=_MERGE
+        if inside
+        else "rename the tensors as the model was published, or save it again",
     )
+
+
+def _same_tensor(model: Model, key: str, names: list[str]) -> str:
+    """What a checkpoint most likely calls a tensor; any of its names if nothing looks like it."""
+    ends_alike = [name for name in names if name.endswith(f".{key}")]
+    near = difflib.get_close_matches(next(iter(model.text_prefixes)) + key, names, n=1, cutoff=0.6)
+    return next(iter((*ends_alike, *near, *names)))
 
 
 def _nearest(name: str, candidates: list[str]) -> str:
@@ -350,13 +394,15 @@ def _nearest(name: str, candidates: list[str]) -> str:
     return f" (the nearest name is `{matches[0]}`)" if matches else ""
 
 
-def _everything(checkpoint: Checkpoint, problems: list[str]) -> CheckpointError:
+def _everything(
+    checkpoint: Checkpoint, problems: list[str], *, hint: str | None
+) -> CheckpointError:
     shown = problems[:_MAX_PROBLEMS_SHOWN]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")
     if len(shown) == 1:
-        return CheckpointError(f"`{checkpoint.path}`: {shown[0]}")
+        return CheckpointError(f"`{checkpoint.path}`: {shown[0]}", hint=hint)
     listed = "".join(f"\n  - {problem}" for problem in shown)
     return CheckpointError(
-        f"`{checkpoint.path}` does not fit the model, {len(problems)} problems:{listed}"
+        f"`{checkpoint.path}` does not fit the model, {len(problems)} problems:{listed}", hint=hint
     )

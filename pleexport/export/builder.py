@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Unpack
 import msgspec
 
 from pleexport import families
-from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.finite import bytes_to_check, check_finite
+from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -29,7 +31,7 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
-from pleexport.export.sealing import seal, staging_folder
+from pleexport.export.sealing import check_replaceable, seal, staging_folder
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
 from pleexport.export.text_files import TextFiles, text_files
 from pleexport.model import Model
@@ -46,7 +48,7 @@ from pleexport.runtime.bundle import (
     ParitySummary,
 )
 from pleexport.runtime.generation_config import GenerationConfig
-from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer
+from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
 from pleexport.sizes import size_text
 
 if TYPE_CHECKING:
@@ -70,7 +72,8 @@ def build(
     """Write a bundle.
 
     Args:
-        checkpoint: a Hugging Face folder, or a file of a family that has no config.
+        checkpoint: a Hugging Face folder, or a file of a family that has no config; or where else
+            it lies, see `find_remote`.
         out: folder of the bundle; `{checkpoint}-{target}` here by default.
         options: see `BuildOptions`.
     Returns:
@@ -80,27 +83,43 @@ def build(
         CheckFailed: the bundle does not compute what the original does.
     """
     with TemporaryDirectory(prefix="pleexport-") as scratch:
-        return _build(
-            Checkpoint(checkpoint), out, options, progress or Progress(quiet=True), Path(scratch)
-        )
+        return _build(checkpoint, out, options, progress or Progress(quiet=True), Path(scratch))
 
 
 def _build(
-    opened: Checkpoint,
+    checkpoint: str | Path,
     out: str | Path | None,
     options: BuildOptions,
     progress: Progress,
     scratch: Path,
 ) -> Bundle:
+    opened = open_checkpoint(
+        checkpoint,
+        revision=options.get("revision"),
+        token=options.get("token"),
+        offline=bool(options.get("offline")),
+        check=families.resolve,
+        progress=progress,
+    )
+    for note in opened.notes:
+        progress.note(f"note: {note}")
     model = families.resolve(opened)
     settings = resolve(options, quantized=model.is_quantized)
+    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
+    overwrite = bool(options.get("overwrite"))
+    check_replaceable(destination, overwrite=overwrite)
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
-    matched = mark_grids(MatchedModel(model, opened))
+    matched = MatchedModel(model, opened)
+    for note in matched.checkpoint.notes[len(opened.notes) :]:
+        progress.note(f"note: {note}")
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
-    text = text_files(Path(given or opened.folder), scratch)
+    place = Path(given or opened.folder)
+    for file in (tokenizer_files(place) | copied_files(opened)).values():
+        refuse_foreign(file)
+    text = text_files(place, scratch)
     copied = text.files | copied_files(opened)
     tokenizer = open_tokenizer(text.files)
     if tokenizer is None and given is not None:
@@ -108,6 +127,9 @@ def _build(
             f"there is no {' or '.join(TOKENIZERS)} at `{given}`",
             hint="`--tokenizer` takes one of these files, or the folder that holds it",
         )
+    with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
+        check_finite(matched, progress=update)
+    matched = mark_grids(matched)
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
     has_tokenizer = tokenizer is not None
     del tokenizer  # one with 262,144 tokens takes 0.2 GB
@@ -124,8 +146,7 @@ def _build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
-    with staging_folder(destination, overwrite=bool(options.get("overwrite"))) as staging:
+    with staging_folder(destination, overwrite=overwrite) as staging:
         _check_disk(staging, plan)
         _say_what_is_special(matched, plan, has_tokenizer, progress)
         for note in (*text.notes, *generation_notes):

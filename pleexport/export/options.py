@@ -57,6 +57,9 @@ class BuildOptions(TypedDict, total=False):
             rounded for the least error on it, and dtypes chosen for the least divergence.
         tokenizer: a tokenizer.json, a vocabulary of RWKV's World tokenizer, or a folder with
             either; what lies beside the weights by default.
+        revision: a branch, tag or commit of the Hugging Face hub; the main branch by default.
+        token: for the hub; the one that is logged in by default.
+        offline: take what was fetched of the hub before, and ask nobody.
         overwrite: replace a bundle at the same place; False by default.
         verify: compare with the PyTorch original, the default; a bundle that fails is not kept.
     """
@@ -74,6 +77,9 @@ class BuildOptions(TypedDict, total=False):
     max_bytes: int | str | None
     calibrate: str | Path | None
     tokenizer: str | Path | None
+    revision: str | None
+    token: str | None
+    offline: bool | None
     overwrite: bool | None
     verify: bool | None
 

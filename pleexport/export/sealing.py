@@ -24,12 +24,7 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
         BundleError: `out` exists and may not be replaced.
     """
     out = out.resolve()  # a link to a bundle stays a link, and `.` has a name
-    if out == Path.cwd():
-        raise BundleError(
-            "the current folder cannot be replaced by a bundle",
-            hint="go one up, or choose another folder with `--out`",
-        )
-    _check_replaceable(out, overwrite)
+    check_replaceable(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
@@ -41,7 +36,7 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield staging
         staging.chmod(0o755)
-        _check_replaceable(out, overwrite)  # again: a build takes its time
+        check_replaceable(out, overwrite=overwrite)  # again: a build takes its time
         if out.exists():
             retired = staging.with_name(staging.name + "-old")
             out.rename(retired)
@@ -69,8 +64,17 @@ def seal(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but an empty folder or, when told to, a bundle."""
+def check_replaceable(out: Path, *, overwrite: bool) -> None:
+    """Refuse to replace anything but an empty folder or, when told to, a bundle.
+
+    Raises:
+        BundleError: `out` exists and may not be replaced.
+    """
+    if out.resolve() == Path.cwd():
+        raise BundleError(
+            "the current folder cannot be replaced by a bundle",
+            hint="go one up, or choose another folder with `--out`",
+        )
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     try:

@@ -49,6 +49,7 @@ HARMLESS = frozenset(
         "torch_dtype",
         "torchscript",
         "transformers_version",
+        "transformers_weights",
         "unsloth_fixed",
         "unsloth_version",
         "use_bfloat16",

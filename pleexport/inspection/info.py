@@ -168,6 +168,13 @@ class TargetEstimate(msgspec.Struct, frozen=True, kw_only=True):
     predicted_divergence: float | None
 
 
+class Ignored(msgspec.Struct, frozen=True):
+    """Files and folders beside the weights that a build reads nothing from, all of one kind."""
+
+    what: str
+    names: list[str]
+
+
 class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     """What `inspect` finds out.
 
@@ -176,6 +183,7 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         vocab: token ids that the head knows.
         context: largest number of positions.
         weights: "found" and fitting the config, "none", or "unusable", as the notes explain.
+        ignored: everything in the folder that a build reads nothing from.
     """
 
     path: str
@@ -192,4 +200,5 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     towers: list[Tower]
     effective: Effective
     targets: list[TargetEstimate]
+    ignored: list[Ignored]
     notes: list[str]

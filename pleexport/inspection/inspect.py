@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from pleexport import families, targets
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
@@ -14,12 +17,21 @@ from pleexport.export.plan import copied_files
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import Counts, ModelInfo
+from pleexport.inspection.info import Counts, Ignored, ModelInfo
 from pleexport.model import Model
+from pleexport.parity.text import READ_FOR_TEXT
+from pleexport.progress import Progress
 from pleexport.runtime.tokenizer import tokenizer_files
 
 
-def inspect(path: str | Path) -> ModelInfo:
+def inspect(
+    path: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> ModelInfo:
     """Describe a checkpoint without reading its weights, but for a few rows of each matrix.
 
     These tell whether it was trained for a grid of 4 bits.
@@ -28,17 +40,27 @@ def inspect(path: str | Path) -> ModelInfo:
     is one whose weights do not fit their config; a note says why.
 
     Args:
-        path: a Hugging Face folder, or a file of a family that has no config.
+        path: a Hugging Face folder, or a file of a family that has no config. Of a checkpoint that
+            lies elsewhere only the config is fetched, no weights.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Raises:
         CheckpointError: no folder, no config, or damaged files.
         UnsupportedError: the model has no tables, or is of no known family.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = open_checkpoint(
+        path,
+        revision=revision,
+        token=token,
+        offline=offline,
+        weights=False,
+        progress=progress or Progress(quiet=True),
+    )
     model, source = families.resolve(checkpoint), checkpoint.dtype
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    copied = (copied_files(checkpoint) | tokenizer_files(checkpoint.folder)).values()
+    files = copied_files(checkpoint) | tokenizer_files(checkpoint.folder)
+    copied = files.values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
@@ -57,8 +79,14 @@ def inspect(path: str | Path) -> ModelInfo:
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
         ],
+        ignored=[
+            Ignored(what, names)
+            for what, names in checkpoint.others([*files, *READ_FOR_TEXT]).items()
+        ],
         notes=[
             *unmatched_notes,
+            *_sentences((matched.checkpoint if matched else checkpoint).notes),
+            *_notes_on_files(copied),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
@@ -98,8 +126,17 @@ def _notes_on_dtypes(matched: MatchedModel | None, checkpoint: Checkpoint) -> li
 
 def _notes_on_grids(matched: MatchedModel | None) -> list[str]:
     """What was trained for a grid of 4 bits; the numbers of a build follow from it."""
-    found = notes_on_grids(matched) if matched else []
-    return [f"{note[0].upper()}{note[1:]}." for note in found]
+    return _sentences(notes_on_grids(matched) if matched else [])
+
+
+def _notes_on_files(files: Iterable[Path]) -> list[str]:
+    """Files that a bundle would get, and that are something else, so that a build is refused."""
+    found = ((file, recognized(file)) for file in files)
+    return _sentences(kind.error(file).message for file, kind in found if kind)
+
+
+def _sentences(notes: Iterable[str]) -> list[str]:
+    return [f"{note[0].upper()}{note[1:]}." for note in notes]
 
 
 def _notes_on_counts(model: Model, counts: Counts) -> list[str]:

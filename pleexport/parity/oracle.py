@@ -20,7 +20,7 @@ from pleexport.checkpoint.compressed_tensors import CompressedTensors
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.quantized import read_quantization
 from pleexport.dtypes import FLOATS, numpy_dtype, torch_name
-from pleexport.errors import CheckpointError, MissingDependencyError
+from pleexport.errors import CheckpointError, MissingDependencyError, PleexportError
 from pleexport.model import Reference, Table, TransformersOriginal
 from pleexport.progress import quiet
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 # torch warns of torchao, which transformers imports where it is installed.
 _LOGGERS = ("transformers", "torch.utils._pytree")
+_SAID = 300
 
 
 class Oracle(Protocol):
@@ -86,14 +87,7 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
         self._rounded: dict[str, NDArray[Any]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        import torch
-
-        array = self._array(name)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch would warn that nobody may write to it
-            if array.dtype == numpy_dtype("bf16"):
-                return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-            return torch.from_numpy(array)
+        return _as_tensor(self._array(name))
 
     def _array(self, name: str) -> NDArray[Any]:
         array = self._checkpoint.array(name)
@@ -109,6 +103,17 @@ class CheckpointTensors(Mapping[str, "Tensor"]):
 
     def __len__(self) -> int:
         return len(self._checkpoint.entries)
+
+
+def _as_tensor(array: NDArray[Any]) -> Tensor:
+    """A view of an array that nobody may write to."""
+    import torch
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch would warn of that
+        if array.dtype == numpy_dtype("bf16"):
+            return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
 
 
 class StepOracle:
@@ -171,7 +176,7 @@ class TransformersOracle:
         matched: for a quantized checkpoint, what its codes stand for.
     Raises:
         MissingDependencyError: transformers is not installed.
-        CheckpointError: transformers does not find all weights in the checkpoint.
+        CheckpointError: transformers does not find all weights in the checkpoint, or refuses it.
     """
 
     def __init__(
@@ -193,13 +198,14 @@ class TransformersOracle:
             ) from err
         self._torch = torch
         self.name = f"transformers {transformers.__version__}"
-        self._original = original
-        if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
-            self._model = self._load_with_codes(matched).eval()
-        else:
-            with _scales_of(matched.model.tables if matched else ()):
-                self._model = self._load(checkpoint).eval()
-        widen_where_used(self._model)
+        self._original, self._path = original, checkpoint.path
+        with self._in_one_sentence("load"):
+            if matched and isinstance(read_quantization(checkpoint.config), CompressedTensors):
+                self._model = self._load_with_codes(matched).eval()
+            else:
+                with _scales_of(matched.model.tables if matched else ()):
+                    self._model = self._load(checkpoint).eval()
+            widen_where_used(self._model)
         for module in self._model.modules():
             if hasattr(module, "embedding_quantized"):
                 module.output_dtype = torch.float32  # it is no parameter, and not widened
@@ -213,7 +219,7 @@ class TransformersOracle:
         keep: int = 0,
     ) -> NDArray[np.float32]:
         """See `Oracle.logits`."""
-        with self._torch.no_grad(), quiet(*_LOGGERS):
+        with self._in_one_sentence("run"), self._torch.no_grad(), quiet(*_LOGGERS):
             return self._call(token_ids, vectors, keep)
 
     def hidden(self, token_ids: Sequence[int]) -> list[NDArray[np.float32]]:
@@ -230,7 +236,7 @@ class TransformersOracle:
 
         hooks = [layer.register_forward_hook(record) for layer in self._layers]
         try:
-            with self._torch.no_grad(), quiet(*_LOGGERS):
+            with self._in_one_sentence("run"), self._torch.no_grad(), quiet(*_LOGGERS):
                 ids = self._torch.tensor([list(token_ids)])
                 self._model.get_decoder()(input_ids=ids, use_cache=False)
         finally:
@@ -252,6 +258,21 @@ class TransformersOracle:
             for scale, own in zip(scales, kept, strict=True):
                 scale.data = own
 
+    @contextmanager
+    def _in_one_sentence(self, verb: str) -> Iterator[None]:
+        """Say in a sentence what transformers raises, which may be anything."""
+        try:
+            yield
+        except PleexportError:
+            raise
+        except Exception as err:
+            said = " ".join(str(err).split()) or type(err).__name__
+            said = said if len(said) <= _SAID else f"{said[:_SAID]} ..."
+            raise CheckpointError(
+                f"{self.name} cannot {verb} the original in `{self._path}`: {said}",
+                hint="mend what it says, or build with `--no-verify`, which compares with nothing",
+            ) from err
+
     def _call(
         self,
         token_ids: Sequence[int],
@@ -266,17 +287,28 @@ class TransformersOracle:
         return logits
 
     def _load(self, checkpoint: Checkpoint) -> Any:
-        """Load the text model alone, also of a multimodal checkpoint."""
+        """Load the text model alone, also of a multimodal checkpoint.
+
+        transformers finds the files of a folder by itself. It is given tensors where it would find
+        others, or by other names.
+        """
         import transformers
 
         with _quiet_transformers():
             config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
-            model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                str(checkpoint.path),
-                config=config,
-                local_files_only=True,
-                **self._loading(checkpoint),
-            )
+            if checkpoint.read_by_transformers:
+                model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                    str(checkpoint.path),
+                    config=config,
+                    local_files_only=True,
+                    **self._loading(checkpoint),
+                )
+            else:
+                made = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+                tensors = {name: _as_tensor(checkpoint.array(name)) for name in checkpoint.entries}
+                model, info = made.from_pretrained(
+                    None, config=config, state_dict=tensors, **self._loading(checkpoint)
+                )
         _check_missing(info, checkpoint)
         return model
 

@@ -102,6 +102,7 @@ class GreedyCheck(msgspec.Struct, frozen=True, kw_only=True):
     """Greedy text against the original's.
 
     Attributes:
+        tokens: how many were compared; a text ends with an id that has no row.
         equal_tokens: how many agree before the first difference.
         near_tie: the first difference is between two logits closer than rounding.
     """

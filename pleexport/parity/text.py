@@ -32,6 +32,13 @@ _SOURCES = (
     "vocab.json",
     "vocab.txt",
 )
+# All that a tokenizer and its chat templates are made from.
+READ_FOR_TEXT = (
+    *_SOURCES,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt"),
+    *("chat_template.jinja", "additional_chat_templates"),
+    *("chat_template.json", "processor_config.json"),
+)
 _NONE_OF_ITS_KIND = "transformers has no tokenizer of this kind"
 _NONE_AT_ALL = "the checkpoint has no tokenizer"
 _SHOWN = 60  # characters of a text in a sentence

@@ -7,8 +7,8 @@ from pathlib import Path
 from pleexport import families
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
-from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.remote import open_checkpoint
 from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
 from pleexport.parity.compare import compare
@@ -28,6 +28,9 @@ def verify(
     checkpoint: str | Path | None = None,
     text: str | Path | None = None,
     tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    offline: bool = False,
     progress: Progress | None = None,
 ) -> ParityReport | None:
     """Check a bundle's files, and compare it with the PyTorch original.
@@ -37,6 +40,7 @@ def verify(
         checkpoint: what the bundle was built from, a folder or a file; without it, files only.
         text: a text file to measure logits and fidelity on; a short English text by default.
         tokenizer: what the build was given as such; what lies beside the weights by default.
+        revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Returns:
         the report, or None without a checkpoint.
     Raises:
@@ -52,11 +56,15 @@ def verify(
         blob.verify(update)
     if checkpoint is None:
         return None
-    source = Checkpoint(checkpoint)
+    source = open_checkpoint(
+        checkpoint, revision=revision, token=token, offline=offline, progress=progress
+    )
     model = families.resolve(source).with_cache(opened.manifest.cache_dtype)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, source))
+    for note in matched.checkpoint.notes:
+        progress.note(f"note: {note}")
     graph = opened.decoder
     context = opened.manifest.context
     if describe(model, load(graph.backend), context=context) != graph.contract:

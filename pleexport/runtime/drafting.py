@@ -39,32 +39,51 @@ class PromptLookup:
 
     As many tokens are drafted as agree already: few after a chance resemblance, many where a
     passage is repeated. So a deviation costs little, and one accepted draft doubles the next.
+    After a draft of which nothing came true, twice as many tokens must agree, and half as many
+    after a better one. A text that only resembles itself by chance so costs next to nothing.
 
     Args:
-        fewest: tokens that must agree.
+        fewest: tokens that must agree at first, and at least.
+        most: tokens that must agree at most.
     """
 
-    def __init__(self, *, fewest: int = 2) -> None:
-        self._fewest = fewest
+    def __init__(self, *, fewest: int = 2, most: int = 8) -> None:
+        self._fewest, self._most, self._needed = fewest, most, fewest
         self._text: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+        self._drafted: list[int] = []
+        self._drafted_at = 0
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
         """See `Drafter.propose`."""
         self._text = np.append(self._text, np.asarray(ids[len(self._text) :], dtype=np.int64))
         text, last = self._text, len(self._text) - 1
+        self._learn()
         # Where the last token stood before; then those of these that agree one further back.
         ends, agreed = np.flatnonzero(text[:last] == text[last]), 1
-        while len(ends) and agreed < max(most, self._fewest):
+        while len(ends) and agreed < max(most, self._needed):
             longer = ends[ends >= agreed]
             longer = longer[text[longer - agreed] == text[last - agreed]]
             if not len(longer):
                 break
             ends, agreed = longer, agreed + 1
-        if not len(ends) or agreed < self._fewest:
+        if not len(ends) or agreed < self._needed:
             return []
         begin = int(ends[-1]) + 1
-        drafted: list[int] = text[begin : begin + min(agreed, most)].tolist()
-        return drafted
+        self._drafted = text[begin : begin + min(agreed, most)].tolist()
+        self._drafted_at = len(text)
+        return self._drafted
+
+    def _learn(self) -> None:
+        """How the last draft did, of which the text holds at least the first token now."""
+        drafted, self._drafted = self._drafted, []
+        if not drafted:
+            return
+        came = self._text[self._drafted_at : self._drafted_at + len(drafted)]
+        wrong = came != drafted[: len(came)]
+        if wrong[0]:
+            self._needed = min(2 * self._needed, self._most)
+        else:
+            self._needed = max(self._needed // 2, self._fewest)
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}

@@ -17,6 +17,7 @@ def describe_model(info: ModelInfo) -> str:
         _effective(info),
         _targets(info),
         _bits(info),
+        _ignored(info),
         _notes(info),
     ]
     return "\n\n".join("\n".join(part) for part in parts if part)
@@ -172,6 +173,13 @@ def _remarks(estimate: TargetEstimate) -> list[str]:
     for note in estimate.delivery:
         lines += paragraph(f"{estimate.target}: {note}.")
     return lines
+
+
+def _ignored(info: ModelInfo) -> list[str]:
+    lines = ["Not read"]
+    for kind in info.ignored:
+        lines += paragraph(f"{kind.what}: {', '.join(kind.names)}")
+    return lines if info.ignored else []
 
 
 def _notes(info: ModelInfo) -> list[str]:
