@@ -108,6 +108,16 @@ def test_ids_of_a_bundle_are_those_of_the_original(
         assert runner.encode([HELLO], arguments) == expected
 
 
+def test_the_library_opens_a_bundle_as_it_opens_the_checkpoint(
+    bundle: Path, checkpoint: Path
+) -> None:
+    stored, original = (AutoTokenizer.from_pretrained(folder) for folder in (bundle, checkpoint))
+    for text in ("ab a b<late>é€", "<wide> <tool>"):
+        assert stored(text)["input_ids"] == original(text)["input_ids"]
+    assert stored.special_tokens_map == original.special_tokens_map
+    assert stored.apply_chat_template([HELLO], tokenize=False).startswith("(none)<turn>user")
+
+
 def test_an_answer_that_was_begun_goes_on(runner: pleexport.Runner, checkpoint: Path) -> None:
     original = AutoTokenizer.from_pretrained(checkpoint, chat_template=THINKING)
     begun = [HELLO, {"role": "assistant", "content": "ab a"}]
@@ -154,6 +164,7 @@ class Scripted:
     def __init__(self, folder: Path, answers: Sequence[str]) -> None:
         self.tokenizer = Tokenizer(tokenizer_files(folder))
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(eos_token_ids=[1]))
+        self.config = SimpleNamespace(stop_strings="b!")
         self._answers, self.prompts = iter(answers), []  # type: ignore[var-annotated]
 
     def encode(self, messages: Any, arguments: Any) -> list[int]:
@@ -214,10 +225,10 @@ def test_a_message_that_cannot_be_answered_is_forgotten(tmp_path: Path) -> None:
 
 
 def test_a_stop_string_is_not_kept(tmp_path: Path) -> None:
-    model = scripted(tmp_path, "abca")
+    model = scripted(tmp_path, "abca", "ab!ca")
     conversation = Conversation(model, stop=["c"])  # type: ignore[arg-type]
-    asked(conversation, "a")
-    assert conversation.messages[-1]["content"] == "ab"
+    asked(conversation, "a", "a")
+    assert [m["content"] for m in conversation.messages[1::2]] == ["ab", "a"]
 
 
 @pytest.mark.parametrize(
