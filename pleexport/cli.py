@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -247,6 +248,10 @@ def verify(
     adapters: AdaptersOption = None,
     base: BaseOption = None,
     text: TextFileOption = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="What `build --tokenizer` was given.", show_default="beside the weights"),
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write an HTML report with plots.", metavar="FILE.html")
     ] = None,
@@ -266,8 +271,14 @@ def verify(
     from pleexport.show.html import write_html
     from pleexport.show.parity import describe_parity
 
-    if (report or text or adapters or base) and not checkpoint:
-        what = "a report" if report else "a text" if text else "an adapter"
+    given = {
+        "a report": report,
+        "a text": text,
+        "a tokenizer": tokenizer,
+        "an adapter": adapters or base,
+    }
+    what = next((name for name, value in given.items() if value), None)
+    if what and not checkpoint:
         raise errors.PleexportError(
             f"{what} compares with the original", hint="add `--checkpoint CKPT`"
         )
@@ -281,6 +292,7 @@ def verify(
         adapters=adapters,
         base=base,
         text=text,
+        tokenizer=tokenizer,
         revision=revision,
         token=token,
         offline=offline,
@@ -360,6 +372,23 @@ def run(
     chat: Annotated[
         bool, typer.Option(help="Use the tokenizer's chat template where it has one.")
     ] = True,
+    system: Annotated[
+        str | None, typer.Option(help="What the model is told before the conversation.")
+    ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(help="Tools that the model may call: a list in JSON.", metavar="FILE.json"),
+    ] = None,
+    template_argument: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the chat template may ask for, e.g. enable_thinking=true; may be repeated.",
+            metavar="NAME=JSON",
+        ),
+    ] = None,
+    show_thinking: Annotated[
+        bool, typer.Option("--show-thinking", help="Show the model's thoughts too.")
+    ] = False,
     stats: Annotated[bool, typer.Option(help="Print speed, drafts, memory and lookups.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
     packed_weights: PackedOption = None,
@@ -368,6 +397,7 @@ def run(
 
     Example: pleexport run phone-bundle --prompt "In the beginning" --stats
     """
+    from pleexport.runtime.conversation import Conversation
     from pleexport.runtime.runner import Prompt, Runner
     from pleexport.show.stats import describe_stats
 
@@ -375,6 +405,7 @@ def run(
         raise errors.PleexportError(
             "`--prompt` and `--ids` exclude each other", hint="leave one of them out"
         )
+    arguments = _template_arguments(template_argument or [], tools)
     runner = Runner(bundle, threads=threads, packed_weights=packed_weights)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -390,26 +421,45 @@ def run(
         **_parse_options(option or []),
     }
 
-    def answer(text: Prompt) -> str:
-        shown = []
-        for token in runner.generate(text, **options):
-            piece = token.text if runner.tokenizer else f"{token.id} "
-            shown.append(piece)
+    has_template = runner.tokenizer is not None and runner.tokenizer.has_chat_template
+    as_chat = chat and has_template and ids is None
+    if not as_chat and (arguments or system is not None):
+        raise errors.PleexportError(
+            "`--system`, `--tools` and `--template-argument` are for a chat template, and there is "
+            "none in use",
+            hint="leave them out" if chat else "leave `--no-chat` out",
+        )
+
+    def show(pieces: Iterable[str]) -> None:
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         sys.stdout.write("\n")
         sys.stdout.flush()
         if stats:
             typer.echo(describe_stats(runner.stats, runner.config), err=True)
-        return "".join(shown)
 
-    as_chat = chat and runner.tokenizer is not None and runner.tokenizer.chat_template is not None
+    def text_of(text: Prompt) -> Iterator[str]:
+        for token in runner.generate(text, **options):
+            yield token.text if runner.tokenizer else f"{token.id} "
+
+    ask: Callable[[str], Iterator[str]] = text_of
+    if as_chat:
+        ask = Conversation(
+            runner,
+            system=system,
+            template_arguments=arguments,
+            show_thinking=show_thinking,
+            **options,
+        ).ask
     if ids is not None:
-        answer(_parse_ids(ids))
+        show(text_of(_parse_ids(ids)))
     elif prompt is not None:
-        answer([{"role": "user", "content": prompt}] if as_chat else prompt)
+        show(ask(prompt))
     else:
-        _interactive(answer, as_chat=as_chat)
+        _interactive(
+            lambda line: show(ask(line)), what="message" if as_chat else "text to continue"
+        )
 
 
 @app.command()
@@ -486,6 +536,9 @@ def main() -> None:
     """Run the command line; every expected failure is one sentence and an exit code."""
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
+    with contextlib.suppress(AttributeError):
+        # Whatever the locale: what is no UTF-8 is replaced, and a text goes on.
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _interrupt)
@@ -510,12 +563,10 @@ def main() -> None:
         raise SystemExit(130) from None
 
 
-def _interactive(answer: Any, *, as_chat: bool) -> None:
+def _interactive(answer: Callable[[str], object], *, what: str) -> None:
     if sys.stdin is None:
         raise errors.PleexportError("there is no input", hint="pass `--prompt TEXT`")
-    what = "message" if as_chat else "text to continue"
     typer.echo(f"Type a {what} and press Enter; end with Ctrl-D.", err=True)
-    messages: list[dict[str, str]] = []
     while True:
         try:
             # A prompt, and editing of the line, for people only.
@@ -524,14 +575,44 @@ def _interactive(answer: Any, *, as_chat: bool) -> None:
             return
         if not line.strip():
             continue
-        messages.append({"role": "user", "content": line})
         try:
-            text = answer(messages if as_chat else line)
+            answer(line)
         except errors.PleexportError as err:
             typer.echo(f"error: {err.message}", err=True)
-            messages.pop()
-            continue
-        messages.append({"role": "assistant", "content": text})
+
+
+def _template_arguments(pairs: list[str], tools: Path | None) -> dict[str, Any]:
+    """What a chat template may ask for, each given as `NAME=JSON` or `NAME=TEXT`, and tools."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name.isidentifier():
+            raise errors.PleexportError(
+                f"`{pair}` is not a name, an equals sign and a value",
+                hint="e.g. `--template-argument enable_thinking=true`",
+            )
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    if tools is not None:
+        found["tools"] = _read_tools(tools)
+    return found
+
+
+def _read_tools(path: Path) -> list[dict[str, Any]]:
+    """Tools as JSON schemas, of a file."""
+    try:
+        tools = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as err:
+        raise errors.PleexportError(
+            f"`{path}` is not valid JSON ({err})", hint="it is a list of tools, as JSON schemas"
+        ) from err
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise errors.PleexportError(
+            f"`{path}` is not a list of objects", hint="it is a list of tools, as JSON schemas"
+        )
+    return tools
 
 
 def _parse_ids(text: str) -> list[int]:

@@ -16,9 +16,11 @@ from pleexport.parity.report import (
     LogitsCheck,
     ParityReport,
     TableCheck,
+    TextCheck,
     find_failures,
     write_report,
 )
+from pleexport.show.parity import describe_parity
 
 TABLE = TableCheck(
     table="embed_tokens",
@@ -43,6 +45,16 @@ LOGITS = LogitsCheck(
 )
 GREEDY = GreedyCheck(tokens=32, equal_tokens=32, near_tie=False)
 COST = Fidelity(what="both", kl=0.1, perplexity=20.0, top1_agreement=0.9)
+TEXT = TextCheck(
+    original="transformers 5, GemmaTokenizer",
+    not_compared=None,
+    template="chat_template.jinja",
+    texts=1051,
+    conversations=21,
+    refused=2,
+    streams=1451,
+    differences=(),
+)
 REPORT = ParityReport(
     oracle="transformers 5",
     exact=True,
@@ -104,6 +116,7 @@ def test_the_file_has_every_field_and_the_verdict(tmp_path: Path) -> None:
     assert list(written) == [
         "oracle",
         "exact",
+        "tokenizer",
         "tables",
         "logits",
         "text",
@@ -254,3 +267,36 @@ def test_every_failure_is_told_and_a_layer_only_where_nothing_else_is() -> None:
         f"logits, step: largest error 2.00e-01 of the range exceeds 1e-04{where}",
         f"greedy text differs from the original's at token 3{where}",
     )
+
+
+@pytest.mark.parametrize(
+    ("check", "lines"),
+    [
+        (
+            TEXT,
+            [
+                "Text and ids (1,051 texts, 1,451 streams, 21 conversations by "
+                "chat_template.jinja, 2 of them refused by both):",
+                "  equal to those of transformers 5, GemmaTokenizer",
+            ],
+        ),
+        (
+            msgspec.structs.replace(TEXT, original=None, template=None, not_compared="it is odd"),
+            [
+                "Text and ids (1,051 texts, 1,451 streams, no chat template):",
+                "  not compared with an original: it is odd",
+            ],
+        ),
+        (msgspec.structs.replace(TEXT, differences=("x",)), ["  DIFFER, see below"]),
+    ],
+)
+def test_text_and_ids_are_shown(check: TextCheck, lines: list[str]) -> None:
+    shown = describe_parity(with_(REPORT, tokenizer=check)).splitlines()
+    assert [line for line in lines if line not in shown] == []
+
+
+def test_text_that_differs_fails() -> None:
+    wrong = msgspec.structs.replace(TEXT, differences=("the text 'a' becomes the ids [1]",))
+    measured = EXACT | {"tokenizer": wrong}
+    assert find_failures(**measured) == ("text: the text 'a' becomes the ids [1]",)
+    assert find_failures(**(EXACT | {"tokenizer": TEXT})) == ()

@@ -11,7 +11,6 @@ from pleexport import targets
 from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
-from pleexport.checkpoint.adapters.adapted import adapters_of
 from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
 from pleexport.contract import GraphContract
 from pleexport.dtypes import QUANTIZED, packed_bytes
@@ -22,7 +21,6 @@ from pleexport.export.options import Settings
 from pleexport.export.sensitivity import Sensitivity, TypicalSensitivity
 from pleexport.model import Model
 from pleexport.runtime.blob_layout import Segment
-from pleexport.runtime.tokenizer import TOKENIZERS, tokenizer_files
 from pleexport.sizes import size_text
 from pleexport.tied_layout import TiedLayout
 
@@ -186,23 +184,10 @@ def make_plan(
     )
 
 
-def copied_files(checkpoint: Checkpoint, tokenizer: Path | None = None) -> dict[str, Path]:
-    """What a bundle gets as it is, by the names that it has there.
-
-    Args:
-        tokenizer: a file or folder; that of an adapter or beside the weights by default.
-    """
-    files = tokenizer_files(tokenizer or tokenizer_folder(checkpoint))
+def copied_files(checkpoint: Checkpoint) -> dict[str, Path]:
+    """What a bundle gets beside its tokenizer as it is, by the names that it has there."""
     generation = checkpoint.folder / GENERATION_CONFIG
-    return files | ({GENERATION_CONFIG: generation} if generation.is_file() else {})
-
-
-def tokenizer_folder(checkpoint: Checkpoint) -> Path:
-    """Where a checkpoint's tokenizer is: the last adapter's that brings one, else the weights'."""
-    for adapter in reversed(adapters_of(checkpoint)):
-        if tokenizer_files(adapter.folder).keys() & set(TOKENIZERS):
-            return adapter.folder
-    return checkpoint.folder
+    return {GENERATION_CONFIG: generation} if generation.is_file() else {}
 
 
 def _structure_bytes(model: Model) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pleexport import targets
-from pleexport.checkpoint.adapters.adapted import adapters_of
+from pleexport.checkpoint.adapters.adapted import adapters_of, tokenizer_folder
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.foreign import recognized
@@ -21,7 +21,9 @@ from pleexport.inspection.effective import effective_count, find_published, publ
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
 from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo
 from pleexport.model import Model
+from pleexport.parity.text import READ_FOR_TEXT
 from pleexport.progress import Progress
+from pleexport.runtime.tokenizer import tokenizer_files
 
 
 def inspect(
@@ -64,7 +66,7 @@ def inspect(
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    files = copied_files(checkpoint)
+    files = copied_files(checkpoint) | tokenizer_files(tokenizer_folder(checkpoint))
     copied = files.values()
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
@@ -88,7 +90,10 @@ def inspect(
         targets=[
             estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
         ],
-        ignored=[Ignored(what, names) for what, names in checkpoint.others(files).items()],
+        ignored=[
+            Ignored(what, names)
+            for what, names in checkpoint.others([*files, *READ_FOR_TEXT]).items()
+        ],
         notes=[
             *unmatched_notes,
             *_sentences((matched.checkpoint if matched else checkpoint).notes),

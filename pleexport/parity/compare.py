@@ -18,7 +18,7 @@ from pleexport.parity.layers import first_diverging_layer, layer_errors, takes_a
 from pleexport.parity.logits import check_logits, compared_positions, feed_modes, parity_ids
 from pleexport.parity.metrics import logit_range
 from pleexport.parity.oracle import Oracle
-from pleexport.parity.report import ParityReport, find_failures
+from pleexport.parity.report import ParityReport, TextCheck, find_failures
 from pleexport.parity.rows import check_table
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.bundle import Bundle
@@ -34,12 +34,14 @@ def compare(
     matched: MatchedModel,
     oracle: Oracle,
     text_ids: Sequence[int] | None = None,
+    tokenizer: TextCheck | None = None,
     progress: Callable[[int], object] = lambda _: None,
 ) -> ParityReport:
     """Run all levels, one after the other, and assemble the report.
 
     Args:
         text_ids: a text to measure logits and fidelity on; random ids where there is none.
+        tokenizer: what was found out about text and ids.
         progress: called with the number of rows checked since its last call.
     """
     blob = bundle.open_blob()
@@ -82,6 +84,7 @@ def compare(
         logits=logits,
         greedy=greedy,
         computing_dtypes=computing_dtypes,
+        tokenizer=tokenizer,
     )
     errors: tuple[float, ...] = ()
     if not takes_a_build(bundle) or find(first_diverging_layer=None):
@@ -99,6 +102,7 @@ def compare(
         fidelity=cost.entries,
         fidelity_tokens=cost.tokens,
         failures=find(first_diverging_layer=diverging),
+        tokenizer=tokenizer,
     )
 
 

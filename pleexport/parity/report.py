@@ -22,6 +22,30 @@ KL_LIMITS = {"fp16": 0.01, "int8": 0.05, "int4": 0.5}
 LEAST_CORRELATION = {"fp16": 0.999, "int8": 0.95, "int4": 0.7}
 
 
+class TextCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """Text and ids against the original's tokenizer.
+
+    Attributes:
+        original: its name; None where it was not compared.
+        not_compared: why not, as a clause. Streams are compared with decodings all the same.
+        template: the file with the chat template; None where there is none.
+        texts, conversations, streams: how many were compared. Streams are ids of texts, and ids as
+            a model might write them.
+        refused: of the conversations, those for which the original's template has no prompt, and
+            ours has none either.
+        differences: for each kind of comparison one sentence, if anything differs.
+    """
+
+    original: str | None
+    not_compared: str | None
+    template: str | None
+    texts: int
+    conversations: int
+    refused: int
+    streams: int
+    differences: tuple[str, ...]
+
+
 class TableCheck(msgspec.Struct, frozen=True, kw_only=True):
     """One table, every row read back.
 
@@ -108,6 +132,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         exact: the bundle is held to float32 noise instead of a KL limit.
+        tokenizer: of text, ids and prompts; None where the bundle has no tokenizer.
         layer_errors: by layer, relative error of what it hands on (root mean square). Empty where
             logits agree and hidden values of so large a bundle would take another build.
         first_diverging_layer: None where none is beyond the limit.
@@ -119,6 +144,7 @@ class ParityReport(msgspec.Struct, frozen=True, kw_only=True):
 
     oracle: str
     exact: bool
+    tokenizer: TextCheck | None = None
     tables: tuple[TableCheck, ...]
     logits: tuple[LogitsCheck, ...]
     text: GreedyCheck | None
@@ -152,6 +178,7 @@ def find_failures(
     greedy: GreedyCheck | None,
     first_diverging_layer: int | None,
     computing_dtypes: Collection[str],
+    tokenizer: TextCheck | None = None,
 ) -> tuple[str, ...]:
     """One sentence for each check that failed; a bundle passes where there is none.
 
@@ -164,7 +191,8 @@ def find_failures(
         if first_diverging_layer is not None
         else ""
     )
-    failures = [_table_problem(check) for check in tables if check.first_bad_row is not None]
+    failures = [f"text: {difference}" for difference in tokenizer.differences] if tokenizer else []
+    failures += [_table_problem(check) for check in tables if check.first_bad_row is not None]
     coarsest = _coarsest({table.dtype for table in tables} | {*computing_dtypes})
     for check in logits:
         problem = _exact_problem(check) if exact else _rounded_problem(check, coarsest)

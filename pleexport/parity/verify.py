@@ -7,7 +7,11 @@ from pathlib import Path
 
 from pleexport.backends.describe import describe
 from pleexport.backends.registry import load
-from pleexport.checkpoint.adapters.adapted import adapters_of, digest_of_base
+from pleexport.checkpoint.adapters.adapted import (
+    adapters_of,
+    digest_of_base,
+    tokenizer_folder,
+)
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
@@ -16,7 +20,8 @@ from pleexport.errors import CheckpointError, InputError
 from pleexport.families.opening import open_model
 from pleexport.parity.compare import compare
 from pleexport.parity.oracle import open_oracle
-from pleexport.parity.report import ParityReport
+from pleexport.parity.report import ParityReport, TextCheck
+from pleexport.parity.text import check_text_of
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle
 from pleexport.runtime.tokenizer import open_tokenizer
@@ -31,6 +36,7 @@ def verify(
     adapters: Sequence[AdapterChoice] | None = None,
     base: str | Path | None = None,
     text: str | Path | None = None,
+    tokenizer: str | Path | None = None,
     revision: str | None = None,
     token: str | None = None,
     offline: bool = False,
@@ -43,6 +49,7 @@ def verify(
         checkpoint: what the bundle was built from, a folder or a file; without it, files only.
         adapters, base: as for the build.
         text: a text file to measure logits and fidelity on; a short English text by default.
+        tokenizer: what the build was given as such; what lies beside the weights by default.
         revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
     Returns:
         the report, or None without a checkpoint.
@@ -82,7 +89,11 @@ def verify(
             f"`{opened.path}` was not built from `{source.path}`: their shapes differ",
             hint="pass the checkpoint that the bundle was built from",
         )
-    return compare_with_original(opened, matched, text=text, progress=progress)
+    with progress.step("Comparing text and ids"):
+        checked = check_text_of(
+            open_tokenizer(opened.tokenizer_files), Path(tokenizer or tokenizer_folder(source))
+        )
+    return compare_with_original(opened, matched, text=text, checked=checked, progress=progress)
 
 
 def _check_adapters(bundle: Bundle, source: Checkpoint) -> None:
@@ -108,19 +119,36 @@ def compare_with_original(
     matched: MatchedModel,
     *,
     text: str | Path | None = None,
+    checked: TextCheck | None = None,
     progress: Progress,
 ) -> ParityReport:
-    """Parity of a bundle with the checkpoint that it was built from."""
+    """Parity of a bundle with the checkpoint that it was built from.
+
+    Args:
+        checked: what was found out about text and ids.
+    """
     with progress.step("Loading the PyTorch original"):
         oracle = open_oracle(matched)
-    ids = None
+    ids = _text_ids(bundle, text, num_rows=matched.model.num_rows)
+    rows = matched.model.num_rows * len(matched.model.tables)
+    with progress.count("Comparing rows, logits and text", rows, "rows") as update:
+        return compare(
+            bundle,
+            matched=matched,
+            oracle=oracle,
+            text_ids=ids,
+            tokenizer=checked,
+            progress=update,
+        )
+
+
+def _text_ids(bundle: Bundle, text: str | Path | None, *, num_rows: int) -> list[int] | None:
+    """The ids of the text to measure on; None where there is no tokenizer."""
     if tokenizer := open_tokenizer(bundle.tokenizer_files):
-        ids = tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=matched.model.num_rows)
-    elif text:
+        return tokenizer.encode_file(Path(text or PARITY_TEXT), num_rows=num_rows)
+    if text:
         raise InputError(
             f"`{bundle.path}` has no tokenizer, so `{text}` cannot be read as tokens",
             hint="leave the text out; random token ids are used",
         )
-    rows = matched.model.num_rows * len(matched.model.tables)
-    with progress.count("Comparing rows, logits and text", rows, "rows") as update:
-        return compare(bundle, matched=matched, oracle=oracle, text_ids=ids, progress=update)
+    return None

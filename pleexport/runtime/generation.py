@@ -18,7 +18,7 @@ from pleexport.runtime.logit_rules import LogitRules
 from pleexport.runtime.reader import Reader
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stats import Stats, Token
-from pleexport.runtime.stopping import StopStrings
+from pleexport.runtime.stopping import AnswerText
 from pleexport.runtime.tokenizer import Tokenizer
 
 
@@ -78,8 +78,7 @@ def generate(
         eos=request.ends,
         max_length=len(prompt_ids) + request.max_new_tokens,
     )
-    stops = StopStrings(request.stop)
-    stream = tokenizer.stream(ids) if tokenizer else None
+    text = AnswerText(tokenizer.stream(ids) if tokenizer else None, request.stop)
     drafting = Drafting(reader, request.drafter, stats)
     for count in range(1, request.max_new_tokens + 1):
         token_id = sampling.choose(rules.apply(_checked(logits), ids), generator)
@@ -88,8 +87,8 @@ def generate(
             stats.finish_reason = "eos"
             break
         ids.append(token_id)
-        text = stops.push(stream.push(token_id)) if stream else ""
-        if stops.hit:
+        piece = text.push(token_id)
+        if text.stopped:
             stats.finish_reason = "stop"
         elif count == request.max_new_tokens:
             stats.finish_reason = "length"
@@ -97,14 +96,16 @@ def generate(
             stats.finish_reason = "context"
         elif config.max_time is not None and watch.seconds > config.max_time:
             stats.finish_reason = "time"
-        text += stops.flush() if stats.finish_reason in ("length", "context", "time") else ""
+        piece += text.flush() if stats.finish_reason in ("length", "context", "time") else ""
+        if text.stopped:
+            stats.finish_reason = "stop"
         watch.finished()
-        yield Token(token_id, text)
+        yield Token(token_id, piece)
         if stats.finish_reason:
             return
         wanted = min(request.max_new_tokens - count, reader.context - len(ids))
         logits = drafting.logits_after(ids, wanted=wanted)
-    held = stops.flush()
+    held = text.flush()
     watch.finished()
     if held:
         yield Token(token_id, held)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from pleexport.backends.registry import load
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime import generation
 from pleexport.runtime.bundle import Bundle
+from pleexport.runtime.chat import Message
 from pleexport.runtime.drafting import Drafter, open_drafter
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.reader import Reader, Vectors
 from pleexport.runtime.stats import Stats, Token
 from pleexport.runtime.tokenizer import Tokenizer, open_tokenizer
 
-Prompt = str | Sequence[int] | Sequence[dict[str, str]]
+Prompt = str | Sequence[int] | Sequence[Message]
 _DEFAULT_TOKENS = 256
 
 
@@ -132,6 +133,7 @@ class Runner:
         stop: Sequence[str] = (),
         ignore_eos: bool = False,
         draft: str | Drafter | None = None,
+        template_arguments: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> Iterator[Token]:
         """Continue a prompt, token by token.
@@ -153,6 +155,7 @@ class Runner:
             ignore_eos: go on past end-of-text ids, for timing.
             draft: "lookup" reads ahead what followed when the text had these words before, and so
                 writes several tokens a call where it repeats itself; or a `Drafter` of your own.
+            template_arguments: see `encode`.
             options: any other field of `GenerationConfig`.
         Raises:
             InputError: a prompt or option that cannot be used; before anything is generated.
@@ -173,7 +176,7 @@ class Runner:
             "repetition_penalty": repetition_penalty,
         }
         config = self._config(options, greedy=greedy)
-        ids = self.encode(prompt)
+        ids = self.encode(prompt, template_arguments)
         ends = frozenset(self.bundle.manifest.eos_token_ids)
         own = config.stop_strings or ()
         request = generation.Request(
@@ -207,16 +210,23 @@ class Runner:
             raise InputError(problem, hint="leave it out for the default")
         return config
 
-    def encode(self, prompt: Prompt) -> list[int]:
+    def encode(
+        self, prompt: Prompt, template_arguments: Mapping[str, Any] | None = None
+    ) -> list[int]:
         """Token ids of a prompt.
 
+        Args:
+            template_arguments: what the chat template of a conversation may ask for by name:
+                `tools`, `documents`, `enable_thinking` and the like. Where the last message is the
+                assistant's, the answer goes on from there (`continue_final_message`); otherwise it
+                begins (`add_generation_prompt`).
         Raises:
             InputError: text without a tokenizer, an empty prompt, or one beyond the context.
         """
         if isinstance(prompt, str):
             ids = self._tokenizer().encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], dict):
-            ids = self._tokenizer().encode_chat(prompt)  # type: ignore[arg-type]
+        elif len(prompt) and isinstance(prompt[0], Mapping):
+            ids = self._tokenizer().encode_chat(prompt, template_arguments)  # type: ignore[arg-type]
         else:
             ids = [int(i) for i in prompt]  # type: ignore[arg-type]
         if not ids:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pleexport.runtime.text_stream import Stream
+
 
 class StopStrings:
     """Holds text back while it may be the beginning of a stop string."""
@@ -29,6 +31,34 @@ class StopStrings:
         """What is still held back when the text ends."""
         shown, self._held = self._held, ""
         return shown
+
+
+class AnswerText:
+    """The text of an answer as its ids come, up to a stop string.
+
+    Args:
+        stream: makes text of ids; without one there is none.
+        stops: strings that end the text.
+    """
+
+    def __init__(self, stream: Stream | None, stops: Sequence[str]) -> None:
+        self._stream, self._stops = stream, StopStrings(stops)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._stops.hit
+
+    def push(self, token_id: int) -> str:
+        """Text that is safe to show."""
+        return self._stops.push(self._stream.push(token_id)) if self._stream else ""
+
+    def flush(self) -> str:
+        """What is still held back when the text ends."""
+        if self._stream is None or self.stopped:
+            return ""
+        shown = self._stops.push(self._stream.flush())
+        return shown if self.stopped else shown + self._stops.flush()
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -32,8 +32,8 @@ class WorldTokenizer:
             lengths.setdefault(piece[0], set()).add(len(piece))
         self._lengths = {byte: sorted(own, reverse=True) for byte, own in lengths.items()}
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text; there are no special tokens."""
         data, ids, position = text.encode(), [], 0
         while position < len(data):
             for length in self._lengths[data[position]]:
@@ -44,13 +44,22 @@ class WorldTokenizer:
                     break
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int], *, with_specials: bool = False) -> str:
         """The text of ids; those without a piece stand for nothing."""
         return b"".join(self._pieces.get(i, b"") for i in ids).decode(errors="replace")
 
     def stream(self, prompt_ids: Sequence[int]) -> WorldStream:
         """A decoder of the ids that follow a prompt."""
         return WorldStream(self._pieces)
+
+    @property
+    def size(self) -> int:
+        """Ids are below it."""
+        return max(self._pieces) + 1
+
+    def special_text(self, token_id: int) -> str:
+        """The text of a special token; there are none."""
+        return ""
 
 
 class WorldStream:
@@ -63,6 +72,10 @@ class WorldStream:
     def push(self, token_id: int) -> str:
         """The text that this id completes."""
         return self._decoder.decode(self._pieces.get(token_id, b""))
+
+    def flush(self) -> str:
+        """What is still held back when the text ends."""
+        return self._decoder.decode(b"", final=True)
 
 
 def _read_vocabulary(path: Path) -> dict[int, bytes]:

@@ -12,7 +12,7 @@ from pleexport.errors import MissingDependencyError
 from pleexport.parity.report import EXACT_LOGITS, ParityReport
 from pleexport.runtime.bundle import Bundle
 from pleexport.show.bundle import ROLES
-from pleexport.show.parity import row_verdict, verdict
+from pleexport.show.parity import row_verdict, text_counts, text_verdict, verdict
 from pleexport.sizes import size_text
 
 
@@ -32,6 +32,8 @@ def write_html(report: ParityReport, bundle: Path, path: Path) -> None:
         files=[(r.name, size_text(r.size), ROLES.get(r.name, "")) for r in opened.manifest.files],
         verdict=verdict(report),
         row_verdict=row_verdict,
+        text_counts=text_counts,
+        text_verdict=text_verdict,
         exact_limit=EXACT_LOGITS,
         layers_plot=_plot_layers(report) if report.layer_errors else None,
         sizes_plot=_plot_sizes(opened),

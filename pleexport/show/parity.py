@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck
+from pleexport.parity.report import EXACT_LOGITS, ParityReport, TableCheck, TextCheck
 from pleexport.show.tables import aligned, paragraph
 
 # What lines of fidelity are called, where it is not `Fidelity.what`.
@@ -11,7 +11,11 @@ _ROUNDED = {"activations": "activations not rounded"}
 
 def describe_parity(report: ParityReport) -> str:
     """A parity report as text."""
-    lines = [f"Compared with {report.oracle}.", "", "Rows, every one read back:"]
+    lines = [f"Compared with {report.oracle}.", ""]
+    if report.tokenizer:
+        lines += [f"Text and ids ({text_counts(report.tokenizer)}):"]
+        lines += [f"  {text_verdict(report.tokenizer)}", ""]
+    lines.append("Rows, every one read back:")
     for check in report.tables:
         result = row_verdict(check)
         lines.append(f"  {check.table} ({check.dtype}, {check.rows:,} rows): {result}")
@@ -57,6 +61,24 @@ def describe_parity(report: ParityReport) -> str:
         if report.first_diverging_layer is not None:
             lines.append(f"  First diverging layer: {report.first_diverging_layer}")
     return "\n".join(lines)
+
+
+def text_counts(check: TextCheck) -> str:
+    """How much of text was compared."""
+    counted = f"{check.texts:,} texts, {check.streams:,} streams"
+    if not check.template:
+        return f"{counted}, no chat template"
+    refused = f", {check.refused} of them refused by both" if check.refused else ""
+    return f"{counted}, {check.conversations} conversations by {check.template}{refused}"
+
+
+def text_verdict(check: TextCheck) -> str:
+    """How text and ids compare with the original's."""
+    if check.differences:
+        return "DIFFER, see below"
+    if check.original is None:
+        return f"not compared with an original: {check.not_compared}"
+    return f"equal to those of {check.original}"
 
 
 def row_verdict(check: TableCheck) -> str:

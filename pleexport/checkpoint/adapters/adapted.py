@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
@@ -312,3 +313,11 @@ class _Merge:
         if name in self._base.checkpoint.entries:
             return name
         return [self._base.prefix, *self._model.text_prefixes[self._base.prefix]][-1] + key
+
+
+def tokenizer_folder(checkpoint: Checkpoint) -> Path:
+    """Where a checkpoint's tokenizer is: the last adapter's that brings one, else the weights'."""
+    for adapter in reversed(adapters_of(checkpoint)):
+        if (adapter.folder / "tokenizer.json").is_file():
+            return adapter.folder
+    return checkpoint.folder
