@@ -112,6 +112,17 @@ def test_conversations_become_the_prompts_of_the_original(name: str, tmp_path: P
             assert ours.render_chat(messages, arguments, now=original_text.NOW) == text
 
 
+@pytest.mark.usefixtures("in_this_process")
+def test_a_file_alone_is_a_tokenizer(tmp_path: Path) -> None:
+    folder = with_template(tmp_path / "folder", chat_template="not of the file")
+    file = folder / "mine.json"
+    (folder / "tokenizer.json").rename(file)
+    ours, original = prepared(file, tmp_path)
+    assert check_text(ours, original).differences == ()
+    assert ours.encode("ab") == [2, *ours.encode_prompt("ab")]
+    assert not ours.has_chat_template
+
+
 PLACES = {
     "tokenizer_config.json": {"chat_template": "{% if tools %}{% endif %}config"},
     "chat_template.jinja": "file",
