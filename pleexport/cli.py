@@ -58,6 +58,9 @@ PackedOption = Annotated[
         metavar="DIR",
     ),
 ]
+CheckOption = Annotated[
+    bool, typer.Option(help="Compare what is loaded with its checksums, or trust it.")
+]
 TextFileOption = Annotated[
     Path | None, typer.Option("--text", help="Text file to measure logits and fidelity on.")
 ]
@@ -392,6 +395,7 @@ def run(
     stats: Annotated[bool, typer.Option(help="Print speed, drafts, memory and lookups.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
     packed_weights: PackedOption = None,
+    verify: CheckOption = True,
 ) -> None:
     """Generate text with a bundle, streaming.
 
@@ -406,7 +410,7 @@ def run(
             "`--prompt` and `--ids` exclude each other", hint="leave one of them out"
         )
     arguments = _template_arguments(template_argument or [], tools)
-    runner = Runner(bundle, threads=threads, packed_weights=packed_weights)
+    runner = Runner(bundle, threads=threads, packed_weights=packed_weights, verify=verify)
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -475,6 +479,7 @@ def bench(
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
     packed_weights: PackedOption = None,
+    verify: CheckOption = True,
     as_json: JsonOption = False,
 ) -> None:
     """Measure prefill, decode and time to first token of a bundle.
@@ -493,6 +498,7 @@ def bench(
         cold=cold,
         threads=threads,
         packed_weights=packed_weights,
+        verify=verify,
         progress=Progress(quiet=as_json),
     )
     _print_json(result) if as_json else typer.echo(describe_bench(result))

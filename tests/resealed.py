@@ -1,7 +1,8 @@
-"""Change a blob and make its checksums right again, as docs/blob-format.md has them."""
+"""Change files of a bundle and make their checksums right again, as the docs have them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -46,3 +47,35 @@ def change_rows(path: Path, change: Callable[[Any], object]) -> None:
     sealed = b"".join(row[:-8].tobytes() + checksum(row[:-8].tobytes()) for row in rows)
     sums = b"".join(checksum(sealed[i : i + CHUNK]) for i in range(0, len(sealed), CHUNK))
     path.write_bytes(raw[:begin] + sealed + sums)
+
+
+def change_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a bundle, and make its checksum right again."""
+    path = bundle / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+    change_checksums(bundle)
+
+
+def fit_manifest(bundle: Path) -> None:
+    """Let the manifest say the sizes and digests that files have now."""
+
+    def fit(manifest: dict[str, Any]) -> None:
+        for record in manifest["files"]:
+            data = (bundle / record["name"]).read_bytes()
+            record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+    change_manifest(bundle, fit)
+
+
+def change_checksums(bundle: Path) -> None:
+    """Write `checksums.json` for the files that a bundle has now."""
+    files = {}
+    for path in sorted(bundle.iterdir()):
+        if path.name != "checksums.json":
+            data = path.read_bytes()
+            chunks = [data[i : i + CHUNK] for i in range(0, len(data), CHUNK)]
+            files[path.name] = [f"{xxhash.xxh3_64_intdigest(chunk):016x}" for chunk in chunks]
+    head = {"format": "pleexport-checksums", "version": 1, "chunk_bytes": CHUNK}
+    (bundle / "checksums.json").write_text(json.dumps(head | {"files": files}))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from resealed import change_manifest, fit_manifest
 
 import pleexport
 from pleexport.errors import BundleError
@@ -19,9 +19,7 @@ SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
 def changed(bundle: Path, folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     """A copy of a bundle with another manifest."""
     copy = Path(shutil.copytree(bundle, folder / "copy"))
-    manifest = json.loads((copy / "manifest.json").read_text())
-    change(manifest)
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    change_manifest(copy, change)
     return copy
 
 
@@ -83,10 +81,7 @@ def test_a_graph_of_another_bundle_is_refused(
     copy = Path(shutil.copytree(gemma4_bundle, tmp_path / "copy"))
     shutil.copy(gemma3n_bundle / "model.onnx", copy / "model.onnx")
     shutil.copy(gemma3n_bundle / "model.onnx.data", copy / "model.onnx.data")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for record in manifest["files"]:
-        record["size"] = (copy / record["name"]).stat().st_size
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    fit_manifest(copy)
     with pytest.raises(BundleError, match="and the manifest disagree about"):
         pleexport.Runner(copy)
 

@@ -272,7 +272,7 @@ def test_a_missing_extra_names_its_command(
 
 def session(folder: Path, **options: Any) -> Any:
     graph = pleexport.Bundle(folder).decoder
-    arguments = {"context": 64, "threads": 0, "packed_weights": None} | options
+    arguments = {"context": 64, "threads": 0, "packed_weights": None, "checksums": None} | options
     return registry.load("executorch").open_session(folder, graph, **arguments)
 
 
@@ -287,7 +287,7 @@ def test_a_missing_or_damaged_program_is_an_error(broken: Path) -> None:
             path.write_bytes(damaged)
         with pytest.raises(BundleError, match=r"model\.pte` cannot be loaded"):
             registry.load("executorch").open_session(
-                broken, opened.decoder, context=64, threads=0, packed_weights=None
+                broken, opened.decoder, context=64, threads=0, packed_weights=None, checksums=None
             )
 
 
@@ -297,7 +297,7 @@ def test_the_program_of_another_bundle_is_refused(broken: Path, tmp_path: Path) 
     shutil.copyfile(other / "model.pte", broken / "model.pte")
     with pytest.raises(BundleError, match="disagree about the number of inputs"):
         registry.load("executorch").open_session(
-            broken, contract, context=64, threads=0, packed_weights=None
+            broken, contract, context=64, threads=0, packed_weights=None, checksums=None
         )
 
 

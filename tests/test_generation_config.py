@@ -16,6 +16,7 @@ from checkpoints import gemma4
 from conftest import exact_bundle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from resealed import change_manifest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
@@ -282,9 +283,7 @@ def test_an_impossible_config_is_refused_before_the_work(
 
 def test_a_manifest_with_impossible_defaults_is_refused(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
-    path = tmp_path / "bundle" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps(manifest | {"generation": {"top_p": 7}}))
+    change_manifest(tmp_path / "bundle", lambda m: m.update(generation={"top_p": 7}))
     with pytest.raises(BundleError, match="impossible defaults for generation: top_p is 7"):
         pleexport.Bundle(tmp_path / "bundle")
 

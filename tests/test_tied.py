@@ -17,7 +17,7 @@ from checkpoints import gemma4
 from family_checkpoints import llama_value_embeddings
 from numpy.typing import NDArray
 from quantized_checkpoints import mobile_gemma4
-from resealed import change_header
+from resealed import change_header, fit_manifest
 from safetensors.numpy import load_file, save_file
 
 import pleexport
@@ -378,7 +378,7 @@ def test_the_file_of_another_bundle_is_refused(
     )
     copy = Path(shutil.copytree(tied_bundle, tmp_path / "copy"))
     shutil.copy(other.path / TIED, copy / TIED)
-    resize(copy)
+    fit_manifest(copy)
     with pytest.raises(BundleError, match=r"tied.safetensors` is of another bundle"):
         pleexport.Runner(copy)
 
@@ -392,17 +392,9 @@ def test_a_file_that_does_not_go_with_the_blob_is_refused(
     made = tied_source("int8", rows=rows, width=32, group_size=32, multiplier=1.0)
     made = made._replace(layout=replace(made.layout, table=table))
     write_again(copy / TIED, made, TiedRows(tied_bundle / TIED).weights_digest)
-    resize(copy)
+    fit_manifest(copy)
     with pytest.raises(BlobError, match=rf"{problem}.* \(T-07\)"):
         pleexport.Runner(copy)
-
-
-def resize(bundle: Path) -> None:
-    """Let the manifest say the sizes that files have."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for record in manifest["files"]:
-        record["size"] = (bundle / record["name"]).stat().st_size
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_packed_weights_give_the_same_logits(tied_bundle: Path, tmp_path: Path) -> None:

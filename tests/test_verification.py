@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import weakref
@@ -17,7 +16,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import gemma4
-from resealed import change_header, change_rows
+from resealed import change_header, change_rows, fit_manifest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -65,11 +64,7 @@ def test_an_exact_bundle_passes_every_level(
 def break_blob(bundle: Path, change: Callable[[Any], None]) -> None:
     """Change the rows of a blob, and make its checksums and the manifest fit again."""
     change_rows(bundle / "embeddings.safetensors", change)
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for record in manifest["files"]:
-        data = (bundle / record["name"]).read_bytes()
-        record |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    fit_manifest(bundle)
 
 
 def swap_layers(rows: Any, bundle: Path, first: int, second: int) -> None:

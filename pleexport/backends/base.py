@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from numpy.typing import NDArray
 
+from pleexport.checksums import Checksums
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError
 from pleexport.program import Program
@@ -199,6 +200,7 @@ class Backend(Protocol):
         context: int,
         threads: int,
         packed_weights: Path | None,
+        checksums: Checksums | None,
     ) -> Session:
         """Open what `lower` wrote.
 
@@ -206,9 +208,11 @@ class Backend(Protocol):
             context: largest number of positions.
             threads: 0 for one a core.
             packed_weights: a folder that keeps weights arranged for this processor.
+            checksums: of the files; None to compare nothing.
         Raises:
             InputError: an impossible number of threads, or a folder that cannot be used.
             BundleError: the files cannot be loaded, or contradict the contract.
+            CheckFailed: a file does not match its checksums.
         """
         ...
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from pleexport.contract import GraphContract
 from pleexport.dtypes import numpy_dtype
+from pleexport.errors import BundleError
 from pleexport.sizes import align
 
 _FIRST_POSITIONS = 256
@@ -37,14 +38,23 @@ class Slots:
         """Zeros for the whole context: masked slots must hold finite numbers.
 
         This is address space, of which nothing is in memory until it is used.
+
+        Raises:
+            BundleError: there is not so much of it.
         """
-        return [
-            np.zeros(
-                [n if isinstance(n, int) else align(most, cache.block) for n in cache.shape],
-                dtype=numpy_dtype(cache.dtype),
-            )
-            for cache, most in zip(self._caches, self._most, strict=True)
-        ]
+        try:
+            return [
+                np.zeros(
+                    [n if isinstance(n, int) else align(most, cache.block) for n in cache.shape],
+                    dtype=numpy_dtype(cache.dtype),
+                )
+                for cache, most in zip(self._caches, self._most, strict=True)
+            ]
+        except (MemoryError, ValueError) as err:  # NumPy says so of what no array can have
+            raise BundleError(
+                f"this process cannot have caches for {max(self._most):,} positions",
+                hint="build with a smaller `--context`",
+            ) from err
 
     def grow(self, positions: int) -> list[int] | None:
         """Room for a text of `positions`: the slots of each cache, or None if they stay."""

@@ -11,9 +11,15 @@ from pathlib import Path
 
 import msgspec
 
+from pleexport.checksums import (
+    CHECKSUMS,
+    checksums_of,
+    sha256_and_checksums,
+    write_checksums,
+)
 from pleexport.errors import BundleError
 from pleexport.parallel import map_in_order
-from pleexport.runtime.bundle import MANIFEST, FileRecord, Manifest, read_manifest, sha256_of
+from pleexport.runtime.bundle import MANIFEST, FileRecord, Manifest, read_manifest
 
 
 @contextmanager
@@ -53,15 +59,18 @@ def staging_folder(out: Path, *, overwrite: bool) -> Iterator[Path]:
 
 
 def seal(folder: Path, manifest: Manifest) -> None:
-    """Hash every file of the folder, once, and write the manifest as the last file."""
+    """Hash every file of the folder, once, and write manifest and checksums as the last files."""
     paths = sorted(folder.iterdir())
-    digests = map_in_order(sha256_of, paths)
-    records = [
-        FileRecord(path.name, path.stat().st_size, digest)
-        for path, digest in zip(paths, digests, strict=True)
-    ]
+    records, checksums = [], {}
+    for path, (digest, chunks) in zip(
+        paths, map_in_order(sha256_and_checksums, paths), strict=True
+    ):
+        records.append(FileRecord(path.name, path.stat().st_size, digest))
+        checksums[path.name] = chunks
     encoded = msgspec.json.encode(msgspec.structs.replace(manifest, files=records))
-    (folder / MANIFEST).write_bytes(msgspec.json.format(encoded, indent=2) + b"\n")
+    written = msgspec.json.format(encoded, indent=2) + b"\n"
+    (folder / MANIFEST).write_bytes(written)
+    write_checksums(folder, checksums | {MANIFEST: checksums_of(written)})
 
 
 def check_replaceable(out: Path, *, overwrite: bool) -> None:
@@ -89,7 +98,9 @@ def check_replaceable(out: Path, *, overwrite: bool) -> None:
             f"`{out}` holds a bundle already",
             hint="pass `--overwrite` to replace it, or choose another folder with `--out`",
         )
-    foreign = sorted(set(os.listdir(out)) - {record.name for record in manifest.files} - {MANIFEST})
+    foreign = sorted(
+        set(os.listdir(out)) - {record.name for record in manifest.files} - {MANIFEST, CHECKSUMS}
+    )
     if foreign:
         raise BundleError(
             f"`{out}` holds a bundle and other things, `{foreign[0]}` first",

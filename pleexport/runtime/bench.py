@@ -56,11 +56,13 @@ def bench(
     cold: bool,
     threads: int,
     packed_weights: Path | None,
+    verify: bool = True,
     progress: Progress,
 ) -> BenchResult:
     """Measure a bundle on random token ids.
 
     Args:
+        verify: compare what is loaded with its checksums, as a runner does.
         cold: drop the blob's pages before each run; needs posix_fadvise.
     Raises:
         InputError: a prompt that does not fit, or a number below 1.
@@ -74,7 +76,7 @@ def bench(
             raise InputError(
                 f"{name} is {value}; it must be 1 or more", hint="leave it out for the default"
             )
-    opened = Bundle(bundle)
+    opened = Bundle(bundle, verify=verify)
     longest = max(prompt_tokens) + decode_tokens
     if longest > opened.manifest.context:
         raise InputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +9,13 @@ from typing import Annotated
 import msgspec
 
 from pleexport.backends.registry import NAMES, load
+from pleexport.checksums import (
+    CHECKSUMS,
+    Checksums,
+    check_bytes,
+    read_checksums,
+    sha256_and_checksums,
+)
 from pleexport.contract import Artifact
 from pleexport.dtypes import CacheDtype
 from pleexport.errors import BundleError, CheckFailed
@@ -24,7 +30,6 @@ DECODER = "decoder"
 MANIFEST = "manifest.json"
 BLOB = "embeddings.safetensors"
 PARITY = "parity.json"
-_READ_BYTES = 1 << 20
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -113,14 +118,29 @@ class Bundle:
     Args:
         path: its folder.
         unsealed: the manifest of a bundle that is being built and has none in its folder yet.
+        verify: compare with its checksums what is read, now and when weights are loaded.
+    Attributes:
+        checksums: of its files; None where nothing is compared.
     Raises:
         BundleError: no bundle, another schema, a malformed manifest, or a missing file.
-        CheckFailed: a file has another size than the manifest says.
+        CheckFailed: the manifest is damaged, or a file has another size than it says.
     """
 
-    def __init__(self, path: str | Path, *, unsealed: Manifest | None = None) -> None:
+    def __init__(
+        self, path: str | Path, *, unsealed: Manifest | None = None, verify: bool = True
+    ) -> None:
         self.path = Path(path)
-        self.manifest = unsealed or read_manifest(self.path)
+        self.checksums: Checksums | None = None
+        if unsealed:
+            self.manifest = unsealed
+        elif verify and (self.path / CHECKSUMS).exists():
+            self.checksums = read_checksums(self.path)
+            self.manifest = read_manifest(self.path, self.checksums)
+            _check_names(self.path, self.manifest, self.checksums)
+        else:
+            self.manifest = read_manifest(self.path)
+            if verify:
+                self.checksums = read_checksums(self.path)  # says that there are none
         for record in self.manifest.files:
             file = self.path / record.name
             if not file.is_file():
@@ -180,19 +200,23 @@ class Bundle:
         Raises:
             CheckFailed: names the first file that differs.
         """
+        checksums = self.checksums or read_checksums(self.path)
         for record in self.manifest.files:
-            if sha256_of(self.path / record.name, progress) != record.sha256:
+            digest, found = sha256_and_checksums(self.path / record.name, progress)
+            if digest != record.sha256 or found != checksums.files.get(record.name):
+                where = "the manifest" if digest != record.sha256 else f"`{CHECKSUMS}`"
                 raise CheckFailed(
-                    f"`{self.path / record.name}` does not match its digest in the manifest",
+                    f"`{self.path / record.name}` does not match its digest in {where}",
                     hint="copy the bundle again, or rebuild it",
                 )
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Path, checksums: Checksums | None = None) -> Manifest:
     """The manifest of a bundle's folder, checked.
 
     Raises:
         BundleError: there is none, or not one that this version reads.
+        CheckFailed: it does not match its checksum.
     """
     manifest_path = path / MANIFEST
     try:
@@ -202,6 +226,8 @@ def read_manifest(path: Path) -> Manifest:
             f"`{path}` is not a bundle: `{MANIFEST}` cannot be read ({err.strerror})",
             hint="`pleexport build CHECKPOINT --target NAME` writes a bundle",
         ) from err
+    if checksums:
+        check_bytes(raw, manifest_path, checksums)
     try:
         schema = msgspec.json.decode(raw, type=dict[str, object]).get("schema")
         if schema != SCHEMA:
@@ -255,15 +281,11 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
             raise BundleError(f"`{path}` does not list `{name}`", hint="rebuild the bundle")
 
 
-def sha256_of(path: Path, progress: Callable[[int], object] = lambda _: None) -> str:
-    """The digest of a file, as hexadecimal digits.
-
-    Args:
-        progress: called with the number of bytes read since its last call.
-    """
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-            progress(len(part))
-    return digest.hexdigest()
+def _check_names(path: Path, manifest: Manifest, checksums: Checksums) -> None:
+    """Refuse checksums of other files than those of the bundle."""
+    names = {MANIFEST, *(record.name for record in manifest.files)}
+    if other := sorted(names ^ checksums.files.keys()):
+        raise CheckFailed(
+            f"`{path / CHECKSUMS}` is damaged: it and the manifest disagree about `{other[0]}`",
+            hint="copy the bundle again, or rebuild it",
+        )

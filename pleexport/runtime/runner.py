@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pleexport.backends.registry import load
+from pleexport.checksums import check_files
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime import generation
 from pleexport.runtime.bundle import Bundle
@@ -34,6 +35,7 @@ class Runner:
         packed_weights: a folder that keeps weights as this processor wants them. They are written
             at the first use, which takes memory and time once; from then on they are mapped, which
             takes next to none.
+        verify: compare what is loaded with its checksums; an open `Bundle` says so itself.
     Attributes:
         chunk: most tokens of one `feed`.
         stats: of the last call.
@@ -50,8 +52,9 @@ class Runner:
         *,
         threads: int = 0,
         packed_weights: str | Path | None = None,
+        verify: bool = True,
     ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle(bundle, verify=verify)
         self.context = self.bundle.manifest.context
         self.blob = self.bundle.open_blob()
         if self.blob.source_digest != self.bundle.manifest.tables_digest:
@@ -60,6 +63,9 @@ class Runner:
                 "the manifest",
                 hint="copy the bundle again, or rebuild it",
             )
+        checksums = self.bundle.checksums
+        if checksums:
+            check_files(self.bundle.tokenizer_files.values(), checksums)
         self.tokenizer = open_tokenizer(self.bundle.tokenizer_files)
         self.stats = Stats()
         self.config = GenerationConfig()
@@ -70,6 +76,7 @@ class Runner:
             context=self.context,
             threads=threads,
             packed_weights=None if packed_weights is None else Path(packed_weights),
+            checksums=checksums,
         )
         self.chunk = session.chunk
         self._reader = Reader(self.blob, session, graph.contract, context=self.context)

@@ -12,6 +12,7 @@ from pleexport.backends.base import Conventions, Original, WeightStorage, check_
 from pleexport.backends.executorch.bounds import bounds
 from pleexport.backends.executorch.storage import ExecutorchStorage, refusal_of_codes
 from pleexport.backends.executorch.surroundings import undisturbed
+from pleexport.checksums import Checksums, check_files
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError, MissingDependencyError, TargetError, UnsupportedError
 from pleexport.program import Program
@@ -154,6 +155,7 @@ class ExecutorchBackend:
         context: int,
         threads: int,
         packed_weights: Path | None,
+        checksums: Checksums | None,
     ) -> ExecutorchSession:
         """Open a program; XNNPACK arranges its weights in memory."""
         self.require()
@@ -163,6 +165,8 @@ class ExecutorchBackend:
                 "an ExecuTorch bundle arranges its weights each time that it is opened",
                 hint="leave the folder for packed weights out",
             )
+        if checksums:  # before it is loaded: a damaged program may end the process
+            check_files([folder / name for name in artifact.files], checksums)
         from pleexport.backends.executorch.session import ExecutorchSession
 
         return ExecutorchSession(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
+from pleexport.checksums import Checksums, check_files, checked_beside
 from pleexport.contract import Artifact, GraphContract
 from pleexport.program import Program
 from pleexport.tied_layout import TIED, TiedLayout
@@ -97,17 +99,24 @@ class OnnxBackend:
         context: int,
         threads: int,
         packed_weights: Path | None,
+        checksums: Checksums | None,
     ) -> OnnxSession:
         """Open a graph, with its weights copied into memory or mapped."""
         from pleexport.backends.onnx.files import GRAPH, open_graph, session_options
-        from pleexport.backends.onnx.packing import packed_graph
+        from pleexport.backends.onnx.packing import checked_packed, packed_graph
         from pleexport.backends.onnx.session import OnnxSession, check_graph
 
         check_threads(threads)
         path = folder / GRAPH
+        if checksums:  # of a damaged graph ONNX Runtime would say things of its own
+            check_files([path], checksums)
+        weights = [folder / name for name in artifact.files if name != GRAPH]
+        checked: AbstractContextManager[None] = checked_beside(weights, checksums)
         if packed_weights is not None:
-            path = packed_graph(folder, artifact, packed_weights)
-        session = open_graph(path, session_options(threads))
+            path = packed_graph(folder, artifact, packed_weights, checksums=checksums)
+            checked = checked_packed(path) if checksums else nullcontext()
+        with checked:
+            session = open_graph(path, session_options(threads))
         check_graph(session, artifact.contract, where=str(path))
         return OnnxSession(session, artifact.contract, context=context)
 

@@ -41,7 +41,7 @@ def open_graph(graph: Path | bytes, options: ort.SessionOptions) -> ort.Inferenc
     """
     options.log_severity_level = 4
     try:
-        return ort.InferenceSession(graph, options, providers=_PROVIDERS)
+        return ort.InferenceSession(graph, options, providers=_PROVIDERS, enable_fallback=0)
     except Exception as err:  # ONNX Runtime raises its own types, which share no base
         where = f"`{graph}`" if isinstance(graph, Path) else "the graph"
         raise BundleError(

@@ -12,30 +12,43 @@ import os
 import platform
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnxruntime as ort
 
 from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA, open_graph
+from pleexport.checksums import (
+    Checksums,
+    check_files,
+    checked_beside,
+    read_checksums,
+    sha256_and_checksums,
+    write_checksums,
+)
 from pleexport.contract import Artifact
-from pleexport.errors import InputError
+from pleexport.errors import CheckFailed, InputError
 from pleexport.sizes import size_text
 
 # The rearranged weights, and what is stored beside them.
 _PACKED_SHARE = 2.2
 
 
-def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
+def packed_graph(
+    bundle: Path, artifact: Artifact, folder: Path, *, checksums: Checksums | None
+) -> Path:
     """The graph with rearranged weights, written if it is not there.
 
     Args:
         bundle: the folder of the graph as it was built.
         folder: keeps packed weights of any number of bundles.
+        checksums: of the bundle; what is packed is compared with them. None to compare nothing.
     Raises:
         InputError: the folder cannot be used, or is on a full disk.
         BundleError: the graph cannot be loaded.
     """
-    place = folder / _key(bundle, artifact)
+    place = folder / _key(bundle, artifact, checked=checksums is not None)
     if not (place / GRAPH).is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +59,10 @@ def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
                 hint="choose another folder for the packed weights",
             ) from err
         try:
-            _write_packed(bundle, artifact, staging)
+            with checked_beside([bundle / name for name in artifact.files], checksums):
+                _write_packed(bundle, artifact, staging)
+            written = {path.name: sha256_and_checksums(path)[1] for path in staging.iterdir()}
+            write_checksums(staging, written)
             try:
                 staging.rename(place)
             except OSError:
@@ -55,6 +71,24 @@ def packed_graph(bundle: Path, artifact: Artifact, folder: Path) -> Path:
         finally:
             shutil.rmtree(staging, ignore_errors=True)
     return place / GRAPH
+
+
+@contextmanager
+def checked_packed(graph: Path) -> Iterator[None]:
+    """Compare packed weights with their checksums while the body loads them.
+
+    Raises:
+        CheckFailed: they are damaged.
+    """
+    try:
+        checksums = read_checksums(graph.parent)
+        check_files([graph], checksums)
+        with checked_beside([graph.with_name(GRAPH_DATA)], checksums):
+            yield
+    except CheckFailed as err:
+        raise CheckFailed(
+            err.message, hint=f"remove `{graph.parent}`; it is written again at the next use"
+        ) from err
 
 
 def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
@@ -77,10 +111,14 @@ def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
     open_graph(bundle / GRAPH, options)
 
 
-def _key(bundle: Path, artifact: Artifact) -> str:
-    """Names what the rearranged weights depend on: the graph, the runtime, the processor."""
+def _key(bundle: Path, artifact: Artifact, *, checked: bool) -> str:
+    """Names what the rearranged weights depend on: the graph, the runtime, the processor.
+
+    Weights that nobody compared with their checksums are never taken for those that were.
+    """
     graph = hashlib.sha256((bundle / GRAPH).read_bytes()).hexdigest()
-    parts = [graph, artifact.weights_digest, ort.__version__, _processor()]
+    state = "checked" if checked else "unchecked"
+    parts = [graph, artifact.weights_digest, ort.__version__, _processor(), state]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
 
 
