@@ -198,8 +198,8 @@ def _what_else(folder: Path, names: Sequence[str], *, has_config: bool) -> Pleex
     if own := [name for name in names if fits(name, ADAPTER)]:
         return CheckpointError(
             f"`{folder}` holds an adapter (`{own[0]}`), not a whole model",
-            hint=f"fetch adapter_config.json too; `pleexport build {folder}` then merges it into the "
-            "base that it names",
+            hint=f"fetch adapter_config.json too; `pleexport build {folder}` then merges it into "
+            "the base that it names",
         )
     if earlier := [n for n in names if fits(n, EARLIER) and (folder / n).is_dir()]:
         last = max(earlier, key=_step)
