@@ -473,3 +473,16 @@ def test_numbers_of_an_adapter_that_are_none_are_named(base: Path, tmp_path: Pat
         pleexport.build(base, tmp_path / "bundle", adapters=[adapter], verify=False)
     said = "with adapters merged: tensor `model.layers.1.self_attn.q_proj.weight` has nan at [3, 0]"
     assert said in err.value.message
+
+
+def test_an_adapter_beside_its_base_is_merged_when_it_is_asked_for(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    save_adapter(base, folder, target_modules=["q_proj"])
+    plain, _ = open_model(folder)
+    assert any("is not merged" in note for note in plain.notes)
+    merged, _ = open_model(folder, adapters=[folder])
+    assert not any("is not merged" in note for note in merged.notes)
+    expected = merge_with_peft(base, folder)
+    assert largest_difference(expected, merged_tensors(folder, folder)) < 1e-6
