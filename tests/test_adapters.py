@@ -461,3 +461,28 @@ def test_an_adapter_of_trained_tokens_is_merged(base: Path, target: str, tmp_pat
     assert info.form == "trained tokens"
     # The control: the adapter does change something.
     assert largest_difference(expected, merged_tensors(base)) > 1e-2
+
+
+def test_numbers_of_an_adapter_that_are_none_are_named(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    tensors = load_file(adapter / WEIGHTS)
+    tensors[name][3] = float("nan")
+    rewrite_tensors(adapter, lambda _: tensors)
+    with pytest.raises(CheckpointError) as err:
+        pleexport.build(base, tmp_path / "bundle", adapters=[adapter], verify=False)
+    said = "with adapters merged: tensor `model.layers.1.self_attn.q_proj.weight` has nan at [3, 0]"
+    assert said in err.value.message
+
+
+def test_an_adapter_beside_its_base_is_merged_when_it_is_asked_for(
+    base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base, tmp_path / "base")
+    save_adapter(base, folder, target_modules=["q_proj"])
+    plain, _ = open_model(folder)
+    assert any("is not merged" in note for note in plain.notes)
+    merged, _ = open_model(folder, adapters=[folder])
+    assert not any("is not merged" in note for note in merged.notes)
+    expected = merge_with_peft(base, folder)
+    assert largest_difference(expected, merged_tensors(folder, folder)) < 1e-6

@@ -37,6 +37,8 @@ TRAINING = (
     "*_optim_states.pt",
 )
 ADAPTER = ("adapter_model*.safetensors", "adapter_model*.bin", "adapter_config.json")
+# What the note on one begins with.
+ADAPTER_BESIDE = "an adapter lies beside the model"
 EARLIER = ("checkpoint-*",)
 # What holds a model's weights, under whatever name.
 _WEIGHTS = ("*.safetensors", "*.pth", "pytorch_model*.bin")
@@ -99,7 +101,7 @@ def notes_beside(
         )
     if adapter := [name for name in names if fits(name, ADAPTER)]:
         notes.append(
-            f"an adapter lies beside the model ({listed(adapter)}), and is not merged: the model "
+            f"{ADAPTER_BESIDE} ({listed(adapter)}), and is not merged: the model "
             f"is read as it is; `--adapter {folder}` merges it, if that has not been done"
         )
     return notes

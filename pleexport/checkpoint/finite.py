@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import FLOATS, numpy_dtype
 from pleexport.errors import CheckpointError
@@ -114,9 +115,10 @@ def _error(matched: MatchedModel, piece: _Piece, found: tuple[int, ...]) -> Chec
     why = ""
     if np.isfinite(value):
         why = f", which is infinite in the {matched.dtype} that config.json names"
+    merged = isinstance(checkpoint, AdaptedCheckpoint) and piece.name in checkpoint.merged
     return CheckpointError(
-        f"`{checkpoint.path}`: tensor `{piece.name}` has {float(value):g} at {place} "
-        f"({entry.dtype}){why}",
+        f"`{checkpoint.path}`{' with adapters merged' if merged else ''}: tensor `{piece.name}` "
+        f"has {float(value):g} at {place} ({entry.dtype}){why}",
         hint="name a wider dtype in config.json, or save it again in one"
         if why
         else "the training diverged, or the file is damaged: take an earlier checkpoint, or fetch "

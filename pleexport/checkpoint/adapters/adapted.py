@@ -24,6 +24,7 @@ from pleexport.checkpoint.adapters.merging import (
     Values,
     same_values,
 )
+from pleexport.checkpoint.beside import ADAPTER_BESIDE
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError, UnsupportedError
@@ -64,7 +65,9 @@ class AdaptedCheckpoint(Checkpoint):
         self.base, self.adapters, self.merged = base, list(adapters), dict(merged)
         named = ", ".join(f"`{a.name}`" + _share(a.weight) for a in adapters)
         changed = f"{named} merged into `{base.name}`: {len(merged)} tensors change"
-        self.notes = [*base.notes, changed, *notes]
+        beside = any(a.folder.resolve() == base.folder.resolve() for a in adapters)
+        of_base = [n for n in base.notes if not (beside and n.startswith(ADAPTER_BESIDE))]
+        self.notes = [*of_base, changed, *notes]
         self.read_by_transformers = False
         self._left_out = left_out
         self.changed_repeatedly = changed_repeatedly
