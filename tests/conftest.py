@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,7 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 import pleexport
+from pleexport.backends.onnx import files
 
 # Tests run side by side, and threads that wait for each other slow small models down tenfold.
 torch.set_num_threads(1)
@@ -24,6 +25,15 @@ TOLERANCE = 1e-4  # of the range of the logits
 # The same examples in every run: a failure is one that anybody can repeat.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_a_session() -> Iterator[None]:
+    """Let ONNX Runtime take one thread where a test asks for no number of them."""
+    of_threads = files.session_options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files, "session_options", lambda threads: of_threads(threads or 1))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from checkpoints import gemma4
 
 from pleexport import families, targets
 from pleexport.backends.onnx.storage import OnnxStorage
@@ -19,7 +20,7 @@ from pleexport.dtypes import TABLE_DTYPES
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.export.plan import cache_bytes
 from pleexport.inspection.estimates import estimate
-from pleexport.inspection.info import ModelInfo
+from pleexport.inspection.info import ModelInfo, TextInfo
 from pleexport.inspection.inspect import inspect
 from pleexport.show.inspection import describe_model
 from pleexport.weights import WeightRequest
@@ -543,3 +544,35 @@ def test_inspect_model_without_tables_says_so(tmp_path: Path) -> None:
     text = gemma4_text(hidden_size_per_layer_input=0)
     with pytest.raises(UnsupportedError, match="no per-layer embedding tables"):
         inspect(write_config(tmp_path / "m", text))
+
+
+# Text.
+
+
+def test_inspect_says_what_text_is_made_with(tmp_path: Path) -> None:
+    folder = gemma4(tmp_path / "checkpoint")
+    info = inspect(folder)
+    assert info.text == TextInfo(tokenizer=None, tokens=0, added_tokens=[], chat_template=None)
+    tokenizer = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [{"id": 1, "content": "b"}]}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    config = {"added_tokens_decoder": {"2": {"content": "<tool>"}, "3": {"content": "a"}}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "chat_template.json").write_text('{"chat_template": "x"}')
+    generation = {"do_sample": True, "top_k": 64, "num_beams": 3}
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    info = inspect(folder)
+    assert info.text.tokenizer == "tokenizer.json"
+    assert info.text.tokens == 2
+    assert info.text.added_tokens == ["<tool>"]
+    assert info.text.chat_template == "chat_template.json"
+    assert info.generation == {"do_sample": True, "temperature": 1.0, "top_k": 64}
+    assert any("`num_beams` of generation_config.json is not obeyed" in n for n in info.notes)
+    shown = describe_model(info)
+    assert "tokenizer      tokenizer.json, 2 tokens\n  added tokens   1: '<tool>'" in shown
+    assert "generation     sampling, temperature 1.0, top_k 64" in shown
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "generation_config.json").write_text('{"top_k": -1}')
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    info = inspect(folder)
+    assert info.text.chat_template == "chat_template.jinja"
+    assert any("top_k is -1; it must be 0 or more" in note for note in info.notes)

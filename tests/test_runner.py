@@ -256,7 +256,7 @@ def test_packed_weights_are_written_once_and_give_the_same_logits(
     first = pleexport.Runner(sample_bundle, packed_weights=folder).logits(ids)
     (kept,) = folder.iterdir()
     written = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
-    assert set(written) == {"model.onnx", "model.onnx.data"}
+    assert set(written) == {"model.onnx", "model.onnx.data", "checksums.json"}
     monkeypatch.setattr(packing, "_write_packed", None)  # not again
     second = pleexport.Runner(sample_bundle, packed_weights=folder).logits(ids)
     np.testing.assert_array_equal(first, second)

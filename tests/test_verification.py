@@ -249,6 +249,9 @@ def test_a_text_ends_with_an_id_that_has_no_row(tmp_path: Path) -> None:
     )
     text = json.loads((bundle.path / "parity.json").read_text())["text"]
     assert text == {"tokens": 1, "equal_tokens": 1, "near_tie": False}
+    runner = pleexport.Runner(bundle)
+    assert [t.id for t in runner.generate([3, 4, 5])] in ([100], [101])
+    assert runner.stats.finish_reason == "no row"
     # The control: another id than the original's is a difference still, with a row or without.
     checkpoint = Checkpoint(folder)
     oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))

@@ -29,8 +29,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 _HUB_PAGE = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)(?:/tree/([^/]+))?/?")
 # Everything beside weights that says how a model or its tokenizer works, and licences.
 _SMALL = (
-    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "tokenizer.model"),
-    *("*_vocab*.txt", "LICENSE*", "NOTICE*"),
+    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model"),
+    *("*vocab*.txt", "merges.txt", "LICENSE*", "NOTICE*"),
 )
 _SPARE_BYTES = 64 << 20
 

@@ -66,6 +66,22 @@ class AdapterInfo(msgspec.Struct, frozen=True):
     trained_on: str
 
 
+class TextInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What a folder says of text.
+
+    Attributes:
+        tokenizer: its file; None where there is none.
+        tokens: in its vocabulary, without added ones; 0 where that is not known.
+        added_tokens: texts of tokens that are not in the vocabulary.
+        chat_template: the file that has it; None where there is none.
+    """
+
+    tokenizer: str | None
+    tokens: int
+    added_tokens: list[str]
+    chat_template: str | None
+
+
 class StoredTable(msgspec.Struct, frozen=True, kw_only=True):
     """One table in one dtype.
 
@@ -199,6 +215,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
         dtype: the checkpoint's own, e.g. "bf16".
         vocab: token ids that the head knows.
         context: largest number of positions.
+        text: tokenizer and chat template.
+        generation: what generates by default, by the names of a `generation_config.json`.
         weights: "found" and fitting the config, "none", or "unusable", as the notes explain.
         ignored: everything in the folder that a build reads nothing from.
     """
@@ -211,6 +229,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     vocab: int
     context: int
     weights: str
+    text: TextInfo
+    generation: dict[str, object]
     counts: Counts
     tables: list[TableInfo]
     blobs: list[BlobInfo]

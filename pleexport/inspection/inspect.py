@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import msgspec
+
 from pleexport import targets
 from pleexport.checkpoint.adapters.adapted import adapters_of, tokenizer_folder
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
@@ -14,15 +16,18 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
 from pleexport.errors import CheckpointError
+from pleexport.export.generation import read_generation_config
 from pleexport.export.plan import copied_files
 from pleexport.families.opening import open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
 from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo
+from pleexport.inspection.text import describe_text
 from pleexport.model import Model
 from pleexport.parity.text import READ_FOR_TEXT
 from pleexport.progress import Progress
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tokenizer import tokenizer_files
 
 
@@ -68,6 +73,7 @@ def inspect(
     towers, scalars = find_towers(model, matched)
     files = copied_files(checkpoint) | tokenizer_files(tokenizer_folder(checkpoint))
     copied = files.values()
+    generation, generation_notes = _generation(checkpoint)
     counts = count_parameters(model, matched, towers, scalars)
     return ModelInfo(
         path=str(path),
@@ -78,6 +84,8 @@ def inspect(
         vocab=model.vocab_size,
         context=model.max_context,
         weights="found" if matched else "unusable" if checkpoint.files else "none",
+        text=describe_text(tokenizer_folder(checkpoint)),
+        generation=msgspec.to_builtins(generation),
         counts=counts,
         tables=[describe_table(model, table, source) for table in model.tables],
         blobs=estimate_blobs(model, source),
@@ -98,11 +106,20 @@ def inspect(
             *unmatched_notes,
             *_sentences((matched.checkpoint if matched else checkpoint).notes),
             *_notes_on_files(copied),
+            *_sentences(generation_notes),
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
         ],
     )
+
+
+def _generation(checkpoint: Checkpoint) -> tuple[GenerationConfig, list[str]]:
+    """What a bundle would generate by, and a note on each field that it would not obey."""
+    try:
+        return read_generation_config(checkpoint.generation_config)
+    except CheckpointError as err:
+        return GenerationConfig(), [err.message]
 
 
 def _match(model: Model, checkpoint: Checkpoint) -> tuple[MatchedModel | None, list[str]]:

@@ -94,9 +94,11 @@ def generate(
             stats.finish_reason = "length"
         elif len(ids) >= reader.context:
             stats.finish_reason = "context"
+        elif token_id >= blob.num_rows:
+            stats.finish_reason = "no row"
         elif config.max_time is not None and watch.seconds > config.max_time:
             stats.finish_reason = "time"
-        piece += text.flush() if stats.finish_reason in ("length", "context", "time") else ""
+        piece += text.flush() if stats.finish_reason not in ("", "stop") else ""
         if text.stopped:
             stats.finish_reason = "stop"
         watch.finished()

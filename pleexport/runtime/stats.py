@@ -22,8 +22,8 @@ class Stats:
     """What the last call took.
 
     Attributes:
-        finish_reason: "eos", "stop", "length" (max_new_tokens), "time" or "context"; "" while it
-            runs.
+        finish_reason: "eos", "stop", "length" (max_new_tokens), "time", "context", or "no row"
+            after an id that the model cannot read; "" while it runs.
         prompt_tokens: tokens that were prefilled; those of an earlier turn are not read again.
         decode_calls: calls of the graph after the prompt; fewer than tokens where drafts come true.
         drafted_tokens: guesses that were read ahead.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from pleexport.inspection.info import ModelInfo, PartInfo, TargetEstimate
+from pleexport.runtime.generation_config import GenerationConfig
+from pleexport.show.stats import describe_config
 from pleexport.show.tables import aligned, paragraph
 from pleexport.sizes import size_text
 
@@ -16,6 +20,7 @@ def describe_model(info: ModelInfo) -> str:
         _tables(info),
         _sizes(info),
         _effective(info),
+        _text(info),
         _targets(info),
         _bits(info),
         _ignored(info),
@@ -112,6 +117,27 @@ def _effective(info: ModelInfo) -> list[str]:
     for sentence in info.effective.explanation:
         lines += paragraph(sentence)
     return lines
+
+
+def _text(info: ModelInfo) -> list[str]:
+    text = info.text
+    tokens = f", {text.tokens:,} tokens" if text.tokens else ""
+    config = msgspec.convert(info.generation, GenerationConfig)
+    rows = [
+        ("tokenizer", f"{text.tokenizer}{tokens}" if text.tokenizer else "none"),
+        ("added tokens", _some(text.added_tokens)),
+        ("chat template", f"in {text.chat_template}" if text.chat_template else "none"),
+        ("generation", describe_config(config)),
+    ]
+    return ["Text", *aligned(rows, align="<<", indent=2)]
+
+
+def _some(texts: list[str]) -> str:
+    """How many there are, and the first."""
+    if not texts:
+        return "none"
+    shown = ", ".join(repr(text) for text in texts[:3])
+    return f"{len(texts):,}: {shown}{', ...' if len(texts) > 3 else ''}"
 
 
 def _targets(info: ModelInfo) -> list[str]:
