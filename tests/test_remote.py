@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import fsspec
 import huggingface_hub.constants as hub_constants
 import pytest
+import torch
+from adapter_folders import MLP, rewrite_config, save_adapter
 from checkpoints import gemma4, gemma4_multimodal
 from hub_server import COMMIT, Hub, serve
 from safetensors.torch import load_file, save_file
@@ -274,6 +276,22 @@ def test_a_model_that_cannot_be_built_is_refused_before_its_weights_are_fetched(
     with pytest.raises(UnsupportedError, match="bert"):
         pleexport.build("org/bert")
     assert hub.fetched == {"config.json"}
+
+
+def test_an_adapter_by_id_is_merged_into_its_base_by_id(hub: Hub, tmp_path: Path) -> None:
+    base = hub.models["org/gemma"] = gemma4(tmp_path / "gemma", torch.float32)
+    adapter = hub.models["org/lora"] = save_adapter(base, tmp_path / "lora", target_modules=MLP)
+    rewrite_config(adapter, base_model_name_or_path="org/gemma")
+    write(adapter, {"checkpoint-5/optimizer.safetensors"})
+    options = {"weight_dtype": "fp32", "table_dtype": "source"}
+    bundle = pleexport.build("org/lora", **options)  # type: ignore[arg-type]
+    assert bundle.path.name == "lora-laptop"
+    assert bundle.manifest.parity.passed
+    assert [record.name for record in bundle.manifest.adapters] == ["lora"]
+    assert "adapter_model.safetensors" in hub.fetched
+    assert "checkpoint-5/optimizer.safetensors" not in hub.fetched
+    info = pleexport.inspect("org/gemma", adapters=["org/lora:0.5"], offline=True)
+    assert [(adapter.name, adapter.weight) for adapter in info.adapters] == [("lora", 0.5)]
 
 
 def test_inspect_fetches_no_weights(hub: Hub, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ _SMALL = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model"),
     *("*vocab*.txt", "merges.txt", "LICENSE*", "NOTICE*"),
 )
+_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SPARE_BYTES = 64 << 20
 
 
@@ -66,6 +67,12 @@ class Remote:
     store: Store
     name: str
     file: str | None = None
+
+    @property
+    def holds_adapter(self) -> bool:
+        """Whether it is an adapter, without a model."""
+        names = self.store.listing()
+        return self.file is None and _ADAPTER in names and "config.json" not in names
 
     def fetch(self, progress: Progress, *, weights: bool = True) -> Path:
         """Bring a checkpoint here.
@@ -400,8 +407,9 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
 
     A folder of an adapter has its own; a family without a config has one `.pth` file.
     """
-    if "model.safetensors" in names:
-        return ["model.safetensors"]
+    for whole in ("model.safetensors", _ADAPTER_WEIGHTS):
+        if whole in names and (whole != _ADAPTER_WEIGHTS or "config.json" not in names):
+            return [whole]
     if INDEX in names:
         return [INDEX, *_shards(store.get(INDEX), names, store)]
     for pattern, hint in (

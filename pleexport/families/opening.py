@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from pleexport import families
@@ -37,7 +39,7 @@ def open_model(
 
     Args:
         path: a checkpoint, here or elsewhere, or the folder of an adapter.
-        adapters: folders of adapters, "DIR:0.5", or pairs of folder and weight.
+        adapters: folders of adapters, or ids and URLs of such; "DIR:0.5"; pairs with a weight.
         base: of an adapter at `path`; what its config names by default.
         revision, token, offline: of a checkpoint that lies elsewhere; see `find_remote`.
         weights: whether those of a checkpoint elsewhere are fetched; adapters need them.
@@ -46,10 +48,13 @@ def open_model(
         CheckpointError, UnsupportedError: folders that cannot be read or merged.
     """
     progress = progress or Progress(quiet=True)
-    chosen, where = choose_adapters(adapters), path
-    if is_adapter(Path(path)):
-        chosen = [ChosenAdapter(Path(path)), *chosen]
-        where = _base_of(Path(path)) if base is None else base
+    fetch = partial(_fetched, token=token, offline=offline, progress=progress)
+    chosen, where = [fetch(adapter) for adapter in choose_adapters(adapters)], path
+    own = fetch(ChosenAdapter(path), revision=revision)
+    if is_adapter(Path(own.folder)):
+        chosen = [own, *chosen]
+        where = _base_of(Path(own.folder)) if base is None else base
+        revision = None  # that of the adapter
     elif base is not None:
         raise InputError(
             f"`{path}` is no adapter, so it has no base `{base}`",
@@ -74,9 +79,25 @@ def open_model(
     model = families.resolve(checkpoint)
     if not opened:
         return checkpoint, model
-    name = checkpoint.name if where == path else Path(path).resolve().name
+    name = checkpoint.name if where == path else opened[0].name
     merged = merge_adapters(MatchedModel(model, checkpoint), opened, name=name)
     return merged, families.resolve(merged)
+
+
+def _fetched(
+    chosen: ChosenAdapter,
+    *,
+    revision: str | None = None,
+    token: str | None,
+    offline: bool,
+    progress: Progress,
+) -> ChosenAdapter:
+    """An adapter's folder, fetched where an adapter lies elsewhere; anything else as it is."""
+    remote = find_remote(chosen.folder, revision=revision, token=token, offline=offline)
+    if remote is None or not remote.holds_adapter:
+        return chosen
+    progress.note(f"note: there is no `{chosen.folder}` here; it is taken from {remote.store.url}")
+    return replace(chosen, folder=remote.fetch(progress), name=remote.name)
 
 
 def _base_of(adapter: Path) -> str:

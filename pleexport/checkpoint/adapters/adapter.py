@@ -34,10 +34,16 @@ AdapterChoice = str | Path | tuple[str | Path, float]
 
 @dataclass(frozen=True)
 class ChosenAdapter:
-    """An adapter's folder, and how much of what it changes is wanted: 1.0 for all."""
+    """An adapter's folder, and how much of what it changes is wanted: 1.0 for all.
 
-    folder: Path
+    Attributes:
+        folder: a path; until it is fetched, an id or URL too.
+        name: what people call it; the folder's name by default.
+    """
+
+    folder: str | Path
     weight: float = 1.0
+    name: str | None = None
 
 
 def choose_adapters(choices: Sequence[AdapterChoice] | None) -> list[ChosenAdapter]:
@@ -66,7 +72,7 @@ def _choose(choice: AdapterChoice) -> ChosenAdapter:
             f"the adapter `{folder}` has weight `{weight}`; expected a finite number",
             hint="write it like `--adapter DIR:0.5`",
         )
-    return ChosenAdapter(Path(folder), float(weight))
+    return ChosenAdapter(folder, float(weight))
 
 
 def is_adapter(path: Path) -> bool:
@@ -111,7 +117,8 @@ class Adapter:
     """
 
     def __init__(self, chosen: ChosenAdapter) -> None:
-        self.folder, self.weight = chosen.folder, chosen.weight
+        self.folder, self.weight = Path(chosen.folder), chosen.weight
+        self._called = chosen.name
         if not self.folder.is_dir():
             raise CheckpointError(
                 f"`{self.folder}` is no folder, so it is no adapter",
@@ -130,7 +137,7 @@ class Adapter:
     @property
     def name(self) -> str:
         """What people call it."""
-        return self.folder.resolve().name
+        return self._called or self.folder.resolve().name
 
     @property
     def parameters(self) -> int:
