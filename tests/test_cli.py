@@ -16,7 +16,7 @@ import pytest
 from adapter_folders import save_adapter
 
 from pleexport.errors import BundleError
-from pleexport.export.sealing import staging_folder
+from pleexport.export.staging import staging_folder
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 

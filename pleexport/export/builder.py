@@ -34,8 +34,9 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
-from pleexport.export.sealing import check_replaceable, seal, staging_folder
+from pleexport.export.sealing import seal
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
+from pleexport.export.staging import check_replaceable, staging_folder
 from pleexport.export.text_files import TextFiles, text_files
 from pleexport.families.opening import open_model
 from pleexport.model import Model
