@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +135,56 @@ def test_generators_that_are_used_later_read_their_whole_prompt(gemma4_bundle: P
     two = runner.generate([60, 61], max_new_tokens=5, ignore_eos=True)
     list(one)
     assert [t.id for t in two] == expected
+
+
+def test_a_text_whose_runner_was_used_for_another_does_not_go_on(gemma4_bundle: Path) -> None:
+    runner = pleexport.Runner(gemma4_bundle)
+    for use in (
+        lambda: runner.logits([1, 2]),
+        lambda: runner.feed([1]),
+        runner.reset,
+        lambda: next(runner.generate([60, 61])),
+    ):
+        text = runner.generate([3, 4, 5], max_new_tokens=5, ignore_eos=True)
+        next(text)
+        use()
+        with pytest.raises(InputError, match="another call has used this runner since"):
+            next(text)
+
+
+def test_two_threads_get_right_answers_or_a_clear_error(gemma4_bundle: Path) -> None:
+    runner, rng = pleexport.Runner(gemma4_bundle, threads=1), np.random.default_rng(0)
+    prompts = [rng.integers(0, 100, 30).tolist() for _ in range(4)]
+    logits = [runner.logits(ids) for ids in prompts]
+    texts = [[t.id for t in runner.generate(ids, max_new_tokens=6)] for ids in prompts]
+    refused: list[str] = []
+    wrong: list[int] = []
+
+    def use(first: int) -> None:
+        for i in range(first, first + 40):
+            n = i % len(prompts)
+            try:
+                if i % 2:
+                    right = np.array_equal(runner.logits(prompts[n]), logits[n])
+                else:
+                    got = [t.id for t in runner.generate(prompts[n], max_new_tokens=6)]
+                    right = got == texts[n]
+            except InputError as err:
+                refused.append(err.message)
+            else:
+                wrong.extend([] if right else [i])
+
+    threads = [threading.Thread(target=use, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert set(refused) <= {
+        "another thread is using this runner",
+        "another call has used this runner since, so this text cannot go on",
+    }
+    assert refused, "the threads did meet"
 
 
 @pytest.mark.parametrize(("count", "keep"), [(0, 1), (257, 1), (3, 4), (3, -1)])

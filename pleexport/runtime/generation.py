@@ -61,14 +61,16 @@ def generate(
         stats: filled while tokens come.
     """
     watch = _Watch(reader, blob, stats)
-    reader.forget_guesses()
-    ids, known = list(prompt_ids), len(reader.ids)
-    if not (known and known < len(ids) and ids[:known] == reader.ids):
-        reader.reset()
-    reader.rows_read.clear()
-    new_ids = ids[len(reader.ids) :]
-    stats.prompt_tokens = len(new_ids)
-    logits = reader.read(new_ids, keep=1)[-1]
+    ids = list(prompt_ids)
+    with reader.alone() as turn:
+        reader.forget_guesses()
+        known = len(reader.ids)
+        if not (known and known < len(ids) and ids[:known] == reader.ids):
+            reader.reset()
+        reader.rows_read.clear()
+        new_ids = ids[len(reader.ids) :]
+        stats.prompt_tokens = len(new_ids)
+        logits = reader.read(new_ids, keep=1)[-1]
     watch.prefilled()
     config, generator = request.config, np.random.default_rng(request.seed)
     sampling = Sampling.of(config)
@@ -106,7 +108,8 @@ def generate(
         if stats.finish_reason:
             return
         wanted = min(request.max_new_tokens - count, reader.context - len(ids))
-        logits = drafting.logits_after(ids, wanted=wanted)
+        with reader.alone(turn):
+            logits = drafting.logits_after(ids, wanted=wanted)
     held = text.flush()
     watch.finished()
     if held:

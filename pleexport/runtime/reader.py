@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +14,7 @@ from pleexport.contract import GraphContract, pieces
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime.blob import Blob
 
+_OWN_RUNNER = "take a `Runner` for each text at a time; they share what they map of the bundle"
 Vectors = Mapping[str, NDArray[np.float32]]
 
 
@@ -37,6 +40,7 @@ class Reader:
         self.ids: list[int] = []
         self.guessed = 0
         self.rows_read: list[NDArray[np.int64]] = []
+        self._lock, self._turn = threading.RLock(), 0
         self._blob = blob
         self._session = session
         self._contract = contract
@@ -47,6 +51,29 @@ class Reader:
                     f"`{blob.path}` has no table `{lookup.table}` of shape {lookup.shape[2:]}",
                     hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
                 )
+
+    @contextmanager
+    def alone(self, turn: int | None = None) -> Iterator[int]:
+        """Keep other threads out, and other texts from what has been read.
+
+        Args:
+            turn: of a text that goes on, as it was given when it began; None for one that begins.
+        Raises:
+            InputError: another thread is at work, or another text has begun since.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise InputError("another thread is using this runner", hint=_OWN_RUNNER)
+        try:
+            if turn is None:
+                self._turn += 1
+            elif turn != self._turn:
+                raise InputError(
+                    "another call has used this runner since, so this text cannot go on",
+                    hint=_OWN_RUNNER,
+                )
+            yield self._turn
+        finally:
+            self._lock.release()
 
     def read(
         self,

@@ -27,7 +27,10 @@ _DEFAULT_TOKENS = 256
 
 
 class Runner:
-    """Generates text with a bundle.
+    """Generates text with a bundle, one text at a time.
+
+    A call from another thread is refused while one is at work, and a text whose runner was used for
+    another meanwhile does not go on. Any number of runners may be open on one bundle.
 
     Args:
         bundle: a folder, or an open `Bundle`.
@@ -95,9 +98,10 @@ class Runner:
             InputError: no ids, an id without a row, or more than the bundle's context.
         """
         ids = self.encode(token_ids)
-        self.reset()
         self.stats = Stats()
-        return self._reader.read(ids, keep=0, vectors=vectors)
+        with self._reader.alone():
+            self._reader.reset()
+            return self._reader.read(ids, keep=0, vectors=vectors)
 
     def feed(
         self, token_ids: Sequence[int], vectors: Vectors | None = None, *, keep: int = 1
@@ -119,11 +123,13 @@ class Runner:
             raise InputError(
                 f"keep is {keep}; it must be 0 to {len(token_ids)}", hint="0 keeps all logits"
             )
-        return self._reader.read(token_ids, keep=keep, vectors=vectors)
+        with self._reader.alone():
+            return self._reader.read(token_ids, keep=keep, vectors=vectors)
 
     def reset(self) -> None:
         """Forget the text so far."""
-        self._reader.reset()
+        with self._reader.alone():
+            self._reader.reset()
 
     def generate(
         self,
