@@ -441,7 +441,7 @@ def run(
         sys.stdout.write("\n")
         sys.stdout.flush()
         if stats:
-            typer.echo(describe_stats(runner.stats, runner.config), err=True)
+            typer.echo(describe_stats(runner.stats, runner.config, as_chat=as_chat), err=True)
 
     def text_of(text: Prompt) -> Iterator[str]:
         for token in runner.generate(text, **options):

@@ -58,6 +58,8 @@ def test_build_verify_and_run_work_end_to_end(gemma4_checkpoint: Path, tmp_path:
         "parity.json",
     ]
     ran = pleexport("run", out, "--ids", "1,2,3", "--max-new-tokens", 5, "--stats")
+    assert "as it was given" in ran.stderr
+    assert "the likeliest token" in ran.stderr
     assert ran.returncode == 0, ran.stderr
     assert len(ran.stdout.split()) == 5
     assert "tokens/s" in ran.stderr

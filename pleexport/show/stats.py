@@ -15,11 +15,12 @@ _SAMPLED = Sampling.__dataclass_fields__.keys()
 _MOST_LISTED = 4
 
 
-def describe_stats(stats: Stats, config: GenerationConfig) -> str:
+def describe_stats(stats: Stats, config: GenerationConfig, *, as_chat: bool = False) -> str:
     """Statistics of a run as text.
 
     Args:
         config: how it chose its tokens.
+        as_chat: whether the prompt was a conversation in the form of a chat template.
     """
     memory = "not known on this system"
     if stats.anonymous_bytes is not None and stats.file_backed_bytes is not None:
@@ -48,6 +49,7 @@ def describe_stats(stats: Stats, config: GenerationConfig) -> str:
             f"{stats.minor_page_faults:,} minor, {stats.major_page_faults:,} major",
         ),
         ("ended by", stats.finish_reason),
+        ("prompt", "in the form of the chat template" if as_chat else "as it was given"),
         ("chosen by", describe_config(config)),
     ]
     return "\n".join(aligned(rows, align="<<"))
