@@ -8,12 +8,13 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test slow lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
 	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
 	@echo "make test               lint, type check and tests, as CI runs them"
+	@echo "make slow               more tests of the ExecuTorch backend, which take some minutes"
 
 # The environment is made once, and again when the dependencies change.
 $(VENV)/.installed: pyproject.toml
@@ -30,7 +31,10 @@ demo: $(VENV)/.installed
 	$(BIN)/pleexport run $(BUNDLE) --prompt "$(PROMPT)" --max-new-tokens 90 --temperature 0.8 --top-p 0.95 --seed 7 --stats
 
 test: $(VENV)/.installed lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
+
+slow: $(VENV)/.installed
+	$(BIN)/pytest -n 2 -m slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

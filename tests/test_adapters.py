@@ -34,11 +34,10 @@ from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
 from safetensors.torch import load_file
 
 import pleexport
-from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint
+from pleexport.checkpoint.adapters.adapted import AdaptedCheckpoint, tokenizer_folder
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckpointError
-from pleexport.export.plan import copied_files
 from pleexport.families.opening import open_model
 from pleexport.parity.merged_by_peft import can_merge
 from pleexport.parity.oracle import open_oracle
@@ -355,12 +354,10 @@ def test_an_adapters_tokenizer_goes_before_its_bases(base: Path, tmp_path: Path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(SAMPLES / "gemma4-kjv" / name, folder / name)
     checkpoint, _ = open_model(folder, adapters=[adapter])
-    assert copied_files(checkpoint)["tokenizer.json"].parent == folder
+    assert tokenizer_folder(checkpoint) == folder
     shutil.copyfile(folder / "tokenizer.json", adapter / "tokenizer.json")
-    copied = copied_files(checkpoint)
-    assert copied["tokenizer.json"].parent == adapter
-    assert "tokenizer_config.json" not in copied
-    assert copied_files(checkpoint, folder)["tokenizer.json"].parent == folder
+    assert tokenizer_folder(checkpoint) == adapter
+    assert tokenizer_folder(open_model(folder)[0]) == folder
 
 
 def test_inspect_lists_the_adapters(base: Path, tmp_path: Path) -> None:

@@ -50,6 +50,7 @@ def test_build_verify_and_run_work_end_to_end(gemma4_checkpoint: Path, tmp_path:
     assert "Parity with the PyTorch original: passed" in built.stdout
     assert "warning: there is no tokenizer.json" in built.stderr
     assert sorted(path.name for path in out.iterdir()) == [
+        "checksums.json",
         "embeddings.safetensors",
         "generation_config.json",
         "manifest.json",

@@ -136,6 +136,7 @@ def test_the_plan_counts_what_is_stored_and_says_why(
     assert exact.storage.notes(exact.model) == []
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(
     mobile: Path, bundle: pleexport.Bundle, tmp_path: Path
 ) -> None:
