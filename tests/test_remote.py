@@ -283,6 +283,7 @@ def test_an_adapter_by_id_is_merged_into_its_base_by_id(hub: Hub, tmp_path: Path
     adapter = hub.models["org/lora"] = save_adapter(base, tmp_path / "lora", target_modules=MLP)
     rewrite_config(adapter, base_model_name_or_path="org/gemma")
     write(adapter, {"checkpoint-5/optimizer.safetensors"})
+    (adapter / "config.json").write_bytes((base / "config.json").read_bytes())
     options = {"weight_dtype": "fp32", "table_dtype": "source"}
     bundle = pleexport.build("org/lora", **options)  # type: ignore[arg-type]
     assert bundle.path.name == "lora-laptop"

@@ -32,6 +32,7 @@ _SMALL = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model"),
     *("*vocab*.txt", "merges.txt", "LICENSE*", "NOTICE*"),
 )
+_WHOLE = "model.safetensors"
 _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SPARE_BYTES = 64 << 20
 
@@ -70,9 +71,8 @@ class Remote:
 
     @property
     def holds_adapter(self) -> bool:
-        """Whether it is an adapter, without a model."""
-        names = self.store.listing()
-        return self.file is None and _ADAPTER in names and "config.json" not in names
+        """Whether it is an adapter, without a model; a trainer may leave a config beside it."""
+        return self.file is None and _is_adapter(self.store.listing())
 
     def fetch(self, progress: Progress, *, weights: bool = True) -> Path:
         """Bring a checkpoint here.
@@ -397,6 +397,10 @@ def _small_files(names: Collection[str]) -> list[str]:
     return sorted(n for n in found if not n.endswith(".index.json"))
 
 
+def _is_adapter(names: Collection[str]) -> bool:
+    return {_ADAPTER, _ADAPTER_WEIGHTS} <= set(names) and not {_WHOLE, INDEX} & set(names)
+
+
 def _matches(name: str, pattern: str) -> bool:
     """As in a shell: a star passes no slash."""
     return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
@@ -407,9 +411,10 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
 
     A folder of an adapter has its own; a family without a config has one `.pth` file.
     """
-    for whole in ("model.safetensors", _ADAPTER_WEIGHTS):
-        if whole in names and (whole != _ADAPTER_WEIGHTS or "config.json" not in names):
-            return [whole]
+    if _is_adapter(names):
+        return [_ADAPTER_WEIGHTS]
+    if _WHOLE in names:
+        return [_WHOLE]
     if INDEX in names:
         return [INDEX, *_shards(store.get(INDEX), names, store)]
     for pattern, hint in (
