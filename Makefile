@@ -14,7 +14,7 @@ help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
 	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
 	@echo "make test               lint, type check and tests, as CI runs them"
-	@echo "make slow               more tests of the ExecuTorch backend, which take some minutes"
+	@echo "make slow               more tests of kinds that make test has one of"
 
 # The environment is made once, and again when the dependencies change.
 $(VENV)/.installed: pyproject.toml

@@ -95,6 +95,7 @@ def broken(bundle: Path, tmp_path: Path) -> Path:
 SLOW = {
     "gemma4, windows of 1, biases, no sharing",
     "gemma4, odd widths, windows beyond the text, silu",
+    "gemma3n, odd widths",
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES]
 

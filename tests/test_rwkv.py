@@ -57,7 +57,10 @@ def test_half_precision_is_widened_before_anything_is_computed(
     check_every_way_to_feed(exact_bundle(path, tmp_path / "bundle"), oracle.logits)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [v if v == "7a" else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 def test_a_build_passes_parity_also_when_rounded(variant: Any, tmp_path: Path) -> None:
     path = rwkv(tmp_path / "model.pth", variant, **UNEVEN)
     for options in (
