@@ -7,6 +7,7 @@ says that a copy is complete and takes a pass of its own; a chunk is checked whi
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import xxhash
 
 from pleexport.errors import BundleError, CheckFailed
 from pleexport.parallel import map_in_order
+from pleexport.sizes import groups
 
 CHECKSUMS = "checksums.json"
 CHUNK_BYTES = 1_048_576
@@ -49,7 +51,7 @@ def checksums_of(data: bytes) -> list[str]:
 def sha256_and_checksums(
     path: Path, progress: Callable[[int], object] = lambda _: None
 ) -> tuple[str, list[str]]:
-    """A file's SHA-256 in hexadecimal digits, and the checksum of each of its chunks.
+    """A file's SHA-256 in hexadecimal digits, and its checksums.
 
     Args:
         progress: called with the number of bytes read since its last call.
@@ -61,6 +63,17 @@ def sha256_and_checksums(
             checksums.append(xxhash.xxh3_64_hexdigest(chunk))
             progress(len(chunk))
     return digest.hexdigest(), checksums
+
+
+def file_checksums(path: Path, *, first: int = 0, most: int = sys.maxsize) -> list[str]:
+    """The checksum of each chunk of a file, or of the next `most` from chunk `first` on."""
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    found: list[str] = []
+    with path.open("rb", buffering=0) as file:
+        file.seek(first * CHUNK_BYTES)
+        while len(found) < most and (filled := _fill(file.readinto, buffer)):
+            found.append(xxhash.xxh3_64_hexdigest(buffer[:filled]))
+    return found
 
 
 def write_checksums(folder: Path, files: dict[str, list[str]]) -> None:
@@ -95,7 +108,8 @@ def check_bytes(data: bytes, path: Path, checksums: Checksums) -> None:
     Raises:
         CheckFailed: names the first chunk that differs.
     """
-    _compare(path, checksums_of(data), checksums, first=0, whole=True)
+    expected = checksums.files.get(path.name, [])
+    _compare(path, checksums_of(data), expected, first=0, chunks=len(expected))
 
 
 def check_files(paths: Iterable[Path], checksums: Checksums) -> None:
@@ -108,14 +122,17 @@ def check_files(paths: Iterable[Path], checksums: Checksums) -> None:
     """
     pieces = []
     for path in paths:
-        expected = len(checksums.files.get(path.name, ()))
-        if expected != -(-path.stat().st_size // CHUNK_BYTES):
-            raise _damaged(path, 0, expected)
-        pieces += [(path, first) for first in range(0, expected, _CHUNKS_AT_ONCE)]
+        expected = checksums.files.get(path.name, [])
+        if len(expected) != groups(path.stat().st_size, CHUNK_BYTES):
+            raise _damaged(path, 0, len(expected))
+        starts = range(0, len(expected), _CHUNKS_AT_ONCE)
+        pieces += [(path, expected, first) for first in starts]
 
-    def check(piece: tuple[Path, int]) -> None:
-        path, first = piece
-        _compare(path, _read_checksums(path, first), checksums, first=first, whole=False)
+    def check(piece: tuple[Path, list[str], int]) -> None:
+        path, expected, first = piece
+        found = file_checksums(path, first=first, most=_CHUNKS_AT_ONCE)
+        wanted = expected[first : first + _CHUNKS_AT_ONCE]
+        _compare(path, found, wanted, first=first, chunks=len(expected))
 
     for _ in map_in_order(check, pieces):
         pass
@@ -141,17 +158,6 @@ def checked_beside(paths: Sequence[Path], checksums: Checksums | None) -> Iterat
             checked.result()
 
 
-def _read_checksums(path: Path, first: int) -> list[str]:
-    """Of the next chunks of a file, from chunk `first` on."""
-    buffer = memoryview(bytearray(CHUNK_BYTES))
-    found: list[str] = []
-    with path.open("rb", buffering=0) as file:
-        file.seek(first * CHUNK_BYTES)
-        while len(found) < _CHUNKS_AT_ONCE and (filled := _fill(file.readinto, buffer)):
-            found.append(xxhash.xxh3_64_hexdigest(buffer[:filled]))
-    return found
-
-
 def _fill(read_into: Callable[[memoryview], int | None], buffer: memoryview) -> int:
     """Fill a buffer, or what there is of it; a read may give less than was asked for."""
     filled = 0
@@ -160,16 +166,13 @@ def _fill(read_into: Callable[[memoryview], int | None], buffer: memoryview) -> 
     return filled
 
 
-def _compare(
-    path: Path, found: list[str], checksums: Checksums, *, first: int, whole: bool
-) -> None:
-    expected = checksums.files.get(path.name, [])
-    expected = expected if whole else expected[first : first + _CHUNKS_AT_ONCE]
+def _compare(path: Path, found: list[str], expected: list[str], *, first: int, chunks: int) -> None:
+    """Compare the checksums of a file's chunks from `first` on, of `chunks` in all."""
     if found == expected:
         return
     pairs = zip(found, expected, strict=False)
     wrong = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(found), len(expected)))
-    raise _damaged(path, first + wrong, first + len(expected))
+    raise _damaged(path, first + wrong, chunks)
 
 
 def _damaged(path: Path, chunk: int, chunks: int) -> CheckFailed:

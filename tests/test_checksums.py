@@ -200,6 +200,10 @@ def test_a_long_file_is_checked_in_pieces(tmp_path: Path) -> None:
     flip(path, 8 * (66 * CHUNK_BYTES + 7))
     with pytest.raises(CheckFailed, match="chunk 66 of 71, at byte 69,206,016, does not match"):
         check_files([path], checksums)
+    flip(path, 8 * (66 * CHUNK_BYTES + 7))
+    flip(path, 8 * (3 * CHUNK_BYTES + 7))
+    with pytest.raises(CheckFailed, match="chunk 3 of 71, at byte 3,145,728, does not match"):
+        check_files([path], checksums)
     with path.open("ab") as file:
         file.write(b"more" * CHUNK_BYTES)
     with pytest.raises(CheckFailed, match="long` is damaged"):

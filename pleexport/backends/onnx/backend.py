@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -110,11 +109,12 @@ class OnnxBackend:
         path = folder / GRAPH
         if checksums:  # of a damaged graph ONNX Runtime would say things of its own
             check_files([path], checksums)
-        weights = [folder / name for name in artifact.files if name != GRAPH]
-        checked: AbstractContextManager[None] = checked_beside(weights, checksums)
-        if packed_weights is not None:
+        if packed_weights is None:
+            weights = [folder / name for name in artifact.files if name != GRAPH]
+            checked = checked_beside(weights, checksums)
+        else:
             path = packed_graph(folder, artifact, packed_weights, checksums=checksums)
-            checked = checked_packed(path) if checksums else nullcontext()
+            checked = checked_packed(path, check=checksums is not None)
         with checked:
             session = open_graph(path, session_options(threads))
         check_graph(session, artifact.contract, where=str(path))
