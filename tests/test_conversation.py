@@ -22,6 +22,7 @@ from transformers import AutoTokenizer
 import pleexport
 from pleexport.errors import CheckFailed, InputError, PleexportError
 from pleexport.runtime.conversation import Conversation
+from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.stats import Token
 from pleexport.runtime.thoughts import ThoughtFilter
 from pleexport.runtime.tokenizer import Tokenizer, tokenizer_files
@@ -164,7 +165,7 @@ class Scripted:
     def __init__(self, folder: Path, answers: Sequence[str]) -> None:
         self.tokenizer = Tokenizer(tokenizer_files(folder))
         self.bundle = SimpleNamespace(manifest=SimpleNamespace(eos_token_ids=[1]))
-        self.config = SimpleNamespace(stop_strings="b!")
+        self.config = GenerationConfig(stop_strings="b!")
         self._answers, self.prompts = iter(answers), []  # type: ignore[var-annotated]
 
     def encode(self, messages: Any, arguments: Any) -> list[int]:

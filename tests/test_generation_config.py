@@ -124,6 +124,14 @@ def test_greedy_text_is_the_originals_token_for_token(
     assert (got == plain) == (name in ("nothing", "sampling's alone"))
 
 
+@pytest.mark.parametrize("name", ["forced_bos_token_id", "forced_eos_token_id"])
+def test_the_id_that_is_forced_may_be_the_first_of_all(name: str) -> None:
+    rules = LogitRules(Obeyed(**{name: 0}), prompt_ids=[5], eos=frozenset(), max_length=2)
+    logits = np.arange(8, dtype=np.float32)
+    assert rules.apply(logits, [5]).argmax() == 0
+    assert logits.argmax() == 7
+
+
 def test_the_first_token_is_forced_after_a_prompt_of_one(bundle: Path) -> None:
     fields = {"forced_bos_token_id": 77, "begin_suppress_tokens": [*range(2, 119)]}
     tokens = [t.id for t in runner_with(bundle, fields).generate([5], max_new_tokens=2)]

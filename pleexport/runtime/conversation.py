@@ -70,7 +70,6 @@ class Conversation:
         """An answer with its special tokens, up to what ended it."""
         ends = self._runner.bundle.manifest.eos_token_ids
         said = self._tokenizer.decode([i for i in answer if i not in ends], with_specials=True)
-        own = self._runner.config.stop_strings or ()
-        stops = (*(self._options.get("stop") or ()), *((own,) if isinstance(own, str) else own))
+        stops = (*(self._options.get("stop") or ()), *self._runner.config.stops)
         # The first is what ended it, wherever it stands in the list.
         return min((said.partition(stop)[0] for stop in stops if stop), key=len, default=said)

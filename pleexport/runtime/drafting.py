@@ -50,8 +50,7 @@ class PromptLookup:
     def __init__(self, *, fewest: int = 2, most: int = 8) -> None:
         self._fewest, self._most, self._needed = fewest, most, fewest
         self._text: NDArray[np.int64] = np.empty(0, dtype=np.int64)
-        self._drafted: list[int] = []
-        self._drafted_at = 0
+        self._first_guess: tuple[int, int] | None = None
 
     def propose(self, ids: Sequence[int], most: int) -> Sequence[int]:
         """See `Drafter.propose`."""
@@ -69,21 +68,19 @@ class PromptLookup:
         if not len(ends) or agreed < self._needed:
             return []
         begin = int(ends[-1]) + 1
-        self._drafted = text[begin : begin + min(agreed, most)].tolist()
-        self._drafted_at = len(text)
-        return self._drafted
+        drafted: list[int] = text[begin : begin + min(agreed, most)].tolist()
+        self._first_guess = len(text), drafted[0]
+        return drafted
 
     def _learn(self) -> None:
-        """How the last draft did, of which the text holds at least the first token now."""
-        drafted, self._drafted = self._drafted, []
-        if not drafted:
+        """Ask for more agreement where nothing of the last draft came true, else for less."""
+        if self._first_guess is None:
             return
-        came = self._text[self._drafted_at : self._drafted_at + len(drafted)]
-        wrong = came != drafted[: len(came)]
-        if wrong[0]:
-            self._needed = min(2 * self._needed, self._most)
-        else:
+        (place, token), self._first_guess = self._first_guess, None
+        if self._text[place] == token:
             self._needed = max(self._needed // 2, self._fewest)
+        else:
+            self._needed = min(2 * self._needed, self._most)
 
 
 DRAFTERS: dict[str, Callable[[], Drafter]] = {"lookup": PromptLookup}

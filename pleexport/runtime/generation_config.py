@@ -55,6 +55,12 @@ class GenerationConfig(
     max_time: float | None = None
     stop_strings: str | list[str] | None = None
 
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings, however they are written."""
+        own = self.stop_strings or ()
+        return (own,) if isinstance(own, str) else tuple(own)
+
     def overridden(self, options: Mapping[str, Any]) -> GenerationConfig:
         """The same with other values for some fields; a temperature says whether to sample.
 

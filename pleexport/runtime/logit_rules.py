@@ -30,8 +30,7 @@ class LogitRules:
       token that there is room for.
     - `exponential_decay_length_penalty`: from so many tokens on, the end becomes likelier by a
       factor for each.
-    - `suppress_tokens`: never come; `begin_suppress_tokens`: not as the first
-      that is chosen.
+    - `suppress_tokens`: never come; `begin_suppress_tokens`: not as the first that is chosen.
 
     Ids beyond the vocabulary cannot come anyway.
 
@@ -67,9 +66,8 @@ class LogitRules:
         words = {tuple(ids) for ids in config.bad_words_ids or ()} - ends
         self._biases = list(biased.items())
         self._words = [(word, -np.inf) for word in sorted(words)]
-        self._changes = any(
-            getattr(config, name) for name in GenerationConfig.__struct_fields__ if name in _RULES
-        )
+        # An id may be 0.
+        self._changes = any(getattr(config, name) is not None for name in _RULES)
 
     def apply(self, logits_V: NDArray[np.float32], ids: Sequence[int]) -> NDArray[np.float32]:
         """Logits `[vocab]` as the rules leave them; minus infinity is a token that may not come.
@@ -106,7 +104,7 @@ class LogitRules:
         return scores_V
 
 
-_RULES = {
+_RULES = (
     "sequence_bias",
     "encoder_repetition_penalty",
     "repetition_penalty",
@@ -120,7 +118,7 @@ _RULES = {
     "begin_suppress_tokens",
     "forced_bos_token_id",
     "forced_eos_token_id",
-}
+)
 
 
 def _known(

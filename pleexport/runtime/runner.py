@@ -191,12 +191,11 @@ class Runner:
         config = self._config(options, greedy=greedy)
         ids = self.encode(prompt, template_arguments)
         ends = frozenset(self.bundle.manifest.eos_token_ids)
-        own = config.stop_strings or ()
         request = generation.Request(
             config=config,
             max_new_tokens=_room(config, len(ids)),
             seed=seed,
-            stop=(*stop, *((own,) if isinstance(own, str) else own)),
+            stop=(*stop, *config.stops),
             eos=frozenset() if ignore_eos else ends,
             ends=ends,
             drafter=open_drafter(draft, chunk=self.chunk),

@@ -58,13 +58,14 @@ class Sampling:
         Raises:
             InputError: no token may come.
         """
-        if not np.isfinite(scores_V).any():
+        best = int(scores_V.argmax())
+        if not np.isfinite(scores_V[best]):
             raise InputError(
                 "the generation options leave no token that may come next",
                 hint="suppress or forbid fewer tokens, or generate with `--greedy`",
             )
         if self.temperature == 0:
-            return int(scores_V.argmax())
+            return best
         candidates, probabilities = self.distribution(scores_V)
         # Every token waits for a time of its own, the likely ones less, and the first to come is
         # chosen. Logits that differ by little, as those of a token alone and of one

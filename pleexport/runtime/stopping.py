@@ -23,7 +23,7 @@ class StopStrings:
             self.hit = True
             shown, self._held = self._held[: min(found)], ""
             return shown
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * bool(keep)
         return shown
 
@@ -61,9 +61,7 @@ class AnswerText:
         return shown if self.stopped else shown + self._stops.flush()
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if stop.startswith(text[-length:]):
-            return length
-    return 0
+def overlap(text: str, marker: str) -> int:
+    """Length of the longest end of a text that begins a marker, and is not all of it."""
+    lengths = range(min(len(text), len(marker) - 1), 0, -1)
+    return next((n for n in lengths if marker.startswith(text[-n:])), 0)

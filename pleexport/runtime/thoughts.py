@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pleexport.runtime.stopping import overlap
 from pleexport.runtime.tokenizer import Tokenizer
 
 # What stands around thoughts in the text of models: in tags, and in Gemma 4's channel.
@@ -46,7 +47,7 @@ class ThoughtFilter:
             self._held = self._held[found[1] :]
             self._inside = not self._inside
             self._after_thought = not self._inside
-        keep = max(_overlap(self._held, marker) for marker in self._expected())
+        keep = max(overlap(self._held, marker) for marker in self._expected())
         cut = len(self._held) - keep
         shown += self._visible(self._held[:cut])
         self._held = self._held[cut:]
@@ -75,9 +76,3 @@ class ThoughtFilter:
             text = text.lstrip()
             self._after_thought = not text
         return text
-
-
-def _overlap(text: str, marker: str) -> int:
-    """Length of the longest end of a text that begins a marker."""
-    lengths = range(min(len(text), len(marker) - 1), 0, -1)
-    return next((n for n in lengths if marker.startswith(text[-n:])), 0)
