@@ -599,7 +599,7 @@ def _template_arguments(pairs: list[str], tools: Path | None) -> dict[str, Any]:
             )
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     if tools is not None:
         found["tools"] = _read_tools(tools)
@@ -639,7 +639,7 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         try:
             found[name] = json.loads(value) if equals else None
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = None
         if found[name] is None:
             raise errors.PleexportError(

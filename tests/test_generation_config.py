@@ -20,7 +20,8 @@ from resealed import change_manifest
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
-from pleexport.errors import BundleError, CheckpointError, InputError
+from pleexport import cli
+from pleexport.errors import BundleError, CheckpointError, InputError, PleexportError
 from pleexport.export.generation import read_generation_config
 from pleexport.progress import Progress
 from pleexport.runtime.generation_config import GenerationConfig as Obeyed
@@ -312,6 +313,28 @@ def test_options_that_cannot_be_used_are_refused(
     with pytest.raises(InputError) as caught:
         our_text(runner_with(bundle, {}), **options)
     assert message in caught.value.message
+
+
+def test_any_field_can_be_given_on_the_command_line() -> None:
+    given = cli._parse_options(["no_repeat_ngram_size=3", "suppress_tokens=[1, 2]"])
+    assert given == {"no_repeat_ngram_size": 3, "suppress_tokens": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("top_k", "`top_k` is not a name, an equals sign and a value in JSON"),
+        ("top_k=many", "is not a name, an equals sign and a value in JSON"),
+        ("top_k=" + "[" * 100_000, "is not a name, an equals sign and a value in JSON"),
+        ("prompt=1", "`prompt` is no option of generation"),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_an_option_that_is_no_field_is_refused(pair: str, message: str) -> None:
+    with pytest.raises(PleexportError) as caught:
+        cli._parse_options([pair])
+    assert message in caught.value.message
+    assert caught.value.hint
 
 
 def test_a_prompt_as_long_as_all_may_be_is_refused(bundle: Path) -> None:

@@ -250,6 +250,9 @@ def test_a_build_by_id_needs_no_tower_and_passes_parity(
     bundle = pleexport.build("org/gemma", progress=Progress(), **exact)  # type: ignore[arg-type]
     assert bundle.path.name == "gemma-laptop"
     assert bundle.manifest.parity.passed
+    assert [r for r in hub.requests if "api/models" in r] == [
+        "GET api/models/org/gemma/revision/main"
+    ]
     assert "text.safetensors" in hub.fetched
     assert "towers.safetensors" not in hub.fetched
     said = " ".join(capsys.readouterr().err.split())

@@ -18,7 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pleexport.checkpoint.adapters.adapter import ADAPTER_WEIGHTS
+from pleexport.checkpoint.adapters.config import ADAPTER_CONFIG
 from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.folder import WHOLE
 from pleexport.checkpoint.index import INDEX, read_index
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.progress import Progress
@@ -32,8 +35,6 @@ _SMALL = (
     *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model"),
     *("*vocab*.txt", "merges.txt", "LICENSE*", "NOTICE*"),
 )
-_WHOLE = "model.safetensors"
-_ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _SPARE_BYTES = 64 << 20
 
 
@@ -115,23 +116,21 @@ class Remote:
 
 def open_checkpoint(
     checkpoint: str | Path,
+    remote: Remote | None,
     *,
-    revision: str | None = None,
-    token: str | None = None,
-    offline: bool = False,
-    weights: bool = True,
-    check: Callable[[Checkpoint], object] = lambda _: None,
+    weights: bool,
+    check: Callable[[Checkpoint], object],
     progress: Progress,
 ) -> Checkpoint:
-    """Open a checkpoint, wherever it lies; see `find_remote`.
+    """Open a checkpoint, wherever it lies.
 
     Args:
+        remote: what `find_remote` says of it.
         weights: whether those of a checkpoint elsewhere are fetched; those that are here are
             opened in any case.
         check: is called with a checkpoint that has a config but no weights yet, and raises if it
             cannot be used; so nobody waits for gigabytes in vain.
     """
-    remote = find_remote(checkpoint, revision=revision, token=token, offline=offline)
     if remote is None:
         return Checkpoint(checkpoint)
     progress.note(f"note: there is no `{checkpoint}` here; it is taken from {remote.store.url}")
@@ -272,8 +271,7 @@ class HubStore:
         commit = ref.read_text().strip() if ref.is_file() else self._revision
         snapshot = folder / "snapshots" / commit
         if snapshot.is_dir():
-            files = [path for path in snapshot.rglob("*") if path.is_file()]
-            return {p.relative_to(snapshot).as_posix(): p.stat().st_size for p in files}
+            return _sizes_below(snapshot)
         why = (
             "the hub may not be asked" if cause is None else f"the hub cannot be reached ({cause})"
         )
@@ -329,8 +327,8 @@ class FsspecStore:
     def listing(self) -> Mapping[str, int]:
         """See `Store`."""
         if self._offline:
-            files = [p for p in self.cache.rglob("*") if p.is_file() and p.suffix != ".part"]
-            return {p.relative_to(self.cache).as_posix(): p.stat().st_size for p in files}
+            here = _sizes_below(self.cache)
+            return {name: size for name, size in here.items() if not name.endswith(".part")}
         with self._errors():
             found = self._files.find(self._root, detail=True)
         root = self._root.strip("/") + "/"
@@ -391,6 +389,12 @@ class FsspecStore:
             ) from err
 
 
+def _sizes_below(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file, by its name in the folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
 def _small_files(names: Collection[str]) -> list[str]:
     """What says how a model works; an index of shards says only where weights are."""
     found = [n for n in names if any(_matches(n, pattern) for pattern in _SMALL)]
@@ -398,7 +402,7 @@ def _small_files(names: Collection[str]) -> list[str]:
 
 
 def _is_adapter(names: Collection[str]) -> bool:
-    return {_ADAPTER, _ADAPTER_WEIGHTS} <= set(names) and not {_WHOLE, INDEX} & set(names)
+    return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(names) and not {WHOLE, INDEX} & set(names)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -412,9 +416,9 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
     A folder of an adapter has its own; a family without a config has one `.pth` file.
     """
     if _is_adapter(names):
-        return [_ADAPTER_WEIGHTS]
-    if _WHOLE in names:
-        return [_WHOLE]
+        return [ADAPTER_WEIGHTS]
+    if WHOLE in names:
+        return [WHOLE]
     if INDEX in names:
         return [INDEX, *_shards(store.get(INDEX), names, store)]
     for pattern, hint in (

@@ -18,7 +18,7 @@ from pleexport.checkpoint.adapters.adapter import (
 )
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.checkpoint.remote import find_remote, open_checkpoint
+from pleexport.checkpoint.remote import Remote, find_remote, open_checkpoint
 from pleexport.errors import CheckpointError, InputError
 from pleexport.model import Model
 from pleexport.progress import Progress
@@ -48,13 +48,16 @@ def open_model(
         CheckpointError, UnsupportedError: folders that cannot be read or merged.
     """
     progress = progress or Progress(quiet=True)
-    fetch = partial(_fetched, token=token, offline=offline, progress=progress)
-    chosen, where = [fetch(adapter) for adapter in choose_adapters(adapters)], path
-    own = fetch(ChosenAdapter(path), revision=revision)
+    find = partial(find_remote, token=token, offline=offline)
+    chosen = [
+        _fetched(adapter, find(adapter.folder), progress) for adapter in choose_adapters(adapters)
+    ]
+    where, remote = path, find(path, revision=revision)
+    own = _fetched(ChosenAdapter(path), remote, progress)
     if is_adapter(Path(own.folder)):
         chosen = [own, *chosen]
         where = _base_of(Path(own.folder)) if base is None else base
-        revision = None  # that of the adapter
+        remote = find(where)
     elif base is not None:
         raise InputError(
             f"`{path}` is no adapter, so it has no base `{base}`",
@@ -69,9 +72,7 @@ def open_model(
     opened = [Adapter(adapter) for adapter in chosen]
     checkpoint = open_checkpoint(
         where,
-        revision=revision,
-        token=token,
-        offline=offline,
+        remote,
         weights=weights or bool(opened),
         check=families.resolve,
         progress=progress,
@@ -84,16 +85,8 @@ def open_model(
     return merged, families.resolve(merged)
 
 
-def _fetched(
-    chosen: ChosenAdapter,
-    *,
-    revision: str | None = None,
-    token: str | None,
-    offline: bool,
-    progress: Progress,
-) -> ChosenAdapter:
+def _fetched(chosen: ChosenAdapter, remote: Remote | None, progress: Progress) -> ChosenAdapter:
     """An adapter's folder, fetched where an adapter lies elsewhere; anything else as it is."""
-    remote = find_remote(chosen.folder, revision=revision, token=token, offline=offline)
     if remote is None or not remote.holds_adapter:
         return chosen
     progress.note(f"note: there is no `{chosen.folder}` here; it is taken from {remote.store.url}")

@@ -67,11 +67,11 @@ def inspect(
         weights=False,
         progress=progress or Progress(quiet=True),
     )
-    source = checkpoint.dtype
+    source, folder = checkpoint.dtype, tokenizer_folder(checkpoint)
     matched, unmatched_notes = _match(model, checkpoint)
     model = matched.model if matched else model
     towers, scalars = find_towers(model, matched)
-    files = copied_files(checkpoint) | tokenizer_files(tokenizer_folder(checkpoint))
+    files = copied_files(checkpoint) | tokenizer_files(folder)
     copied = files.values()
     generation, generation_notes = _generation(checkpoint)
     counts = count_parameters(model, matched, towers, scalars)
@@ -84,7 +84,7 @@ def inspect(
         vocab=model.vocab_size,
         context=model.max_context,
         weights="found" if matched else "unusable" if checkpoint.files else "none",
-        text=describe_text(tokenizer_folder(checkpoint)),
+        text=describe_text(folder),
         generation=msgspec.to_builtins(generation),
         counts=counts,
         tables=[describe_table(model, table, source) for table in model.tables],

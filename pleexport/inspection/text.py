@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from pleexport.inspection.info import TextInfo
+from pleexport.parity.original_text import PROCESSOR_TEMPLATES
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, tokenizer_files
 from pleexport.runtime.world_tokenizer import VOCABULARY
 
 # In the order in which transformers looks for a template.
-_TEMPLATES = (CHAT_TEMPLATE, TOKENIZER_CONFIG, "processor_config.json", "chat_template.json")
+_TEMPLATES = (CHAT_TEMPLATE, TOKENIZER_CONFIG, *PROCESSOR_TEMPLATES)
 
 
 def describe_text(folder: Path) -> TextInfo:

@@ -299,18 +299,17 @@ class TransformersOracle:
         """
         import transformers
 
+        if not checkpoint.read_by_transformers:
+            tensors = {name: _as_tensor(checkpoint.array(name)) for name in checkpoint.entries}
+            return self._load_tensors(checkpoint, tensors)
         with _quiet_transformers():
             config = transformers.AutoConfig.for_model(**self._config_fields(checkpoint))
-            if checkpoint.read_by_transformers:
-                model, info = transformers.AutoModelForCausalLM.from_pretrained(
-                    str(checkpoint.path),
-                    config=config,
-                    local_files_only=True,
-                    **self._loading(checkpoint),
-                )
-            else:
-                tensors = {name: _as_tensor(checkpoint.array(name)) for name in checkpoint.entries}
-                model, info = self._made_of(tensors, config, checkpoint)
+            model, info = transformers.AutoModelForCausalLM.from_pretrained(
+                str(checkpoint.path),
+                config=config,
+                local_files_only=True,
+                **self._loading(checkpoint),
+            )
         _check_missing(info, checkpoint)
         return model
 

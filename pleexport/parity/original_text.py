@@ -32,7 +32,7 @@ _WITNESS, _PROBLEM = "witness.json", "problem.txt"
 _SECONDS = 300
 _MEMORY_BYTES = 6 << 30
 # Where a processor keeps a chat template, the first first; transformers reads them in this order.
-_PROCESSOR_TEMPLATES = ("processor_config.json", "chat_template.json")
+PROCESSOR_TEMPLATES = ("processor_config.json", "chat_template.json")
 _MORE = "additional_chat_templates"
 _PASSED_ON = (
     "clean_up_tokenization_spaces",
@@ -179,7 +179,7 @@ def _templates(tokenizer: Any, source: Path, notes: list[str]) -> tuple[str | No
         place = TOKENIZER_CONFIG
         if (source / CHAT_TEMPLATE).is_file() or (source / _MORE).is_dir():
             place = CHAT_TEMPLATE
-    for name in _PROCESSOR_TEMPLATES:
+    for name in PROCESSOR_TEMPLATES:
         try:
             found = json.loads((source / name).read_bytes()).get("chat_template")
         except (OSError, ValueError, AttributeError):
