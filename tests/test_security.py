@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import onnx
 import pytest
+from resealed import fit_manifest
 
 import pleexport
 from pleexport.checkpoint.text_files import refuse_links_out
-from pleexport.errors import CheckpointError
+from pleexport.errors import BundleError, CheckpointError
 
 RUN = "from pathlib import Path\n\nPath({place!r}).touch()\n"
 
@@ -64,3 +66,30 @@ def test_links_that_stay_inside_are_followed(tmp_path: Path) -> None:
     (snapshot / "tokenizer.json").symlink_to(tmp_path / "LICENSE.txt")
     with pytest.raises(CheckpointError, match=r"tokenizer\.json` is a link out of its folder"):
         refuse_links_out(snapshot)
+
+
+@pytest.mark.parametrize("place", ["../outside.data", "{outside}", "link.data"])
+def test_a_graph_takes_no_weights_from_outside_its_bundle(
+    place: str, gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Path(shutil.copytree(gemma4_bundle, tmp_path / "bundle"))
+    outside = tmp_path / "outside.data"
+    shutil.copy(bundle / "model.onnx.data", outside)
+    point_to(bundle, "model.onnx.data")  # the control
+    pleexport.Runner(bundle).logits([1, 2])
+    point_to(bundle, place.format(outside=outside))
+    (bundle / "link.data").symlink_to(outside)
+    with pytest.raises(BundleError, match=r"cannot be loaded: .*External data path"):
+        pleexport.Runner(bundle)
+
+
+def point_to(bundle: Path, place: str) -> None:
+    """Let the graph of a bundle take its weights from a place, and make the bundle fit that."""
+    path = bundle / "model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = place
+    path.write_bytes(model.SerializeToString())
+    fit_manifest(bundle)
