@@ -153,12 +153,14 @@ def _disk_errors(
 ) -> Iterator[None]:
     """Say in one sentence that the disk is full or fails.
 
-    What cannot be opened has a name; what cannot be written or synced has none.
+    What cannot be opened has a name, what is copied has two, and what cannot be written none.
     """
+    hidden = str(place.parent / prefix)
     try:
         yield
     except OSError as err:
-        if err.filename and not str(err.filename).startswith(str(place.parent / prefix)):
+        names = [str(name) for name in (err.filename, err.filename2) if name]
+        if names and not any(name.startswith(hidden) for name in names):
             raise
         first = "free some space" if err.errno in _FULL else "check the disk"
         raise error(

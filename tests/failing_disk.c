@@ -99,17 +99,18 @@ ON_PATH(renameat2, to, (int a, const char *from, int b, const char *to, unsigned
         (a, from, b, to, f))
 
 /* Removing is counted, so that a process may be killed at it; it does not fail. */
+static int fails_nothing(void) { return mode == NOTHING || mode == KILL; }
 int unlink(const char *path) {
-    if (meets(path) && mode == KILL) happens("unlink", path);
+    if (fails_nothing() && meets(path)) happens("unlink", path);
     return REAL(unlink)(path);
 }
 int rmdir(const char *path) {
-    if (meets(path) && mode == KILL) happens("rmdir", path);
+    if (fails_nothing() && meets(path)) happens("rmdir", path);
     return REAL(rmdir)(path);
 }
 int unlinkat(int fd, const char *name, int flags) {
     char path[8200];
-    if (mode == KILL && meets_fd(fd, path, 4096)) happens("unlinkat", path);
+    if (fails_nothing() && meets_fd(fd, path, 4096)) happens("unlinkat", path);
     return REAL(unlinkat)(fd, name, flags);
 }
 

@@ -1,8 +1,8 @@
-"""Generate for a long time in one process, and watch what the process holds: `make soak MINUTES=60`.
+"""Generate for hours in one process, and watch what it holds: `make soak MINUTES=60`.
 
-Every text is one of a few dozen whose answer was written down when it was first given, and has to be
-the same each time. Memory, open files, threads and maps are written down as time goes on, and have to
-stay as they are once the runner is warm. A plot of them is drawn at the end.
+Every text is one of a few dozen whose answer was written down when it was first given, and has to
+be the same each time. Memory, open files, threads and maps are written down as time goes on, and
+have to stay as they are once the runner is warm. A plot of them is drawn at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import pleexport
 from pleexport.process import memory
 
 ROOT = Path(__file__).parents[1]
-# Allocators keep what they may need again, so memory settles in the first part of a run. What it may
-# grow by in the rest is far below what a hundred lost texts or one lost cache would take.
+# Allocators keep what they may need again, so memory settles in the first part of a run. What it
+# may grow by in the rest is far below what a hundred lost texts or one lost cache would take.
 SETTLED, MOST_GROWTH = 0.25, 2 << 20
 PROMPTS = ("In the beginning", "And it came to pass", "Blessed are the", "The LORD said unto Moses")
 WAYS: tuple[dict[str, Any], ...] = (
@@ -70,7 +70,7 @@ def texts(runner: pleexport.Runner) -> Iterator[tuple[object, list[int]]]:
         itertools.product((1, 20, 200), PROMPTS, range(len(WAYS)))
     ):
         tokens = runner.generate(prompt, max_new_tokens=length, **WAYS[way])
-        yield (length, prompt, way), [token.id for token in tokens]
+        yield (length, str(prompt), way), [token.id for token in tokens]
         runner.reset()
 
 

@@ -222,6 +222,9 @@ def test_a_full_disk_is_said_so_and_another_error_is_not_its(tmp_path: Path) -> 
         caught.value.message == f"`{tmp_path / 'out'}` cannot be written: no space left on device"
     )
     assert caught.value.hint == "free some space, or go elsewhere"
+    # What is copied has two names, that of the original first.
+    with pytest.raises(BundleError, match="no space left"), staged(tmp_path / "out") as folder:
+        raise OSError(errno.ENOSPC, "No space left", "original", None, str(folder / "copy"))
     with pytest.raises(FileNotFoundError), staged(tmp_path / "out"):
         (tmp_path / "checkpoint").read_text()
 
