@@ -16,7 +16,8 @@ import pytest
 from adapter_folders import save_adapter
 
 from pleexport.errors import BundleError
-from pleexport.export.staging import staging_folder
+from pleexport.export.replacing import check_replaceable
+from pleexport.staging import staged_folder
 
 COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
 
@@ -199,7 +200,12 @@ def test_what_appears_at_the_place_of_a_bundle_meanwhile_is_kept(tmp_path: Path)
     out = tmp_path / "out"
     with (  # noqa: PT012
         pytest.raises(BundleError, match="exists and is not a bundle"),
-        staging_folder(out, overwrite=False) as staging,
+        staged_folder(
+            out,
+            error=BundleError,
+            elsewhere="",
+            check=lambda: check_replaceable(out, overwrite=False),
+        ) as staging,
     ):
         (staging / "manifest.json").write_text("{}")
         out.mkdir()

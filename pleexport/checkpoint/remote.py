@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -26,6 +26,7 @@ from pleexport.checkpoint.text_files import is_text_file, matches
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.progress import Progress
 from pleexport.sizes import size_text
+from pleexport.staging import is_of_disk, is_partial, staged_file
 
 # The form of a model's id on the hub, maybe with a revision.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
@@ -348,7 +349,7 @@ class FsspecStore:
         """See `Store`."""
         if self._offline:
             here = _sizes_below(self.cache)
-            return {name: size for name, size in here.items() if not name.endswith(".part")}
+            return {n: size for n, size in here.items() if not is_partial(Path(n).name)}
         with self._errors():
             found = self._files.find(self._root, detail=True)
         root = self._root.strip("/") + "/"
@@ -369,13 +370,11 @@ class FsspecStore:
         path = self.cache / name
         if self.cached(name):
             return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(path.name + ".part")
-        with self._errors():
-            version = self._version(name)
+        version = self._version(name)
+        with _staged(path) as part, self._errors():
             self._files.get_file(f"{self._root}/{name}", str(part))
-        os.replace(part, path)
-        self._record.write_text(json.dumps(self._known() | {name: version}))
+        with _staged(self._record) as part:
+            part.write_text(json.dumps(self._known() | {name: version}), encoding="utf-8")
         return path
 
     @property
@@ -403,10 +402,19 @@ class FsspecStore:
                 hint="install it, or copy the checkpoint here and pass its folder",
             ) from err
         except Exception as err:
+            if is_of_disk(err):  # of this machine, which the staging of the file tells
+                raise
             raise CheckpointError(
                 f"`{self.url}` cannot be fetched: {_one_line(str(err) or type(err).__name__)}",
                 hint="check the URL and your access to it",
             ) from err
+
+
+def _staged(path: Path) -> AbstractContextManager[Path]:
+    """A file of the cache, which is there whole or not at all."""
+    return staged_file(
+        path, error=CheckpointError, elsewhere="choose another place with XDG_CACHE_HOME"
+    )
 
 
 def _sizes_below(folder: Path) -> dict[str, int]:

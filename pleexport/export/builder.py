@@ -6,8 +6,8 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Unpack
 
 import msgspec
@@ -23,6 +23,7 @@ from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
 from pleexport.errors import (
+    BundleError,
     CheckFailed,
     CheckpointError,
     MissingDependencyError,
@@ -34,9 +35,9 @@ from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
 from pleexport.export.plan import Plan, copied_files, make_plan
+from pleexport.export.replacing import check_replaceable
 from pleexport.export.sealing import seal
 from pleexport.export.sensitivity import MeasuredSensitivity, SampledSensitivity, Sensitivity
-from pleexport.export.staging import check_replaceable, staging_folder
 from pleexport.export.text_files import TextFiles, text_files
 from pleexport.families.opening import open_model
 from pleexport.model import Model
@@ -58,10 +59,12 @@ from pleexport.runtime.bundle import (
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
 from pleexport.sizes import size_text
+from pleexport.staging import scratch_folder, staged_folder
 
 if TYPE_CHECKING:
     from pleexport.export.gradients import Gradients
 
+_ELSEWHERE = "choose another folder with `--out`"
 # Room for the graph's structure, tokenizer and reports beside weights and blob.
 _OVERHEAD_BYTES = 64 << 20
 # More changes importances by little, and every 512 read all weights once.
@@ -90,8 +93,8 @@ def build(
         PleexportError: anything that a user can mend; nothing is left at `out`.
         CheckFailed: the bundle does not compute what the original does.
     """
-    with TemporaryDirectory(prefix="pleexport-") as scratch:
-        return _build(checkpoint, out, options, progress or Progress(quiet=True), Path(scratch))
+    with scratch_folder() as scratch:
+        return _build(checkpoint, out, options, progress or Progress(quiet=True), scratch)
 
 
 def _build(
@@ -115,7 +118,8 @@ def _build(
     settings = resolve(options, quantized=model.is_quantized)
     destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
     overwrite = bool(options.get("overwrite"))
-    check_replaceable(destination, overwrite=overwrite)
+    check = partial(check_replaceable, destination.resolve(), overwrite=overwrite)
+    check()
     model = model.with_cache(settings.cache_dtype)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
@@ -154,7 +158,9 @@ def _build(
         _check_calibration(plan)
     matched.check_tied_head()
     plan.check()
-    with staging_folder(destination, overwrite=overwrite) as staging:
+    with staged_folder(
+        destination, error=BundleError, elsewhere=_ELSEWHERE, check=check
+    ) as staging:
         _check_disk(staging, plan)
         to_read = bytes_to_check(matched) + source_bytes(opened)
         with progress.bytes("Checking weights", to_read) as update:
@@ -249,7 +255,7 @@ def _check_disk(folder: Path, plan: Plan) -> None:
     if free < needed:
         raise PleexportError(
             f"`{folder.parent}` has {size_text(free)} free; the bundle needs {size_text(needed)}",
-            hint="free some space, or choose another folder with `--out`",
+            hint=f"free some space, or {_ELSEWHERE}",
         )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from pleexport.errors import PleexportError
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences, texts_around
 from pleexport.runtime.chat import limited
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
@@ -30,6 +31,8 @@ from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONF
 NOW = datetime(2026, 2, 3, 14, 5, 6)
 _WITNESS, _PROBLEM = "witness.json", "problem.txt"
 _SECONDS = 300
+# Source: sysexits.h, EX_IOERR.
+_DISK_FAILED = 74
 _MEMORY_BYTES = 6 << 30
 # Where a processor keeps a chat template, the first first; transformers reads them in this order.
 PROCESSOR_TEMPLATES = ("processor_config.json", "chat_template.json")
@@ -103,6 +106,8 @@ def read_original_text(source: Path, folder: Path) -> OriginalText:
     Args:
         source: a folder as transformers reads it, or a tokenizer.json.
         folder: where files are written.
+    Raises:
+        PleexportError: they cannot be written.
     """
     above = Path(__file__).parents[2]  # where this package is found
     paths = [str(above), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -120,6 +125,11 @@ def read_original_text(source: Path, folder: Path) -> OriginalText:
         )
     except subprocess.TimeoutExpired:
         return OriginalText({}, None, f"it takes longer than {_SECONDS} s")
+    if done.returncode == _DISK_FAILED:
+        raise PleexportError(
+            f"`{folder}` cannot be written: {done.stderr.strip().lower()}",
+            hint="free some space or check the disk, or set `TMPDIR` to another folder",
+        )
     return _collect(folder, done.stderr.strip() or f"exit code {done.returncode}")
 
 
@@ -137,11 +147,17 @@ def _collect(folder: Path, last_words: str) -> OriginalText:
 
 def _write(source: Path, folder: Path) -> None:
     """Write the tokenizer's files and the witness, or the problem."""
+    for name, content in _made_of(source).items():
+        (folder / name).write_bytes(content)
+
+
+def _made_of(source: Path) -> dict[str, bytes]:
+    """By name, the tokenizer's files and the witness, or the problem."""
     try:
         tokenizer = _open(source)
         notes: list[str] = []
         place, templates = _templates(tokenizer, source, notes)
-        _write_files(tokenizer, templates, folder)
+        made = _files(tokenizer, templates)
         witness = Witness(
             name=f"transformers {_version('transformers')}, {type(tokenizer).__name__}",
             template=place,
@@ -150,11 +166,11 @@ def _write(source: Path, folder: Path) -> None:
             conversations=list(_rendered(tokenizer, templates)) if templates else [],
             decoded=list(_decoded(tokenizer)),
         )
-        (folder / _WITNESS).write_bytes(msgspec.json.encode(witness))
+        return made | {_WITNESS: msgspec.json.encode(witness)}
     except Exception as err:  # whatever transformers raises is a sentence for a user
         lines = [line for line in str(err).splitlines() if line.strip()]
         problem = f"{type(err).__name__}: {lines[0].strip()}" if lines else type(err).__name__
-        (folder / _PROBLEM).write_text(problem, encoding="utf-8")
+        return {_PROBLEM: problem.encode()}
 
 
 def _open(source: Path) -> Any:
@@ -194,12 +210,12 @@ def _templates(tokenizer: Any, source: Path, notes: list[str]) -> tuple[str | No
     return place, {str(k): str(v) for k, v in named.items()}
 
 
-def _write_files(tokenizer: Any, templates: Mapping[str, str], folder: Path) -> None:
-    """The tokenizer as one file, and what else a runner has to know."""
+def _files(tokenizer: Any, templates: Mapping[str, str]) -> dict[str, bytes]:
+    """By name, the tokenizer as one file, and what else a runner has to know."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.save(str(folder / TOKENIZER), pretty=False)
+    made = {TOKENIZER: backend.to_str(pretty=False).encode()}
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     named = tokenizer.special_tokens_map
     config |= {name: text for name, text in named.items() if name.endswith("_token")}
@@ -209,11 +225,11 @@ def _write_files(tokenizer: Any, templates: Mapping[str, str], folder: Path) -> 
         config["extra_special_tokens"] = extra
     config |= {k: v for k in _PASSED_ON if (v := getattr(tokenizer, k, None))}
     if set(templates) == {"default"}:
-        (folder / CHAT_TEMPLATE).write_text(templates["default"], encoding="utf-8", newline="")
+        made[CHAT_TEMPLATE] = templates["default"].encode()
     elif templates:
         config["chat_template"] = [{"name": k, "template": v} for k, v in templates.items()]
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    (folder / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
+    return made | {TOKENIZER_CONFIG: (text + "\n").encode()}
 
 
 def _encoded(tokenizer: Any) -> Iterator[Encoded]:
@@ -273,7 +289,11 @@ def _main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
-    _write(Path(sys.argv[1]), Path(sys.argv[2]))
+    try:
+        _write(Path(sys.argv[1]), Path(sys.argv[2]))
+    except OSError as err:
+        print(err.strerror, file=sys.stderr)
+        raise SystemExit(_DISK_FAILED) from None
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pleexport.errors import InputError
 from pleexport.parity.original_text import (
@@ -21,6 +20,7 @@ from pleexport.parity.original_text import (
 from pleexport.parity.report import TextCheck
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences
 from pleexport.runtime.tokenizer import TOKENIZER, Tokenizer
+from pleexport.staging import scratch_folder
 
 # Any of these makes a folder one that transformers may open a tokenizer from.
 _SOURCES = (
@@ -65,8 +65,8 @@ def find_original_text(place: Path, scratch: Path) -> OriginalText | None:
 
 def check_text_of(tokenizer: Tokenizer | None, place: Path) -> TextCheck | None:
     """Compare a bundle's tokenizer with the one of a place; see `check_text`."""
-    with TemporaryDirectory() as scratch:
-        return check_text(tokenizer, find_original_text(place, Path(scratch)))
+    with scratch_folder() as scratch:
+        return check_text(tokenizer, find_original_text(place, scratch))
 
 
 def check_text(tokenizer: Tokenizer | None, original: OriginalText | None) -> TextCheck | None:

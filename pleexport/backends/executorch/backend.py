@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from pleexport.checksums import Checksums, check_files
 from pleexport.contract import Artifact, GraphContract
 from pleexport.errors import InputError, MissingDependencyError, TargetError, UnsupportedError
 from pleexport.program import Program
+from pleexport.staging import scratch_folder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -192,8 +192,8 @@ class ExecutorchBackend:
 
         assert isinstance(original.storage, ExecutorchStorage)
         program = original.trace()
-        with tempfile.TemporaryDirectory() as temporary:
-            path = Path(temporary) / PROGRAM
+        with scratch_folder() as scratch:
+            path = scratch / PROGRAM
             lower(
                 program,
                 original.matched,

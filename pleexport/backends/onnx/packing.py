@@ -7,11 +7,11 @@ anonymous memory, and loading takes no longer than mapping.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +28,13 @@ from pleexport.checksums import (
     write_checksums,
 )
 from pleexport.contract import Artifact
-from pleexport.errors import CheckFailed, InputError
+from pleexport.errors import BundleError, CheckFailed, InputError
 from pleexport.sizes import size_text
+from pleexport.staging import staged_folder
 
 # The rearranged weights, and what is stored beside them.
 _PACKED_SHARE = 2.2
+_PREFIX, _ELSEWHERE = ".partial-", "choose another folder for the packed weights"
 
 
 def packed_graph(
@@ -50,26 +52,13 @@ def packed_graph(
     """
     place = folder / _key(bundle, artifact, checked=checksums is not None)
     if not (place / GRAPH).is_file():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder))
-        except OSError as err:
-            raise InputError(
-                f"`{folder}` is no folder that can be written to: {err.strerror}",
-                hint="choose another folder for the packed weights",
-            ) from err
-        try:
+        with staged_folder(
+            place, error=InputError, elsewhere=_ELSEWHERE, prefix=_PREFIX
+        ) as staging:
             with checked_beside([bundle / name for name in artifact.files], checksums):
                 _write_packed(bundle, artifact, staging)
             written = {path.name: file_checksums(path) for path in staging.iterdir()}
             write_checksums(staging, written)
-            try:
-                staging.rename(place)
-            except OSError:
-                if not (place / GRAPH).is_file():  # else another process was faster
-                    raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     return place / GRAPH
 
 
@@ -97,13 +86,20 @@ def checked_packed(graph: Path, *, check: bool) -> Iterator[None]:
 
 
 def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
+    """Let ONNX Runtime write a graph and its weights.
+
+    Raises:
+        InputError: there is too little room.
+        BundleError: the graph cannot be loaded.
+        OSError: they cannot be written; ONNX Runtime does not say why.
+    """
     size = sum((bundle / name).stat().st_size for name in artifact.files)
     free, needed = shutil.disk_usage(folder).free, int(size * _PACKED_SHARE)
     if free < needed:
         raise InputError(
             f"`{folder.parent}` has {size_text(free)} free; packed weights need up to "
             f"{size_text(needed)}",
-            hint="free some space, or choose another folder for the packed weights",
+            hint=f"free some space, or {_ELSEWHERE}",
         )
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(folder / GRAPH)
@@ -113,7 +109,12 @@ def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
         ("session.save_external_prepacked_constant_initializers", "1"),
     ):
         options.add_session_config_entry(name, value)
-    open_graph(bundle / GRAPH, options)
+    try:
+        open_graph(bundle / GRAPH, options)
+    except BundleError as err:
+        open_graph(bundle / GRAPH, ort.SessionOptions())  # or is it the bundle?
+        full = shutil.disk_usage(folder).free < needed
+        raise OSError(code := errno.ENOSPC if full else errno.EIO, os.strerror(code)) from err
 
 
 def _key(bundle: Path, artifact: Artifact, *, checked: bool) -> str:

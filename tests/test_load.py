@@ -1,0 +1,114 @@
+"""Many runners, many processes, and a bundle that is replaced under them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soak
+from crowd import answer, runner
+
+from pleexport.errors import BundleError
+from pleexport.runtime.blob import Blob
+from pleexport.staging import staged_folder
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
+# Pages, and what an allocator keeps when it has seen more runners.
+SLACK = 1 << 20
+
+
+def crowd(bundle: Path, *, runners: int, processes: int, packed: Path | None) -> dict[str, Any]:
+    """What many runners answered and held, and that of one."""
+    command = [sys.executable, str(Path(__file__).with_name("crowd.py")), str(bundle)]
+    counts = ["--runners", str(runners), "--processes", str(processes)]
+    more = ["--packed", str(packed)] if packed else []
+    done = subprocess.run([*command, *counts, *more], check=True, capture_output=True)
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("runners", "processes", "is_packed"),
+    [
+        (6, 3, True),
+        pytest.param(100, 20, False, marks=pytest.mark.slow),
+        pytest.param(100, 20, True, marks=pytest.mark.slow),
+    ],
+)
+def test_many_runners_answer_as_one_and_share_the_files(
+    runners: int, processes: int, is_packed: bool, gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    packed = tmp_path / "packed" if is_packed else None
+    found = crowd(gemma4_bundle, runners=runners, processes=processes, packed=packed)
+    answers = [one["answer"] for one in found["processes"]]
+    assert set(answers) == set(found["one"]["answers"]) == {answer(runner(gemma4_bundle, packed))}
+    assert len(answers) == processes
+    # All together hold each file once. Other runners of one process do too.
+    shares = [one["share"] for one in found["processes"]]
+    mapped = [gemma4_bundle / "embeddings.safetensors"]
+    if packed:
+        mapped += packed.glob("*/model.onnx.data")
+        assert len(list(packed.iterdir())) == 1  # although all of them wrote it at once
+    for file in mapped:
+        once = file.stat().st_size + (4096 * processes)
+        for held in (shares, [found["one"]["share"]]):
+            assert 0 < sum(share[file.name] for share in held) <= once, file.name
+    warm, closed, all_open = (found["one"][name] for name in ("warm", "closed", "open"))
+    assert closed["anonymous"] <= warm["anonymous"] + SLACK
+    assert (closed["files"], closed["threads"]) == (warm["files"], warm["threads"])
+    assert closed["maps"] <= warm["maps"] + 10  # the allocator's own
+    # The control: what is open is seen.
+    assert all_open["maps"] >= closed["maps"] + runners
+
+
+def replace(place: Path, by: Path) -> None:
+    """Do what a build with `--overwrite` does at its end."""
+    with staged_folder(place, error=BundleError, elsewhere="", check=lambda: None) as staging:
+        shutil.copytree(by, staging, dirs_exist_ok=True)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_a_bundle_that_is_replaced_while_it_is_open_keeps_serving_the_old_one(
+    is_packed: bool, gemma4_bundle: Path, gemma3n_bundle: Path, tmp_path: Path
+) -> None:
+    place = Path(shutil.copytree(gemma4_bundle, tmp_path / "place"))
+    packed = tmp_path / "packed" if is_packed else None
+    expected = answer(runner(gemma4_bundle, packed))
+    first = runner(place, packed)
+    replace(place, gemma3n_bundle)
+    assert answer(first) == expected  # with rows that nobody read before
+    # Who opens it now gets the new one.
+    assert answer(runner(place, packed)) == answer(runner(gemma3n_bundle, packed)) != expected
+
+
+def test_a_soak_notices_what_grows() -> None:
+    def held(count: int, **grown: int) -> soak.Held:
+        flat = {"anonymous": 50 << 20, "file_backed": 0, "files": 8, "threads": 2, "maps": 500}
+        return soak.Held(minutes=count, texts=count, **(flat | grown))
+
+    assert soak.growth([held(i) for i in range(40)]) == []
+    # What grows while it warms up has settled.
+    assert soak.growth([held(i, anonymous=min(i, 8) << 20) for i in range(40)]) == []
+    grown = [held(i, anonymous=i << 20, files=i, threads=i) for i in range(40)]
+    assert [clause.split()[0] for clause in soak.growth(grown)] == ["files", "threads", "memory"]
+
+
+def test_a_soak_compares_every_text(gemma4_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(soak, "PROMPTS", ([3, 4], [5]))
+    monkeypatch.setattr(soak, "WAYS", ({"greedy": True, "ignore_eos": True},))
+    assert soak.soak(gemma4_bundle, seconds=0.5, every=0.1, packed=None)
+    lookup = Blob.lookup
+    calls = iter(range(10**9))
+
+    def wrong_later(self: Any, *arguments: Any) -> Any:
+        wrong = 1 + next(calls) // 50
+        return {name: wrong * values for name, values in lookup(self, *arguments).items()}
+
+    monkeypatch.setattr(Blob, "lookup", wrong_later)
+    with pytest.raises(AssertionError):
+        soak.soak(gemma4_bundle, seconds=60, every=1, packed=None)
