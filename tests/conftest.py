@@ -14,7 +14,11 @@ from hypothesis import settings
 from numpy.typing import NDArray
 
 import pleexport
+from pleexport import families
 from pleexport.backends.onnx import files
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.matching import MatchedModel
+from pleexport.parity.oracle import Oracle, open_oracle
 
 # Tests run side by side, and threads that wait for each other slow small models down tenfold.
 torch.set_num_threads(1)
@@ -60,6 +64,12 @@ def exact_bundle(
         cache_dtype=cache_dtype,
         verify=False,
     )
+
+
+def original_of(folder: Path) -> Oracle:
+    """The PyTorch original of a checkpoint."""
+    checkpoint = Checkpoint(folder)
+    return open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
 
 @pytest.fixture(scope="session")

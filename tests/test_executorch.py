@@ -17,7 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoints import gemma4
-from conftest import SAMPLES, TOLERANCE, check_every_way_to_feed, relative_error
+from conftest import (
+    SAMPLES,
+    TOLERANCE,
+    check_every_way_to_feed,
+    original_of,
+    relative_error,
+)
 from family_checkpoints import embformer, lckv, llama_value_embeddings
 from rwkv_checkpoints import rwkv
 from test_parity import VARIATIONS
@@ -27,7 +33,6 @@ import pleexport
 from pleexport import families
 from pleexport.backends import registry
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import (
     BundleError,
     CheckpointError,
@@ -39,7 +44,6 @@ from pleexport.errors import (
 from pleexport.export.options import resolve
 from pleexport.export.plan import make_plan
 from pleexport.parity import layers
-from pleexport.parity.oracle import open_oracle
 from pleexport.show.html import write_html
 
 pytest.importorskip("executorch", reason="pip install 'pleexport[executorch]'")
@@ -64,11 +68,6 @@ def build(checkpoint: Path, out: Path, **options: Any) -> pleexport.Bundle:
     """An ExecuTorch bundle; exact unless told otherwise, not verified."""
     exact = {"table_dtype": "source", "weight_dtype": "fp32", "verify": False}
     return pleexport.build(checkpoint, out, backend="executorch", **(exact | options))
-
-
-def original_of(folder: Path) -> Any:
-    checkpoint = Checkpoint(folder)
-    return open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TOLERANCE, relative_error
+from conftest import TOLERANCE, original_of, relative_error
 from numpy.typing import NDArray
 from quantized_checkpoints import mobile_gemma4
 from safetensors.numpy import load_file
@@ -19,14 +19,12 @@ import pleexport
 from pleexport import families
 from pleexport.backends import registry
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import MatchedModel
 from pleexport.codes import QuantizedRows, unpack_codes
 from pleexport.errors import TargetError
 from pleexport.export.options import resolve
 from pleexport.export.plan import Plan, make_plan
 from pleexport.model import Codes, Weight
 from pleexport.parity.metrics import mean_kl
-from pleexport.parity.oracle import open_oracle
 from pleexport.weights import WeightRequest
 
 pytest.importorskip("executorch", reason="pip install 'pleexport[executorch]'")
@@ -54,11 +52,6 @@ def one_thread() -> Iterator[None]:
 def build(folder: Path, out: Path, **options: Any) -> pleexport.Bundle:
     """A bundle with the checkpoint's own numbers unless told otherwise, not verified."""
     return pleexport.build(folder, out, backend="executorch", **({"verify": False} | options))
-
-
-def original_of(folder: Path) -> Any:
-    checkpoint = Checkpoint(folder)
-    return open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
 
 
 def planned(folder: Path, **options: Any) -> Plan:

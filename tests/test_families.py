@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import check_every_way_to_feed, exact_bundle
+from conftest import check_every_way_to_feed, exact_bundle, original_of
 from family_checkpoints import embformer, lckv, llama_value_embeddings
 
 import pleexport
@@ -87,8 +87,7 @@ VARIATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
-    checkpoint = Checkpoint(folder)
-    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    oracle = original_of(folder)
     check_every_way_to_feed(exact_bundle(folder, tmp_path / "bundle"), oracle.logits)
 
 
@@ -96,8 +95,7 @@ def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
 def test_embformer_without_a_cache_is_the_same(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
-    checkpoint = Checkpoint(folder)
-    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    oracle = original_of(folder)
     bundle = exact_bundle(folder, tmp_path / "bundle", cache_dtype="none")
     assert bundle.decoder.contract.caches == []
     check_every_way_to_feed(bundle, oracle.logits)

@@ -16,19 +16,16 @@ import onnxruntime as ort
 import pytest
 import torch
 from checkpoints import gemma4
+from conftest import original_of
 from resealed import change_header, change_rows, fit_manifest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import pleexport
-from pleexport import families
-from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.matching import MatchedModel
 from pleexport.errors import CheckFailed
 from pleexport.families import gemma
 from pleexport.parity.greedy import check_greedy
 from pleexport.parity.metrics import logit_range
-from pleexport.parity.oracle import open_oracle
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.generation_config import GenerationConfig as GenerationDefaults
 from pleexport.show.html import write_html
@@ -193,8 +190,7 @@ def test_greedy_text_is_what_the_original_generates(
 def test_the_first_token_that_the_original_would_not_write_is_found(
     lowered: float, equal: int, near_tie: bool, gemma4_checkpoint: Path, gemma4_bundle: Path
 ) -> None:
-    checkpoint = Checkpoint(gemma4_checkpoint)
-    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    oracle = original_of(gemma4_checkpoint)
 
     class Changed:
         """The original, which likes another token better in place of the one at place 7."""
@@ -223,8 +219,7 @@ def test_the_first_token_that_the_original_would_not_write_is_found(
 def test_greedy_parity_does_not_sample_as_the_checkpoint_would(
     gemma4_checkpoint: Path, gemma4_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint = Checkpoint(gemma4_checkpoint)
-    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    oracle = original_of(gemma4_checkpoint)
     runner = pleexport.Runner(gemma4_bundle)
     sampling = GenerationDefaults(do_sample=True, temperature=5.0)
     manifest = msgspec.structs.replace(runner.bundle.manifest, generation=sampling)
@@ -253,8 +248,7 @@ def test_a_text_ends_with_an_id_that_has_no_row(tmp_path: Path) -> None:
     assert [t.id for t in runner.generate([3, 4, 5])] in ([100], [101])
     assert runner.stats.finish_reason == "no row"
     # The control: another id than the original's is a difference still, with a row or without.
-    checkpoint = Checkpoint(folder)
-    oracle = open_oracle(MatchedModel(families.resolve(checkpoint), checkpoint))
+    oracle = original_of(folder)
 
     class Swapped:
         name = "swapped"
