@@ -28,6 +28,7 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.export.options import BuildOptions
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime import bundle as bundle_module
+from pleexport.runtime import chat_format
 from pleexport.runtime.generation_config import GenerationConfig
 
 DEFAULTS: dict[str, Any] = {
@@ -357,6 +358,9 @@ STRUCTS = (
     bundle_module.ParitySummary,
     bundle_module.FileRecord,
     bundle_module.AdapterRecord,
+    chat_format.ChatFormat,
+    chat_format.Joint,
+    chat_format.Thoughts,
     bundle_module.Source,
     bundle_module.SourceFile,
 )
