@@ -39,9 +39,12 @@ def edit_pth(data: bytes, random: Random) -> bytes:
         return _CALLS[random.randrange(len(_CALLS))]
     if kind == 2:
         return _at_the_end(data, random)
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    pickled = next(i for i, (name, _) in enumerate(entries) if name.endswith("data.pkl"))
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            entries = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    except Exception:  # it was edited before, and zipfile raises many kinds
+        return edit_bytes(data, random)
+    pickled = next((i for i, (n, _) in enumerate(entries) if n.endswith("data.pkl")), 0)
     name, content = entries[pickled]
     i = random.randrange(len(entries))
     compress = zipfile.ZIP_STORED
@@ -66,7 +69,7 @@ def edit_pth(data: bytes, random: Random) -> bytes:
                     compress = zipfile.ZIP_DEFLATED
                 case _:  # a bomb
                     compress = zipfile.ZIP_DEFLATED
-                    entries[i] = entries[i][0], b"\0" * (200 << 20)
+                    entries[i] = entries[i][0], b"\0" * (64 << 20)
     return _archive(entries, compress)
 
 
@@ -93,7 +96,7 @@ def _edit_numbers(content: bytes, random: Random) -> bytes:
 
     try:
         places = [(at, op.name, arg) for op, arg, at in pickletools.genops(content)]
-    except (ValueError, pickle.UnpicklingError, IndexError):
+    except Exception:  # as above
         return edit_bytes(content, random)
     ends = [*(at for at, _, _ in places[1:]), len(content)]
     chosen = [n for n, (_, name, _) in enumerate(places) if name.startswith(("BININT", "BINUNI"))]
