@@ -78,12 +78,23 @@ def verify(folder: Path) -> Any:
     return pleexport.verify(folder)
 
 
-def inspect(place: Path, **options: Any) -> Any:
-    """Inspect a checkpoint, and make the text that a person reads of it."""
+def match(place: Path, **options: Any) -> Any:
+    """Find the tensors of a checkpoint's model, as a build does and `inspect` tries to."""
+    from pleexport.checkpoint.matching import MatchedModel
+    from pleexport.checkpoint.trained_grid import mark_grids
+    from pleexport.families.opening import open_model
+
+    opened, model = open_model(place, offline=True, **options)
+    return mark_grids(MatchedModel(model, opened)).checkpoint.notes
+
+
+def inspect(place: Path, seed: int, **options: Any) -> Any:
+    """Inspect a checkpoint; for one seed in four, make the text that a person reads of it."""
     import pleexport
     from pleexport.show.inspection import describe_model
 
-    return describe_model(pleexport.inspect(place, offline=True, **options))
+    info = pleexport.inspect(place, offline=True, **options)
+    return describe_model(info) if seed % 4 == 0 else None
 
 
 def build(place: Path, out: Path, seed: int, **options: Any) -> Any:
@@ -167,7 +178,8 @@ def exercise(operation: str, kind: str, folder: Path, inside: str, seed: int, sl
         "unchecked": lambda: run(folder, verify=False),
         "packed": lambda: run(folder, packed=slot / "packed"),
         "verify": lambda: verify(folder),
-        "inspect": lambda: inspect(place, **options),
+        "match": lambda: match(place, **options),
+        "inspect": lambda: inspect(place, seed, **options),
         "rows": lambda: rows(place, slot / "out", seed, **options),
         "build": lambda: build(place, slot / "out", seed, **options),
         "tokenizer": lambda: open_text(folder),

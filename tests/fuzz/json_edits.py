@@ -73,14 +73,11 @@ def edit_json(data: bytes, random: Random, pool: Sequence[tuple[str, Any]] = ())
         value = json.loads(data)
     except (ValueError, RecursionError):
         return edit_bytes(data, random)
-    try:
-        if random.random() < 0.06:
-            return _as_a_whole(data, value, random)
-        for _ in range(random.choice((1, 1, 1, 1, 2, 3))):
-            value = edit_value(value, random, pool)
-        return dump(value).encode("utf-8", "surrogatepass")
-    except RecursionError:  # it was made deep before
-        return edit_bytes(data, random)
+    if random.random() < 0.06:
+        return _as_a_whole(data, value, random)
+    for _ in range(random.choice((1, 1, 1, 1, 2, 3))):
+        value = edit_value(value, random, pool)
+    return dump(value).encode("utf-8", "surrogatepass")
 
 
 def _as_a_whole(data: bytes, value: Any, random: Random) -> bytes:

@@ -13,12 +13,11 @@ from pleexport.errors import FamilyError, PleexportError
 from .cases import Case
 from .exercise import Exit
 
-# What the command line says when it fails, and nothing else: notes, then a sentence, which may end
-# with a list of indented lines, and a hint.
-_FAILED = re.compile(
-    r"((note|warning): [^\n]*\n)*error: [^\n]+\n(  [^\n]+\n)*(\nhint: [^\n]+\n)?\Z"
-)
-_NOTED = re.compile(r"((note|warning): [^\n]*\n)*\Z")
+# What the command line says when it fails, and nothing else: notes and steps with their times, then
+# a sentence, which may end with a list of indented lines, and a hint.
+_STEPS = r"((note: |warning: |[A-Z][a-zA-Z, ]+: [0-9.]+ )[^\n]*\n)*"
+_FAILED = re.compile(_STEPS + r"error: [^\n]+\n(  [^\n]+\n)*(\nhint: [^\n]+\n)?\Z")
+_NOTED = re.compile(_STEPS + r"\Z")
 # A message is a sentence, or one with a list: nothing that a terminal obeys.
 _UNPRINTABLE = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST_MESSAGE = 3000

@@ -19,9 +19,7 @@ from .worker import Worker, serve
 # Of the processor, and of the clock where the processor waits.
 HANG_SECONDS = 10.0
 _STUCK_SECONDS = 90.0
-# A build has that much more to do than what opens something.
-_BUILD_SECONDS = 60.0
-_BATCH = 400
+_BATCH = 4000
 
 
 @dataclass
@@ -77,7 +75,7 @@ class Pool:
                     batch = waiting.pop() if waiting else _take(seeds, _BATCH)
                     if not batch:
                         break
-                    self._start(batch)
+                    self._start(batch, until)
                 if not self._running:
                     return
                 for key, _ in self._selector.select(timeout=0.25):
@@ -88,13 +86,13 @@ class Pool:
                     else:
                         yield from self._end(running, waiting)
                 for running in list(self._running.values()):
-                    self._watch(running, until)
+                    self._watch(running)
         finally:
             for running in self._running.values():
                 os.kill(running.process, signal.SIGKILL)
                 os.waitpid(running.process, 0)
 
-    def _start(self, seeds: list[int]) -> None:
+    def _start(self, seeds: list[int], until: float) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         slot = next(i for i in range(self._jobs) if not any(i == k for k in self._running))
@@ -104,7 +102,8 @@ class Pool:
             code = 1
             try:
                 os.close(read)
-                serve(self._make(self._folder / f"slot-{slot}"), seeds, write)
+                worker = self._make(self._folder / f"slot-{slot}")
+                serve(worker, seeds, write, until=until)
                 code = 0
             except BaseException as err:
                 _last_words(write, err)
@@ -123,7 +122,7 @@ class Pool:
                 running.seed, running.since = message["begun"], time.monotonic()
                 running.used = _processor_seconds(running.process)
             elif "broken" in message:
-                raise RuntimeError(f"the fuzzer itself failed at {running.seed}: {message['broken']}")
+                running.killed = f"the fuzzer itself failed: {message['broken']}"
             else:
                 running.done.add(message["done"])
                 running.seed = None
@@ -149,7 +148,7 @@ class Pool:
         if left:
             waiting.append(left)
 
-    def _watch(self, running: _Running, until: float) -> None:
+    def _watch(self, running: _Running) -> None:
         if running.seed is None or running.killed:
             return
         waited = time.monotonic() - running.since

@@ -97,11 +97,19 @@ class Worker:
         return tried
 
 
-def serve(worker: Worker, seeds: Iterable[int], pipe: int) -> None:
-    """Try seeds, and write a line of JSON before and after each."""
-    warnings.simplefilter("default")
+def serve(worker: Worker, seeds: Iterable[int], pipe: int, *, until: float) -> None:
+    """Try seeds, and write a line of JSON before and after each.
+
+    Args:
+        until: a time of the monotonic clock, from which on no seed is begun.
+    """
+    # What Python shows by itself, and shows it each time.
+    for kind in (UserWarning, RuntimeWarning, ResourceWarning, SyntaxWarning, FutureWarning):
+        warnings.simplefilter("always", kind)
     limit_memory()
     for seed in seeds:
+        if time.monotonic() > until:
+            return
         _tell(pipe, {"begun": seed})
         _tell(pipe, {"done": seed, "result": worker.try_seed(seed)})
 
