@@ -24,6 +24,7 @@ from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tied import TiedRows
 from pleexport.runtime.tokenizer import tokenizer_files
 from pleexport.tied_layout import TIED
+from pleexport.whole_file import read_whole
 
 SCHEMA = 2
 DECODER = "decoder"
@@ -220,7 +221,7 @@ def read_manifest(path: Path, checksums: Checksums | None = None) -> Manifest:
     """
     manifest_path = path / MANIFEST
     try:
-        raw = manifest_path.read_bytes()
+        raw = read_whole(manifest_path)
     except OSError as err:
         raise BundleError(
             f"`{path}` is not a bundle: `{MANIFEST}` cannot be read ({err.strerror})",

@@ -20,7 +20,7 @@ _FAILED = re.compile(_STEPS + r"error: [^\n]+\n(  [^\n]+\n)*(\nhint: [^\n]+\n)?\
 _NOTED = re.compile(_STEPS + r"\Z")
 # A message is a sentence, or one with a list: nothing that a terminal obeys.
 _UNPRINTABLE = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_LONGEST_MESSAGE = 3000
+_LONGEST_LINE = 1000
 _SLACK_BYTES = 48 << 20
 # What a chat template may take: docs/security.md.
 _TEMPLATE_BYTES = 300 << 20
@@ -83,7 +83,7 @@ def _of_exception(raised: BaseException | None) -> str | None:
             return f"an empty message: {_described(raised)}"
         if found := _UNPRINTABLE.search(text):
             return f"the message has {found.group()!r} in it: {_described(raised)}"
-        if len(text) > _LONGEST_MESSAGE:
+        if max(map(len, text.split("\n"))) > _LONGEST_LINE:
             return f"the message is too long: {_described(raised)}"
     return None
 

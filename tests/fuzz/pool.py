@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from .bases import Base
+from .cases import base_and_operation
 from .worker import Worker, serve
 
 # Of the processor, and of the clock where the processor waits.
 HANG_SECONDS = 10.0
 _STUCK_SECONDS = 90.0
+# A build traces a model, which takes a second or two of an honest one.
+_BUILD_SECONDS = 60.0
 _BATCH = 4000
 
 
@@ -155,7 +158,9 @@ class Pool:
         if waited < min(self._seconds, 5):
             return
         used = _processor_seconds(running.process) - running.used
-        if used > self._seconds or waited > _STUCK_SECONDS + self._seconds:
+        is_build = base_and_operation(running.seed)[1] == "build"
+        allowed = _BUILD_SECONDS if is_build else self._seconds
+        if used > allowed or waited > _STUCK_SECONDS + allowed:
             running.killed = f"a hang: {used:.0f} s of the processor, {waited:.0f} s of the clock"
             os.kill(running.process, signal.SIGKILL)
 

@@ -9,6 +9,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+# A cache that torch makes in the folder of temporary files when it traces, whatever it traces.
+_OF_TORCH = "torchinductor_"
 _EMPTY = ("home", "tmp", "here")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 # Audit events that change files, with the positions of their paths.
@@ -70,7 +72,8 @@ class Sandbox:
         self._watching = False
         found = list(dict.fromkeys(self._broken))
         for name in _EMPTY:
-            found += [f"left `{name}/{left}`" for left in os.listdir(self.folder / name)]
+            left = [n for n in os.listdir(self.folder / name) if not n.startswith(_OF_TORCH)]
+            found += [f"left `{name}/{n}`" for n in left]
         allowed = {*_EMPTY, "case", "out", "packed", "outside.bin", "bases"}
         found += [f"left `{n}`" for n in os.listdir(self.folder) if n not in allowed]
         if _names(self.case) != self._before:
