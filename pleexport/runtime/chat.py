@@ -123,12 +123,20 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
                 raise TemplateError(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
         return trace
 
-    before = sys.gettrace()
+    before, told = sys.gettrace(), sys.unraisablehook
+
+    def tell(args: sys.UnraisableHookArgs) -> None:
+        # Raised where a generator is closed, it goes nowhere; the next line raises it again.
+        if not isinstance(args.exc_value, TemplateError | RecursionError | MemoryError):
+            told(args)
+
+    sys.unraisablehook = tell
     sys.settrace(trace)
     try:
         yield
     finally:
         sys.settrace(before)
+        sys.unraisablehook = told
 
 
 @lru_cache(maxsize=4)

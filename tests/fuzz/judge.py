@@ -21,7 +21,7 @@ _NOTED = re.compile(_STEPS + r"\Z")
 # A message is a sentence, or one with a list: nothing that a terminal obeys.
 _UNPRINTABLE = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST_LINE = 1000
-_SLACK_BYTES = 48 << 20
+SLACK_BYTES = 48 << 20
 # What a chat template may take: docs/security.md.
 _TEMPLATE_BYTES = 300 << 20
 
@@ -63,6 +63,12 @@ def judge(case: Case, tried: Tried, honest: Tried | None) -> tuple[str, str | No
         or _of_memory(case, tried, honest)
     )
     return outcome, problem
+
+
+def needs_comparison(case: Case, tried: Tried) -> bool:
+    """Whether a verdict depends on what an unchanged base does."""
+    same = tried.raised is None and not case.sealed and case.operation in {"run", "packed"}
+    return same or tried.grown > SLACK_BYTES
 
 
 def signature(problem: str) -> str:
@@ -130,7 +136,7 @@ def _of_memory(case: Case, tried: Tried, honest: Tried | None) -> str | None:
     if honest is None:
         return None
     size = sum(len(content) for content in case.changed.values() if content)
-    allowed = 2 * honest.grown + 20 * size + _SLACK_BYTES
+    allowed = 2 * honest.grown + 20 * size + SLACK_BYTES
     if case.operation in {"run", "tokenizer", "packed", "unchecked", "build", "command"}:
         allowed += _TEMPLATE_BYTES if _changes_template(case) else 0
     if tried.grown <= allowed:
