@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .bases import make_bases, open_bases
-from .cases import make_case, write_case
+from .cases import corpus_seeds, make_case, write_case
 from .ledger import Ledger, default_folder
 from .pool import HANG_SECONDS, Pool
 
@@ -26,7 +26,7 @@ def main() -> int:
     options = _parse()
     work = Path(options.work or tempfile.mkdtemp(prefix="pleexport-fuzz-")).resolve()
     all_bases = Path(options.bases).resolve() if options.bases else work / "bases"
-    for problem in _in_a_process(lambda: make_bases(all_bases, torch=not options.no_torch)):
+    for problem in in_a_process(lambda: make_bases(all_bases, torch=not options.no_torch)):
         print(problem, file=sys.stderr)
     if options.only_bases:
         return 0
@@ -40,7 +40,7 @@ def main() -> int:
                 write_case(case, bases[case.base], place)
                 print(place, case.operation, *case.edits, sep="\n  ")
         return 0
-    _load(torch=not options.no_torch)
+    load(torch=not options.no_torch)
     ledger = Ledger(Path(options.state) if options.state else default_folder())
     pool = Pool(bases, all_bases, work, jobs=options.jobs, seconds=options.seconds)
     until = time.monotonic() + 60 * options.minutes
@@ -48,9 +48,7 @@ def main() -> int:
     return 1 if ledger.here["findings"] else 0
 
 
-def _run(
-    pool: Pool, ledger: Ledger, seeds: Iterator[int], until: float, verbose: bool
-) -> None:
+def _run(pool: Pool, ledger: Ledger, seeds: Iterator[int], until: float, verbose: bool) -> None:
     started = last = time.monotonic()
     try:
         for result in pool.run(seeds, until=until):
@@ -99,7 +97,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
     parser.add_argument("--minutes", type=float, default=10.0, help="how long")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--seed", type=int, help="the first seed; by default, the next one")
+    parser.add_argument(
+        "--seed", type=int, help="the first; by default the corpus, then the first untried one"
+    )
     parser.add_argument("--seeds", help="A:B tries seeds from A to before B; A,C tries these")
     parser.add_argument("--state", help="folder of the totals and the findings")
     parser.add_argument("--bases", help="folder of the bases, made where they are not there")
@@ -118,10 +118,12 @@ def _seeds(options: argparse.Namespace, first: int) -> Iterator[int]:
         return iter(range(int(begin), int(end)))
     if options.seeds:
         return iter([int(part) for part in options.seeds.split(",")])
-    return itertools.count(first if options.seed is None else options.seed)
+    if options.seed is not None:
+        return itertools.count(options.seed)
+    return itertools.chain(corpus_seeds(), itertools.count(first))
 
 
-def _in_a_process(make: object) -> list[str]:
+def in_a_process(make: object) -> list[str]:
     """What a function returns, called in a forked process: no thread of it is left here."""
     read, write = os.pipe()
     process = os.fork()
@@ -139,7 +141,7 @@ def _in_a_process(make: object) -> list[str]:
     return list(found)
 
 
-def _load(*, torch: bool) -> None:
+def load(*, torch: bool) -> None:
     """Import once what all workers need."""
     import pleexport.cli
     import pleexport.runtime.runner
@@ -149,13 +151,14 @@ def _load(*, torch: bool) -> None:
 
     if torch:
         try:
+            import torch as torch_
+
             import pleexport.backends.onnx.lower
             import pleexport.export.builder
             import pleexport.export.calibration
             import pleexport.families.trace
             import pleexport.inspection.inspect
             import pleexport.show.inspection
-            import torch as torch_
 
             torch_.set_num_threads(1)
         except ImportError as err:

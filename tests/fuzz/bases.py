@@ -6,7 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,18 +91,21 @@ def open_bases(folder: Path) -> dict[str, Base]:
     return found
 
 
-def make_bases(folder: Path, *, torch: bool = True) -> list[str]:
+def make_bases(
+    folder: Path, *, torch: bool = True, only: Collection[str] = BASES.keys()
+) -> list[str]:
     """Write the bases that are not there yet.
 
     Args:
         torch: False to make only what needs none.
+        only: names of bases; what they are made of has to be among them.
     Returns:
         why some were not made, as sentences.
     """
     folder.mkdir(parents=True, exist_ok=True)
     problems = []
     for name, make in _MAKERS.items():
-        if (folder / name).exists():
+        if name not in only or (folder / name).exists():
             continue
         if name not in _LIGHT and not torch:
             problems.append(f"{name} is left out: it needs torch")
@@ -226,7 +229,10 @@ def _adapter(folder: Path, others: Path) -> None:
     inner = {0: 32, 1: 32, 2: 64, 3: 64}
     tensors = {}
     for i in range(4):
-        for module, rows in (("self_attn.q_proj", 32 if i % 2 == 0 else 64), ("mlp.up_proj", inner[i])):
+        for module, rows in (
+            ("self_attn.q_proj", 32 if i % 2 == 0 else 64),
+            ("mlp.up_proj", inner[i]),
+        ):
             prefix = f"base_model.model.model.layers.{i}.{module}"
             tensors[f"{prefix}.lora_A.weight"] = torch.randn(2, 16, generator=generator)
             tensors[f"{prefix}.lora_B.weight"] = torch.randn(rows, 2, generator=generator)

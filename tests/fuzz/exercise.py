@@ -117,7 +117,6 @@ def build(place: Path, out: Path, seed: int, **options: Any) -> Any:
 
 def rows(place: Path, out: Path, seed: int, **options: Any) -> None:
     """Build a bundle as far as its rows are written and its graph would be traced."""
-    import pleexport.families.trace
 
     def stop(*_: Any, **__: Any) -> None:
         raise _Traced("traced")

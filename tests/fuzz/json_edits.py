@@ -56,9 +56,13 @@ def any_value(random: Random, *, alone: bool = True) -> Any:
             return random.choice([[], {}, [[]], [{}], {"": None}, [None], [0, "x"], {"a": {}}])
         case 6:
             depth = random.choice((30, 900, 5000, 100_000))
-            return Raw(random.choice(("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth)))
+            return Raw(
+                random.choice(("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth))
+            )
         case 7:
-            return Raw(random.choice(('"\\ud800"', '"\\udfff\\ud800"', "9" * 5000, "-", "+1", "01")))
+            return Raw(
+                random.choice(('"\\ud800"', '"\\udfff\\ud800"', "9" * 5000, "-", "+1", "01"))
+            )
         case _:
             return [any_value(random, alone=False) for _ in range(random.choice((1, 2, 5, 300)))]
 
@@ -95,7 +99,9 @@ def _as_a_whole(data: bytes, value: Any, random: Random) -> bytes:
         case 5:
             return b""
         case _:
-            return dump({"text_config": value, **(value if isinstance(value, dict) else {})}).encode()
+            return dump(
+                {"text_config": value, **(value if isinstance(value, dict) else {})}
+            ).encode()
 
 
 def edit_value(value: Any, random: Random, pool: Sequence[tuple[str, Any]] = ()) -> Any:

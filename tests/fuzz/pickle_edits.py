@@ -12,7 +12,7 @@ from .json_edits import INTEGERS
 
 _CALLS = [
     b"cos\nsystem\n(S'touch ran'\ntR.",
-    b"cbuiltins\neval\n(S'open(\"ran\",\"w\")'\ntR.",
+    b'cbuiltins\neval\n(S\'open("ran","w")\'\ntR.',
     b"cbuiltins\nexec\n(S'1'\ntR.",
     b"(lp0\n" + b"I1\na" * 5000 + b".",
     b"\x80\x02" + b"(" * 100_000 + b".",
@@ -27,7 +27,16 @@ _CALLS = [
     b"N.",
     b"",
 ]
-_NAMES = ["../x", "/etc/x", "a/../../x", "x" * 2000, "archive/data.pkl", "archive/data/0", "\0", "é"]
+_NAMES = [
+    "../x",
+    "/etc/x",
+    "a/../../x",
+    "x" * 2000,
+    "archive/data.pkl",
+    "archive/data/0",
+    "\0",
+    "é",
+]
 
 
 def edit_pth(data: bytes, random: Random) -> bytes:

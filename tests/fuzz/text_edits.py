@@ -132,8 +132,25 @@ def edit_vocabulary(data: bytes, random: Random) -> bytes:
         case 3:
             size = str(random.choice((*INTEGERS, "x", "", "9" * 5000)))
         case _:
-            odd = ["(" * 3000, "'a'*10**10", "b'\\xff'", "'\\ud800'", "1", "None", "'", "''", "'a' 'b'"]
-            odd += ["9" * 5000, "[" * 100 + "]" * 100, "-" * 20_000 + "1", "{}", "'a', 'b'", "__import__"]
+            odd = [
+                "(" * 3000,
+                "'a'*10**10",
+                "b'\\xff'",
+                "'\\ud800'",
+                "1",
+                "None",
+                "'",
+                "''",
+                "'a' 'b'",
+            ]
+            odd += [
+                "9" * 5000,
+                "[" * 100 + "]" * 100,
+                "-" * 20_000 + "1",
+                "{}",
+                "'a', 'b'",
+                "__import__",
+            ]
             literal = random.choice(odd)
     if i < len(lines) and random.random() < 0.9:
         lines[i] = f"{number} {literal} {size}"
