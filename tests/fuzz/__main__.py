@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import json
 import os
@@ -19,6 +20,21 @@ from .ledger import Ledger, default_folder
 from .pool import HANG_SECONDS, Pool
 
 _EVERY_SECONDS = 15.0
+_OF_BUNDLES = (
+    "pleexport.cli",
+    "pleexport.runtime.runner",
+    "pleexport.show.stats",
+    "pleexport.targets",
+    "pleexport.backends.onnx.session",
+)
+_OF_CHECKPOINTS = (
+    "pleexport.backends.onnx.lower",
+    "pleexport.export.builder",
+    "pleexport.export.calibration",
+    "pleexport.families.trace",
+    "pleexport.inspection.inspect",
+    "pleexport.show.inspection",
+)
 
 
 def main() -> int:
@@ -87,8 +103,8 @@ def _say(ledger: Ledger, seconds: float) -> None:
     here = ledger.here
     print(
         f"{here['inputs']:,} inputs, {here['inputs'] / max(seconds, 1e-9):.1f} a second, "
-        f"{here['findings']} findings of {len(ledger.signatures)} kinds, {here['skipped']} skipped; "
-        f"{ledger.inputs:,} in all",
+        f"{here['findings']} findings of {len(ledger.signatures)} kinds, "
+        f"{here['skipped']} skipped; {ledger.inputs:,} in all",
         flush=True,
     )
 
@@ -143,26 +159,15 @@ def in_a_process(make: object) -> list[str]:
 
 def load(*, torch: bool) -> None:
     """Import once what all workers need."""
-    import pleexport.cli
-    import pleexport.runtime.runner
-    import pleexport.show.stats
-    import pleexport.targets
-    from pleexport.backends.onnx import session  # noqa: F401
-
-    if torch:
-        try:
-            import torch as torch_
-
-            import pleexport.backends.onnx.lower
-            import pleexport.export.builder
-            import pleexport.export.calibration
-            import pleexport.families.trace
-            import pleexport.inspection.inspect
-            import pleexport.show.inspection
-
-            torch_.set_num_threads(1)
-        except ImportError as err:
-            print(f"torch is left out: {err}", file=sys.stderr)
+    for name in _OF_BUNDLES:
+        importlib.import_module(name)
+    try:
+        for name in _OF_CHECKPOINTS if torch else ():
+            importlib.import_module(name)
+        if torch:
+            importlib.import_module("torch").set_num_threads(1)
+    except ImportError as err:
+        print(f"torch is left out: {err}", file=sys.stderr)
     if threading.active_count() > 1:
         print(f"threads before a fork: {threading.enumerate()}", file=sys.stderr)
 
