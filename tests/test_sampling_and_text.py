@@ -104,7 +104,12 @@ def test_a_chat_template_is_rendered(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('no system role') }}", "{{ ''.__class__.__mro__ }}", "{% if %}"],
+    [
+        "{{ raise_exception('no system role') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% if %}",
+        "{% break %}",
+    ],
 )
 def test_a_template_that_refuses_or_attacks_is_one_sentence(
     template: str, folder: Path, tmp_path: Path

@@ -6,6 +6,8 @@ torch's restricted unpickler knows tensors and containers only; see `torch.load(
 from __future__ import annotations
 
 import pickle
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +55,17 @@ class PickledFile:
                 f"reading `{self.path.name}` needs torch", hint="pip install 'pleexport[export]'"
             ) from err
         try:
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            self._refuse_compressed()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what is unusual is read, or an error says so
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except OSError as err:
             raise CheckpointError(
                 f"`{self.path}` cannot be read: {err.strerror}",
                 hint="check the file and its permissions",
             ) from err
+        except CheckpointError:
+            raise
         except pickle.UnpicklingError as err:
             raise CheckpointError(
                 f"`{self.path}` holds more than tensors, or is damaged; nothing of it was run",
@@ -79,6 +86,16 @@ class PickledFile:
                 hint="save `model.state_dict()` alone",
             )
         return loaded
+
+    def _refuse_compressed(self) -> None:
+        """Refuse what torch never writes and would unpack whole: a little can become a lot."""
+        with zipfile.ZipFile(self.path) as archive:
+            for info in archive.infolist():
+                if info.compress_type != zipfile.ZIP_STORED:
+                    raise CheckpointError(
+                        f"`{self.path}` holds `{info.filename}` compressed, which cannot be mapped",
+                        hint="save it again with `torch.save`, which compresses nothing",
+                    )
 
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
         import torch

@@ -33,6 +33,10 @@ BLOB = "embeddings.safetensors"
 PARITY = "parity.json"
 
 
+# Some checkpoints have -1 for none.
+TokenId = Annotated[int, msgspec.Meta(gt=-(1 << 31), lt=1 << 31)]
+
+
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A file of the bundle; size in bytes."""
 
@@ -90,7 +94,7 @@ class Manifest(
     family: str
     graphs: dict[str, Artifact]
     context: Annotated[int, msgspec.Meta(ge=1)]
-    eos_token_ids: list[int]
+    eos_token_ids: list[TokenId]
     generation: GenerationConfig | None = None
     table_dtype: str
     weight_dtype: str

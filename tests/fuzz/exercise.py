@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from pleexport.errors import PleexportError
+from pleexport.errors import InputError, PleexportError
 
 TEXT = "ab a é\n中 <tool><eos>\ufffd c"
 MESSAGES = [
@@ -97,7 +97,7 @@ def inspect(place: Path, seed: int, **options: Any) -> Any:
     return describe_model(info) if seed % 4 == 0 else None
 
 
-def build(place: Path, out: Path, seed: int, **options: Any) -> Any:
+def build(place: Path, out: Path, seed: int, **options: Any) -> None:
     """Build a bundle, and run it."""
     import pleexport
 
@@ -105,14 +105,15 @@ def build(place: Path, out: Path, seed: int, **options: Any) -> Any:
     pleexport.build(
         place,
         out,
-        context=(64, 16, 100)[seed % 3],
+        context=(256, 160, 200)[seed % 3],
         weight_dtype=dtypes[seed % 4],
         table_dtype=("source", *dtypes)[seed % 5],
         verify=seed % 7 == 0,
         offline=True,
         **options,
     )
-    return run(out)
+    with suppress(InputError):  # a conversation may not fit what the input says of its length
+        run(out)
 
 
 def rows(place: Path, out: Path, seed: int, **options: Any) -> None:

@@ -19,7 +19,7 @@ from .worker import Worker, serve
 
 # Of the processor, and of the clock where the processor waits.
 HANG_SECONDS = 10.0
-_STUCK_SECONDS = 90.0
+_STUCK_SECONDS = 600.0
 # A build traces a model, which takes a second or two of an honest one.
 _BUILD_SECONDS = 60.0
 _BATCH = 4000
