@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pleexport.whole_file import read_whole
 
 # A token of a byte-fallback decoder that stands for one byte.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"')
 _HINT = "fetch the file again; it is published with the model"
 _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
@@ -34,9 +36,10 @@ class JsonTokenizer:
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
         self._path = path
-        _check(path)
+        _check_merges(path)
         with self._readable():
             self._tokenizer = Tokenizer.from_file(str(path))
+        _check_template(path, self._tokenizer)
         # Limits of training, which transformers passes over too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -105,34 +108,36 @@ class JsonTokenizer:
 
 class _Model(msgspec.Struct):
     continuing_subword_prefix: str | None = None
-    merges: msgspec.Raw = msgspec.Raw(b"[]")
+    merges: list[Any] = []
 
 
 class _File(msgspec.Struct):
-    """What of a tokenizer.json is looked at; the rest is not made into objects, which takes time."""
-
     model: _Model
-    post_processor: Any = None
 
 
-def _check(path: Path) -> None:
-    """Refuse what the library does not look at before it ends this process, or itself.
+def _check_merges(path: Path) -> None:
+    """Refuse merges at which the library ends this process. Source: tokenizers, `BpeBuilder`.
 
-    Source: tokenizers 0.22, `BpeBuilder::build`, `TemplateProcessing::apply_template`.
+    A large file is made into objects only where it has a prefix, or hides its names.
     """
     try:
-        file = msgspec.json.decode(read_whole(path), type=_File)
-        merges = msgspec.json.decode(file.model.merges) if _prefix(file.model) else []
-        problem = _problem_of_merges(merges, _prefix(file.model))
-        problem = problem or _problem_of_template(file.post_processor)
+        raw = read_whole(path)
+        if not _HAS_PREFIX.search(raw) and b"\\u" not in raw:
+            return
+        model = msgspec.json.decode(raw, type=_File).model
+        problem = _problem_of_merges(model.merges, model.continuing_subword_prefix or "")
     except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
         return  # the library says what it is
     if problem:
         raise TokenizerError(f"`{path}` {problem}", hint=_HINT)
 
 
-def _prefix(model: _Model) -> str:
-    return model.continuing_subword_prefix or ""
+def _check_template(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a template whose tokens the library would look for in vain."""
+    processor = tokenizer.post_processor
+    problem = processor and _problem_of_template(json.loads(processor.__getstate__()))
+    if problem:
+        raise TokenizerError(f"`{path}` {problem}", hint=_HINT)
 
 
 def _problem_of_merges(merges: list[Any], prefix: str) -> str | None:
