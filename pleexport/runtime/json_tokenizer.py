@@ -18,7 +18,8 @@ from pleexport.whole_file import read_whole
 
 # A token of a byte-fallback decoder that stands for one byte.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_HAS_PREFIX = re.compile(rb'"continuing_subword_prefix"\s*:\s*"')
+_PREFIX = b'"continuing_subword_prefix"'
+_NO_PREFIX = re.compile(_PREFIX + rb"\s*:\s*null")
 _HINT = "fetch the file again; it is published with the model"
 _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
@@ -122,7 +123,9 @@ def _check_merges(path: Path) -> None:
     """
     try:
         raw = read_whole(path)
-        if not _HAS_PREFIX.search(raw) and b"\\u" not in raw:
+        first = raw.find(_PREFIX)
+        none = first < 0 or (_NO_PREFIX.match(raw, first) and first == raw.rfind(_PREFIX))
+        if none and b"\\u" not in raw:
             return
         model = msgspec.json.decode(raw, type=_File).model
         problem = _problem_of_merges(model.merges, model.continuing_subword_prefix or "")
