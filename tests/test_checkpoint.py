@@ -236,6 +236,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "an unknown field that is false": ({"is_causal": False}, "unknown fields `is_causal`"),
     "a text part that is none": ({"text_config": "x"}, "`text_config` is 'x'; expected an object"),
     "a model type that is none": ({"model_type": []}, "`model_type` is []"),
+    "layers beyond sense": ({"num_hidden_layers": 65_537}, "an integer from 1 to 1024"),
     "a size beyond sense": ({"hidden_size": 10**400}, "expected an integer from 1"),
     "an unknown field": ({"attention_sinks": 4}, "unknown fields `attention_sinks`"),
     "quantized weights": ({"quantization_config": {"bits": 4}}, "by `None` are not read"),

@@ -102,6 +102,17 @@ def test_computed_rows_do_not_depend_on_what_else_is_asked_for(tmp_path: Path) -
         np.testing.assert_array_equal(matched.rows(table, some), whole[some])
 
 
+def test_a_compressed_pth_is_not_unpacked(tmp_path: Path) -> None:
+    sound = rwkv(tmp_path / "sound.pth", "7a", layers=1)
+    with zipfile.ZipFile(sound) as source, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
+        for info in source.infolist():
+            content = source.read(info) + b"\0" * (1 << 20)
+            bomb.writestr(info.filename, content, zipfile.ZIP_DEFLATED)
+    Checkpoint(sound)
+    with pytest.raises(CheckpointError, match="compressed, which cannot be mapped"):
+        Checkpoint(tmp_path / "bomb.pth")
+
+
 def test_a_folder_with_one_pth_is_enough(tmp_path: Path) -> None:
     rwkv(tmp_path / "folder" / "model.pth", "7a", **UNEVEN)
     assert pleexport.inspect(tmp_path / "folder").family == "rwkv7a"
