@@ -250,7 +250,7 @@ def test_what_ends_a_template_is_told_once(capfd: pytest.CaptureFixture[str]) ->
         finally:
             time.sleep(0)
 
-    def go_on() -> None:
+    def go_on() -> None:  # and on, had the first one switched the limit off
         while True:
             next(closed_late())  # closed at once: what is raised in that would be told
 

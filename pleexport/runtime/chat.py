@@ -113,30 +113,38 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
         nonlocal lines, seen, most
         now = time.perf_counter()
         if now - started > seconds:
-            raise TemplateError(f"it takes longer than {seconds:g} seconds")
+            raise _Stopped(f"it takes longer than {seconds:g} seconds")
         lines += 1
         if lines % _LINES == 0 or now - seen > _A_WHILE:
             # The first look, which loads what looks, is taken for the beginning.
             taken, seen = memory().anonymous or 0, time.perf_counter()
             most = most or taken + _MORE_BYTES
             if taken > most:
-                raise TemplateError(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
+                raise _Stopped(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
         return trace
 
     before, told = sys.gettrace(), sys.unraisablehook
 
     def tell(args: sys.UnraisableHookArgs) -> None:
-        # Raised where a generator is closed, it goes nowhere; the next line raises it again.
-        if not isinstance(args.exc_value, TemplateError | RecursionError | MemoryError):
+        # Raised where a generator is closed, it goes nowhere, and Python traces no more.
+        if isinstance(args.exc_value, _Stopped):
+            sys.settrace(trace)
+        elif not isinstance(args.exc_value, RecursionError | MemoryError):
             told(args)
 
     sys.unraisablehook = tell
     sys.settrace(trace)
     try:
         yield
+    except _Stopped as err:
+        raise TemplateError(str(err)) from None
     finally:
         sys.settrace(before)
         sys.unraisablehook = told
+
+
+class _Stopped(BaseException):
+    """Not an Exception: jinja takes one in what it computes beforehand for no reason to stop."""
 
 
 @lru_cache(maxsize=4)
