@@ -102,17 +102,6 @@ def test_computed_rows_do_not_depend_on_what_else_is_asked_for(tmp_path: Path) -
         np.testing.assert_array_equal(matched.rows(table, some), whole[some])
 
 
-def test_a_compressed_pth_is_not_unpacked(tmp_path: Path) -> None:
-    sound = rwkv(tmp_path / "sound.pth", "7a", layers=1)
-    with zipfile.ZipFile(sound) as source, zipfile.ZipFile(tmp_path / "bomb.pth", "w") as bomb:
-        for info in source.infolist():
-            content = source.read(info) + b"\0" * (1 << 20)
-            bomb.writestr(info.filename, content, zipfile.ZIP_DEFLATED)
-    Checkpoint(sound)
-    with pytest.raises(CheckpointError, match="compressed, which cannot be mapped"):
-        Checkpoint(tmp_path / "bomb.pth")
-
-
 def test_a_folder_with_one_pth_is_enough(tmp_path: Path) -> None:
     rwkv(tmp_path / "folder" / "model.pth", "7a", **UNEVEN)
     assert pleexport.inspect(tmp_path / "folder").family == "rwkv7a"
@@ -134,6 +123,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         Checkpoint(path)
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_compressed_archive_is_refused_before_it_unpacks(tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", "7a", **UNEVEN)
+    Checkpoint(path)  # the control
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    first = next(name for name in parts if "/data/" in name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            packed = zipfile.ZIP_DEFLATED if name == first else zipfile.ZIP_STORED
+            archive.writestr(name, content, packed)
+    with pytest.raises(CheckpointError, match=f"`{first}` in it is compressed, so it cannot be"):
+        Checkpoint(path)
+
+
+def test_a_tensor_that_is_larger_than_what_is_stored_is_refused(tmp_path: Path) -> None:
+    tensors = rwkv_tensors("7a", **UNEVEN)
+    huge = torch.zeros(1, 1).expand(1 << 20, 1 << 20)
+    torch.save(tensors | {"head.weight": huge}, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"`head\.weight` of shape .* needs 4,398,046,511,104 bytes, and 4 are",
+    ):
+        Checkpoint(tmp_path / "model.pth")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls some of its layouts new

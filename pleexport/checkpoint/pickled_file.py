@@ -54,8 +54,8 @@ class PickledFile:
             raise MissingDependencyError(
                 f"reading `{self.path.name}` needs torch", hint="pip install 'pleexport[export]'"
             ) from err
+        self._refuse_compressed()
         try:
-            self._refuse_compressed()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what is unusual is read, or an error says so
                 loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
@@ -64,8 +64,6 @@ class PickledFile:
                 f"`{self.path}` cannot be read: {err.strerror}",
                 hint="check the file and its permissions",
             ) from err
-        except CheckpointError:
-            raise
         except pickle.UnpicklingError as err:
             raise CheckpointError(
                 f"`{self.path}` holds more than tensors, or is damaged; nothing of it was run",
@@ -88,14 +86,22 @@ class PickledFile:
         return loaded
 
     def _refuse_compressed(self) -> None:
-        """Refuse what torch never writes and would unpack whole: a little can become a lot."""
-        with zipfile.ZipFile(self.path) as archive:
-            for info in archive.infolist():
-                if info.compress_type != zipfile.ZIP_STORED:
-                    raise CheckpointError(
-                        f"`{self.path}` holds `{info.filename}` compressed, which cannot be mapped",
-                        hint="save it again with `torch.save`, which compresses nothing",
-                    )
+        """Refuse an archive with compressed parts, which torch never writes and maps all the same.
+
+        Tensors would be read out of compressed bytes, and a small part may unpack to any size.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                packed = [p.filename for p in archive.infolist() if p.compress_type]
+        except (
+            Exception
+        ):  # zipfile raises many kinds for damaged archives; torch says what is wrong
+            return
+        if packed:
+            raise CheckpointError(
+                f"`{self.path}`: `{packed[0]}` in it is compressed, so it cannot be mapped",
+                hint="load it and save it again with `torch.save`, which compresses nothing",
+            )
 
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
         import torch
@@ -114,4 +120,10 @@ class PickledFile:
                 hint="save dense tensors of fp32, fp16, bf16 or fp64 on the CPU",
             )
         size = tensor.numel() * dtype.bits // 8
+        if size > (stored := tensor.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"`{self.path}`: tensor `{name}` of shape {list(tensor.shape)} needs {size:,} "
+                f"bytes, and {stored:,} are stored",
+                hint="save `tensor.contiguous()` in place of an expanded view",
+            )
         return TensorEntry(name, dtype.name, tuple(tensor.shape), tensor.storage_offset(), size)
