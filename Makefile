@@ -8,13 +8,14 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow audit lock lint format clean
+.PHONY: help demo test slow fuzz audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
 	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
 	@echo "make test               lint, type check and tests, as CI runs them"
 	@echo "make slow               more tests of kinds that make test has one of"
+	@echo "make fuzz MINUTES=10    open mutated checkpoints and bundles; JOBS=, SEED= too"
 	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
@@ -39,6 +40,9 @@ test: $(VENV)/.installed lint
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 -m slow
+
+fuzz: $(VENV)/.installed
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
 
 # A package that cannot be asked about is a failure too.
 audit: requirements.lock

@@ -20,6 +20,7 @@ import xxhash
 from pleexport.errors import BundleError, CheckFailed
 from pleexport.parallel import map_in_order
 from pleexport.sizes import groups
+from pleexport.whole_file import read_whole
 
 CHECKSUMS = "checksums.json"
 CHUNK_BYTES = 1_048_576
@@ -90,7 +91,7 @@ def read_checksums(folder: Path) -> Checksums:
     """
     path = folder / CHECKSUMS
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Checksums)
+        return msgspec.json.decode(read_whole(path), type=Checksums)
     except OSError as err:
         raise BundleError(
             f"`{path}` cannot be read ({err.strerror}), so no file can be checked",

@@ -15,9 +15,19 @@ PleexportError              exit code 2: wrong usage or input
 
 from __future__ import annotations
 
+import re
+
+# What a name or value from a file may hold, and a terminal would obey; a list begins a new line.
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_LONGEST_LINE = 1000
+_SHOWN_OF_LONG = 400
+
 
 class PleexportError(Exception):
     """Base of all errors that are shown to users as one sentence.
+
+    Names and values in it may come from files that nobody trusts: what cannot be printed is written
+    as an escape, and of a very long line both ends are shown.
 
     Args:
         message: what is wrong, where, and what was expected.
@@ -27,9 +37,23 @@ class PleexportError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message = _printable(message)
+        self.hint = hint and _printable(hint)
+        super().__init__(self.message)
+
+
+def _printable(text: str) -> str:
+    """A text of as many lines as it has items: a break before anything else is a space."""
+    text = re.sub(r"\s*\n(?!  )\s*", " ", text).strip()
+    text = _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+    return "\n".join(map(_shortened, text.split("\n")))
+
+
+def _shortened(line: str) -> str:
+    if len(line) <= _LONGEST_LINE:
+        return line
+    left_out = len(line) - 2 * _SHOWN_OF_LONG
+    return f"{line[:_SHOWN_OF_LONG]} [{left_out} characters] {line[-_SHOWN_OF_LONG:]}"
 
 
 class CheckpointError(PleexportError):

@@ -153,7 +153,8 @@ def grid_scales(values: NDArray[np.float32]) -> NDArray[np.float32]:
 def grid_errors(values: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """The squared error of each group of `[..., groups, G]` in codes of a trained grid."""
     rounded = round_to_codes(values, scales, GRID_LOWEST, GRID_HIGHEST)
-    errors: NDArray[np.float32] = np.square(rounded * scales[..., None] - values).sum(axis=-1)
+    with np.errstate(over="ignore"):  # an infinite error is the largest
+        errors: NDArray[np.float32] = np.square(rounded * scales[..., None] - values).sum(axis=-1)
     return errors
 
 

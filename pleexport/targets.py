@@ -16,6 +16,7 @@ from pleexport.errors import TargetError
 from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
 from pleexport.sizes import size_text
 from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
+from pleexport.whole_file import read_whole
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
@@ -185,7 +186,7 @@ def _folder() -> Path:
 
 def _read(path: Path) -> Target:
     try:
-        values = tomllib.loads(path.read_bytes().decode())
+        values = tomllib.loads(read_whole(path).decode())
     except FileNotFoundError as err:
         raise TargetError(f"target file `{path}` does not exist", hint=_HINT) from err
     except OSError as err:

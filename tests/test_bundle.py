@@ -45,6 +45,7 @@ def decoder(manifest: dict[str, Any]) -> dict[str, Any]:
         ),
         (lambda m: decoder(m).update(files=["other.onnx"]), "does not list `other.onnx`"),
         (lambda m: m["files"][0].update(name="../x"), "points outside the bundle"),
+        (lambda m: m.update(eos_token_ids=[1 << 62]), "`$.eos_token_ids[0]`"),
         (
             lambda m: m.update(files=[f for f in m["files"] if f["name"] != "model.onnx"]),
             "does not list `model.onnx`",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +16,16 @@ from attacks import write_tensors
 from checkpoints import gemma4_multimodal
 
 import pleexport
-from pleexport import families
+from pleexport import families, targets
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
-from pleexport.errors import CheckpointError, PleexportError, UnsupportedError
+from pleexport.errors import (
+    BundleError,
+    CheckpointError,
+    PleexportError,
+    TargetError,
+    UnsupportedError,
+)
 
 Tensors = dict[str, Any]
 
@@ -229,6 +236,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "an unknown field that is false": ({"is_causal": False}, "unknown fields `is_causal`"),
     "a text part that is none": ({"text_config": "x"}, "`text_config` is 'x'; expected an object"),
     "a model type that is none": ({"model_type": []}, "`model_type` is []"),
+    "layers beyond sense": ({"num_hidden_layers": 65_537}, "an integer from 1 to 1024"),
     "a size beyond sense": ({"hidden_size": 10**400}, "expected an integer from 1"),
     "an unknown field": ({"attention_sinks": 4}, "unknown fields `attention_sinks`"),
     "quantized weights": ({"quantization_config": {"bits": 4}}, "by `None` are not read"),
@@ -337,3 +345,24 @@ def test_folders_that_are_no_checkpoint_are_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(CheckpointError, match="pickled weights"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs devices and pipes")
+@pytest.mark.parametrize("kind", ["device", "pipe", "huge"])
+def test_files_without_an_end_are_not_read(kind: str, tmp_path: Path) -> None:
+    for name in ("config.json", "manifest.json", "target.toml"):
+        path = tmp_path / name
+        if kind == "device":
+            path.symlink_to("/dev/zero")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        else:
+            with path.open("wb") as file:
+                file.truncate(1 << 40)
+    problem = "it has 1,099,511,627,776 bytes" if kind == "huge" else "it is no regular file"
+    with pytest.raises(CheckpointError, match=rf"config.json` cannot be read: {problem}"):
+        pleexport.inspect(tmp_path)
+    with pytest.raises(BundleError, match=rf"`manifest.json` cannot be read \({problem}"):
+        pleexport.Bundle(tmp_path, verify=False)
+    with pytest.raises(TargetError, match=rf"target.toml` cannot be read: {problem}"):
+        targets.load(str(tmp_path / "target.toml"))

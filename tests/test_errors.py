@@ -42,3 +42,15 @@ def test_an_error_without_a_hint_is_found() -> None:
     ]
     assert raises_without_hint("raise errors.PleexportError('bad')") == [1]
     assert raises_without_hint("raise ValueError('ours')") == []
+
+
+def test_a_message_shows_what_a_file_holds_as_escapes() -> None:
+    error = errors.BundleError("no `a\0\x1b[31m\ud800é`:\n\nat\n  - b", hint="x\u2028")
+    assert error.message == str(error) == r"no `a\x00\x1b[31m\ud800é`: at" + "\n  - b"
+    assert error.hint == r"x\u2028"
+
+
+def test_a_message_shows_both_ends_of_what_is_very_long() -> None:
+    error = errors.BundleError(f"`{'a' * 100_000}` is unknown", hint="y" * 1000)
+    assert error.message == f"`{'a' * 399} [99213 characters] {'a' * 388}` is unknown"
+    assert error.hint == "y" * 1000

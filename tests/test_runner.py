@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import pleexport
 from pleexport.backends.onnx import packing
-from pleexport.errors import InputError
+from pleexport.errors import BundleError, InputError
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
 
@@ -194,6 +194,20 @@ def test_feeding_what_the_rings_cannot_hold_is_refused(
     runner = pleexport.Runner(gemma4_bundle)
     with pytest.raises(InputError, match=r"tokens at once|keep is"):
         runner.feed([1] * count, keep=keep)
+
+
+def test_a_graph_that_fails_while_it_runs_is_one_sentence(
+    gemma4_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("Error in execution:\nindices out of bounds")
+
+    runner = pleexport.Runner(gemma4_bundle)
+    monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", fail)
+    with pytest.raises(BundleError) as caught:
+        runner.logits([1, 2])
+    said = "the graph cannot be run: Error in execution: indices out of bounds"
+    assert caught.value.message == said
 
 
 def test_vectors_in_any_memory_order_are_read_right(gemma4_bundle: Path) -> None:

@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers_in_code import byte_level, save
+from tokenizers_in_code import byte_fallback, byte_level, save
 
 from pleexport.errors import InputError, TokenizerError
 from pleexport.runtime.generation_config import GenerationConfig
+from pleexport.runtime.json_tokenizer import JsonTokenizer
 from pleexport.runtime.logit_rules import LogitRules
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.stopping import StopStrings
 from pleexport.runtime.tokenizer import Tokenizer as Text
-from pleexport.runtime.tokenizer import tokenizer_files
+from pleexport.runtime.tokenizer import open_tokenizer, tokenizer_files
 
 LOGITS = np.log(np.array([0.5, 0.25, 0.15, 0.07, 0.03], dtype=np.float32))
 
@@ -104,7 +105,12 @@ def test_a_chat_template_is_rendered(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ raise_exception('no system role') }}", "{{ ''.__class__.__mro__ }}", "{% if %}"],
+    [
+        "{{ raise_exception('no system role') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{% if %}",
+        "{% break %}",
+    ],
 )
 def test_a_template_that_refuses_or_attacks_is_one_sentence(
     template: str, folder: Path, tmp_path: Path
@@ -123,3 +129,44 @@ def test_a_malformed_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match="cannot be read"):
         Text(tokenizer_files(tmp_path))
+
+
+@pytest.mark.parametrize("prefix", ["", "ab"])
+def test_merges_without_their_prefix_are_refused(prefix: str, tmp_path: Path) -> None:
+    """The library would cut where no character ends, and end this process."""
+    save(byte_fallback(), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value["model"]["continuing_subword_prefix"] = prefix or None
+    path.write_text(json.dumps(value), encoding="utf-8")
+    if prefix:
+        with pytest.raises(TokenizerError, match=r"merges `a`, which does not begin with .* `ab`"):
+            open_tokenizer(tokenizer_files(tmp_path))
+    else:
+        assert open_tokenizer(tokenizer_files(tmp_path))
+
+
+def test_a_template_whose_tokens_have_no_ids_is_refused(tmp_path: Path) -> None:
+    save(byte_fallback(), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    value["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(value), encoding="utf-8")
+    with pytest.raises(TokenizerError, match="puts `<bos>` around a text, and does not say its id"):
+        open_tokenizer(tokenizer_files(tmp_path))
+
+
+def test_what_the_library_raises_of_its_own_is_one_sentence(tmp_path: Path) -> None:
+    class PanicException(BaseException):
+        """As Rust's panics come to Python."""
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("index out of bounds")
+
+    save(byte_fallback(), tmp_path)
+    tokenizer = JsonTokenizer(tmp_path / "tokenizer.json", {})
+    tokenizer._tokenizer = type("Broken", (), {"encode": panic, "decode": panic})()
+    with pytest.raises(TokenizerError, match=r"cannot be read: index out of bounds"):
+        tokenizer.encode("a")
+    with pytest.raises(TokenizerError, match=r"cannot be read: index out of bounds"):
+        tokenizer.decode([1])

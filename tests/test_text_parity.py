@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from chat_templates import TEMPLATES
+from jinja2 import TemplateError
 from odd_tokenizers import FOLDERS, write
 from test_world_tokenizer import published_vocabulary
 from tokenizers_in_code import byte_fallback, save
@@ -227,6 +229,10 @@ def test_what_is_broken_is_found(
         "{{ '{:>9999999999}'.format(1) }}",
         "{{ messages | tojson(indent=10 ** 10) }}",
         "{{ 2 ** (10 ** 10) }}",
+        "{{ 9 | round(-99999999) }}",
+        "{{ ('a' * 10 ** 6).replace('a', 'b' * 10 ** 6) }}",
+        "{{ ['a' * 10 ** 6] * 10 ** 6 | join }}",
+        "{{ 'a'.join(['b' * 10 ** 6] * 10 ** 6) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     ],
 )
@@ -235,6 +241,22 @@ def test_a_template_that_never_ends_is_stopped(template: str) -> None:
     with pytest.raises(InputError, match="the chat template cannot render"):
         chat.render_chat(template, [{"role": "user", "content": ""}], {})
     assert time.perf_counter() - started < 2 * chat.SECONDS + 5
+
+
+def test_what_ends_a_template_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    def closed_late() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            time.sleep(0)
+
+    def go_on() -> None:  # and on, had the first one switched the limit off
+        while True:
+            next(closed_late())  # closed at once: what is raised in that would be told
+
+    with pytest.raises(TemplateError, match="it takes longer"), chat.limited(seconds=0.05):
+        go_on()
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

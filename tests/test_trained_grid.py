@@ -284,3 +284,8 @@ def test_executorch_takes_groups_of_the_grid_and_says_that_it_rounds(trained: Pa
     assert storage.dtype_of(weights["layers.0.self_attn.k_proj.weight"]) == "int8"
     assert "XNNPACK takes positive ones only" in storage.notes(model)[0]
     assert ExecutorchStorage(WeightRequest("int4", trained_grid=False)).notes(model) == []
+
+
+def test_numbers_whose_squares_overflow_lie_on_no_grid() -> None:
+    values = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32) * 1e30
+    assert not grid_distance(values) < ON_GRID

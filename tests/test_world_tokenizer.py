@@ -81,7 +81,17 @@ def test_a_bundle_takes_the_vocabulary_along(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "1 'a' 1", "x", "1 'a' 2", "1 __import__('os') 1", "1 3 1", "1 'a", "a 'a' 1"],
+    [
+        "",
+        "1 'a' 1",
+        "x",
+        "1 'a' 2",
+        "1 __import__('os') 1",
+        "1 3 1",
+        "1 'a",
+        "a 'a' 1",
+        r"1 '\y' 2",
+    ],
 )
 def test_a_malformed_vocabulary_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / VOCABULARY).write_text(content, encoding="utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.errors import CheckpointError
+from pleexport.whole_file import read_whole
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing, something else, or no JSON object.
     """
     try:
-        raw = path.read_bytes()
+        raw = read_whole(path)
     except FileNotFoundError as err:
         raise CheckpointError(
             f"`{path}` does not exist",

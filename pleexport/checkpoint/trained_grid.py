@@ -74,7 +74,8 @@ def grid_distance(values: NDArray[np.float32]) -> float:
     usable = np.abs(scales) > SMALLEST
     if not usable.any():
         return float("nan")
-    in_steps = grid_errors(groups[usable], scales[usable]) / np.square(scales[usable])
+    with np.errstate(over="ignore", invalid="ignore"):  # no grid has values whose squares overflow
+        in_steps = grid_errors(groups[usable], scales[usable]) / np.square(scales[usable])
     counted = np.count_nonzero(groups[usable])
     return float(np.sqrt(12 * in_steps.sum(dtype=np.float64) / counted))
 

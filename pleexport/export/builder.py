@@ -358,7 +358,8 @@ def _eos_token_ids(matched: MatchedModel) -> list[int]:
     """End-of-text ids: those of the generation config come first, as in transformers."""
     eos = matched.checkpoint.generation_config.get("eos_token_id")
     ids = eos if isinstance(eos, list) else [eos]
-    return [i for i in ids if type(i) is int] or list(matched.model.eos_token_ids)
+    found = [i for i in ids if type(i) is int] or list(matched.model.eos_token_ids)
+    return [i for i in found if abs(i) < 1 << 31]  # no other id can come
 
 
 def _source(checkpoint: Checkpoint, progress: Callable[[int], object]) -> Source:

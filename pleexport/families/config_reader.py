@@ -14,6 +14,8 @@ NOT_THIS_VARIANT = "this variant of the architecture cannot be exported yet; oth
 
 # No size in a config comes near it, and products of two stay exact.
 LARGEST_INTEGER = 2**31 - 1
+# Of what a model has parts for, each of which takes time and memory: five times the most known.
+_LARGEST = {"num_hidden_layers": 1024, "altup_num_inputs": 64}
 # Fields that do not change what a trained model computes.
 HARMLESS = frozenset(
     {
@@ -96,9 +98,9 @@ class ConfigReader:
 
     def integer(self, name: str, *, minimum: int = 1, default: int | None = None) -> int:
         """An integer field of at least `minimum`."""
-        value = self._required(name, default)
-        if type(value) is not int or not minimum <= value <= LARGEST_INTEGER:
-            raise self.malformed(name, f"an integer from {minimum} to {LARGEST_INTEGER}")
+        value, largest = self._required(name, default), _LARGEST.get(name, LARGEST_INTEGER)
+        if type(value) is not int or not minimum <= value <= largest:
+            raise self.malformed(name, f"an integer from {minimum} to {largest}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:

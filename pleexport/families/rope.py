@@ -36,7 +36,8 @@ def inverse_frequencies(parameters: ConfigReader, *, head_dim: int) -> NDArray[n
     angles = int(share * head_dim // 2)
     exponents = np.arange(0, 2 * angles, 2, dtype=np.float32) / np.float32(head_dim)
     # The power in float64, then rounded: float32 powers differ between NumPy and torch.
-    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    with np.errstate(over="ignore"):  # as in the original, whose frequency is 0 then
+        powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
     frequencies = np.zeros(head_dim // 2, dtype=np.float32)
     frequencies[:angles] = np.float32(1.0) / powers
     if rope_type != "default":

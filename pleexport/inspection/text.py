@@ -10,6 +10,7 @@ from pleexport.inspection.info import TextInfo
 from pleexport.parity.original_text import PROCESSOR_TEMPLATES
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG, tokenizer_files
 from pleexport.runtime.world_tokenizer import VOCABULARY
+from pleexport.whole_file import read_whole
 
 # In the order in which transformers looks for a template.
 _TEMPLATES = (CHAT_TEMPLATE, TOKENIZER_CONFIG, *PROCESSOR_TEMPLATES)
@@ -51,7 +52,7 @@ def _has_template(path: Path) -> bool:
 def _object(path: Path) -> dict[str, Any]:
     """A JSON object; empty for what is none, which a build refuses with the reason."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_whole(path))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

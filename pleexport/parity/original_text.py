@@ -26,6 +26,7 @@ from pleexport.errors import PleexportError
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences, texts_around
 from pleexport.runtime.chat import limited
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
+from pleexport.whole_file import read_whole
 
 # What templates take for the present, here and there.
 NOW = datetime(2026, 2, 3, 14, 5, 6)
@@ -197,7 +198,7 @@ def _templates(tokenizer: Any, source: Path, notes: list[str]) -> tuple[str | No
             place = CHAT_TEMPLATE
     for name in PROCESSOR_TEMPLATES:
         try:
-            found = json.loads((source / name).read_bytes()).get("chat_template")
+            found = json.loads(read_whole(source / name)).get("chat_template")
         except (OSError, ValueError, AttributeError):
             continue
         if isinstance(found, list):

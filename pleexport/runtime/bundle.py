@@ -25,12 +25,17 @@ from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tied import TiedRows
 from pleexport.runtime.tokenizer import tokenizer_files
 from pleexport.tied_layout import TIED
+from pleexport.whole_file import read_whole
 
 SCHEMA = 2
 DECODER = "decoder"
 MANIFEST = "manifest.json"
 BLOB = "embeddings.safetensors"
 PARITY = "parity.json"
+
+
+# Some checkpoints have -1 for none.
+TokenId = Annotated[int, msgspec.Meta(gt=-(1 << 31), lt=1 << 31)]
 
 
 class FileRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,7 +122,7 @@ class Manifest(
     family: str
     graphs: dict[str, Artifact]
     context: Annotated[int, msgspec.Meta(ge=1)]
-    eos_token_ids: list[int]
+    eos_token_ids: list[TokenId]
     generation: GenerationConfig | None = None
     chat_format: ChatFormat | None = None
     no_chat_format: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
@@ -250,7 +255,7 @@ def read_manifest(path: Path, checksums: Checksums | None = None) -> Manifest:
     """
     manifest_path = path / MANIFEST
     try:
-        raw = manifest_path.read_bytes()
+        raw = read_whole(manifest_path)
     except OSError as err:
         raise BundleError(
             f"`{path}` is not a bundle: `{MANIFEST}` cannot be read ({err.strerror})",

@@ -33,6 +33,7 @@ SECONDS = 5.0
 _MORE_BYTES = 256 << 20
 _MOST_CHARACTERS = 16 << 20
 _MOST_BITS = 1 << 16  # of a number
+_MOST_DIGITS = 400  # that a number is rounded to; the largest has 309
 # Of `%5.2f` and `{:>5}`; at most six digits, written out.
 _LARGE_WIDTH = re.compile(r"%[-#0 +]*(\*|\d{7}|\d*\.(\*|\d{7}))|\{[^{}]*:[^{}]*(\{|\d{7})")
 # Memory is looked at where so many lines, or so many seconds, have gone by.
@@ -88,6 +89,7 @@ def render_chat(
         LookupError,
         MemoryError,
         RecursionError,
+        SyntaxError,  # the Python that jinja makes of it, e.g. of a break outside of a loop
         TypeError,
         ValueError,
     ) as err:
@@ -111,22 +113,38 @@ def limited(seconds: float = SECONDS) -> Iterator[None]:
         nonlocal lines, seen, most
         now = time.perf_counter()
         if now - started > seconds:
-            raise TemplateError(f"it takes longer than {seconds:g} seconds")
+            raise _Stopped(f"it takes longer than {seconds:g} seconds")
         lines += 1
         if lines % _LINES == 0 or now - seen > _A_WHILE:
             # The first look, which loads what looks, is taken for the beginning.
             taken, seen = memory().anonymous or 0, time.perf_counter()
             most = most or taken + _MORE_BYTES
             if taken > most:
-                raise TemplateError(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
+                raise _Stopped(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
         return trace
 
-    before = sys.gettrace()
+    before, told = sys.gettrace(), sys.unraisablehook
+
+    def tell(args: sys.UnraisableHookArgs) -> None:
+        # Raised where a generator is closed, it goes nowhere, and Python traces no more.
+        if isinstance(args.exc_value, _Stopped):
+            sys.settrace(trace)
+        elif not isinstance(args.exc_value, RecursionError | MemoryError):
+            told(args)
+
+    sys.unraisablehook = tell
     sys.settrace(trace)
     try:
         yield
+    except _Stopped as err:
+        raise TemplateError(str(err)) from None
     finally:
         sys.settrace(before)
+        sys.unraisablehook = told
+
+
+class _Stopped(BaseException):
+    """Not an Exception: jinja takes one in what it computes beforehand for no reason to stop."""
 
 
 @lru_cache(maxsize=4)
@@ -134,7 +152,7 @@ def _compile(template: str) -> Template:
     environment = _Sandbox(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
-    environment.filters |= {name: _guarded(name) for name in ("center", "format", "indent")}
+    environment.filters |= {name: _guarded(name) for name in filters.FILTERS}
     environment.filters["tojson"] = _to_json
     environment.globals |= {
         "raise_exception": _refuse,
@@ -162,8 +180,10 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(function, "__self__", None), str):
+        text = getattr(function, "__self__", None)
+        if isinstance(text, str):
             _check_length(max(map(_number, (*args, *kwargs.values())), default=0))
+            _check_growth(function.__name__, text, *args, *kwargs.values())
         return super().call(context, function, *args, **kwargs)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -174,14 +194,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
 
 def _guarded(name: str) -> Callable[..., Any]:
-    """A filter of jinja that takes no large number."""
+    """A filter of jinja that takes no large number, and makes no large text."""
     original = filters.FILTERS[name]
+    most = _MOST_DIGITS if name == "round" else _MOST_CHARACTERS
 
     @wraps(original)
     def call(value: Any, *args: Any, **kwargs: Any) -> Any:
         if name == "format":
             _check_form(value)
-        _check_length(max(map(_number, (*args, *kwargs.values())), default=0))
+        _check_length(max(map(_number, (*args, *kwargs.values())), default=0), most)
+        _check_growth(name, value, *args, *kwargs.values())
         return original(value, *args, **kwargs)
 
     return call
@@ -319,6 +341,19 @@ def _check_form(form: Any) -> None:
         raise SecurityError("a format asks for a width that is too large, or not written there")
 
 
-def _check_length(length: int) -> None:
-    if length > _MOST_CHARACTERS:
+def _check_growth(name: str, *arguments: Any) -> None:
+    """Refuse a `replace` or `join` whose text could be far longer than what goes into it."""
+    texts = [a for a in arguments if isinstance(a, str)]
+    if name == "replace" and len(texts) > 2:
+        text, old, new = texts[:3]
+        _check_length(text.count(old) * len(new))
+    if name == "join":
+        lists = [a for a in arguments if isinstance(a, list | tuple)]
+        parts = [part for own in lists for part in own]
+        longest = sum(map(len, texts)) * len(parts)
+        _check_length(longest + sum(len(part) for part in parts if isinstance(part, str)))
+
+
+def _check_length(length: int, most: int = _MOST_CHARACTERS) -> None:
+    if length > most:
         raise SecurityError(f"a text of {length:,} characters is too long")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from tokenizers import Tokenizer
 
 from pleexport.errors import TokenizerError
 from pleexport.runtime.text_stream import CleanedStream, Stream, TextStream, clean
+from pleexport.whole_file import read_whole
 
 # A token of a byte-fallback decoder that stands for one byte.
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+_PREFIX = b'"continuing_subword_prefix"'
+_NO_PREFIX = re.compile(_PREFIX + rb"\s*:\s*null")
+_HINT = "fetch the file again; it is published with the model"
 _CLEANS = "clean_up_tokenization_spaces"
 _CLEANS_BPE = f"{_CLEANS}_for_bpe_even_though_it_will_corrupt_output"
 
@@ -29,13 +36,11 @@ class JsonTokenizer:
     """
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        try:
+        self._path = path
+        _check_merges(path)
+        with self._readable():
             self._tokenizer = Tokenizer.from_file(str(path))
-        except Exception as err:  # the library raises plain Exception
-            raise TokenizerError(
-                f"`{path}` cannot be read: {err}",
-                hint="fetch the file again; it is published with the model",
-            ) from err
+        _check_template(path, self._tokenizer)
         # Limits of training, which transformers passes over too.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -49,22 +54,38 @@ class JsonTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of a text, with special tokens around it where they are asked for."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with self._readable():
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int], *, with_specials: bool = False) -> str:
         """The text of ids."""
-        text = str(self._tokenizer.decode(list(ids), skip_special_tokens=not with_specials))
+        text = self._decode(ids, skip_special_tokens=not with_specials)
         return clean(text) if self._cleans else text
 
     def stream(self, prompt_ids: Sequence[int]) -> Stream:
         """What makes text of the ids that follow a prompt, as they come."""
         raw = TextStream(
-            lambda ids: str(self._tokenizer.decode(list(ids))),
+            self._decode,
             prompt_ids,
             is_byte=self._is_byte,
             is_silent=lambda token_id: self._text(token_id) is None,
         )
         return CleanedStream(raw) if self._cleans else raw
+
+    def _decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        with self._readable():
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        """Say in a sentence what the library says of a file in its own ways."""
+        try:
+            yield
+        except BaseException as err:
+            # Plain exceptions, and what ends its own code, which derives from nothing.
+            if not isinstance(err, Exception) and type(err).__name__ != "PanicException":
+                raise
+            raise TokenizerError(f"`{self._path}` cannot be read: {err}", hint=_HINT) from err
 
     @property
     def size(self) -> int:
@@ -84,3 +105,63 @@ class JsonTokenizer:
 
     def _is_byte(self, token_id: int) -> bool:
         return self._has_byte_fallback and bool(_BYTE.fullmatch(self._text(token_id) or ""))
+
+
+class _Model(msgspec.Struct):
+    continuing_subword_prefix: str | None = None
+    merges: list[Any] = []
+
+
+class _File(msgspec.Struct):
+    model: _Model
+
+
+def _check_merges(path: Path) -> None:
+    """Refuse merges at which the library ends this process. Source: tokenizers, `BpeBuilder`.
+
+    A large file is made into objects only where it has a prefix, or hides its names.
+    """
+    try:
+        raw = read_whole(path)
+        first = raw.find(_PREFIX)
+        none = first < 0 or (_NO_PREFIX.match(raw, first) and first == raw.rfind(_PREFIX))
+        if none and b"\\u" not in raw:
+            return
+        model = msgspec.json.decode(raw, type=_File).model
+        problem = _problem_of_merges(model.merges, model.continuing_subword_prefix or "")
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError):
+        return  # the library says what it is
+    if problem:
+        raise TokenizerError(f"`{path}` {problem}", hint=_HINT)
+
+
+def _check_template(path: Path, tokenizer: Tokenizer) -> None:
+    """Refuse a template whose tokens the library would look for in vain."""
+    processor = tokenizer.post_processor
+    problem = processor and _problem_of_template(json.loads(processor.__getstate__()))
+    if problem:
+        raise TokenizerError(f"`{path}` {problem}", hint=_HINT)
+
+
+def _problem_of_merges(merges: list[Any], prefix: str) -> str | None:
+    """Second parts lose a prefix when they are merged, as bytes: it has to be there."""
+    for merge in merges:
+        second = merge.rpartition(" ")[2] if isinstance(merge, str) else merge[1]
+        if not second.startswith(prefix):
+            return f"merges `{second}`, which does not begin with the prefix `{prefix}`"
+    return None
+
+
+def _problem_of_template(processor: Any) -> str | None:
+    """A special token in a template needs its ids."""
+    if not isinstance(processor, dict):
+        return None
+    for part in processor.get("processors") or ():
+        if problem := _problem_of_template(part):
+            return problem
+    known = processor.get("special_tokens") or {}
+    for piece in [*(processor.get("single") or ()), *(processor.get("pair") or ())]:
+        token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
+        if token is not None and token not in known:
+            return f"puts `{token}` around a text, and does not say its ids"
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import codecs
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,8 +84,10 @@ def _read_vocabulary(path: Path) -> dict[int, bytes]:
     try:
         lines = [line.partition(" ") for line in path.read_text(encoding="utf-8").split("\n")]
         literals = [rest.rpartition(" ")[::2] for _, _, rest in lines if rest]
-        # One parse of all literals takes a fifth of the time of one for each.
-        values = ast.literal_eval("[" + ",\n".join(literal for literal, _ in literals) + "]")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", SyntaxWarning)  # of an escape that there is not
+            # One parse of all literals takes a fifth of the time of one for each.
+            values = ast.literal_eval("[" + ",\n".join(literal for literal, _ in literals) + "]")
         numbers = [int(number) for number, _, rest in lines if rest]
         for number, value, (_, size) in zip(numbers, values, literals, strict=True):
             piece = value.encode() if isinstance(value, str) else value

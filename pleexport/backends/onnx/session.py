@@ -85,7 +85,13 @@ class OnnxSession:
         inputs[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
         for name, array in inputs.items():
             _bind_input(self._io, name, array)
-        self._session.run_with_iobinding(self._io)
+        try:
+            self._session.run_with_iobinding(self._io)
+        except Exception as err:  # ONNX Runtime raises its own types, which share no base
+            raise BundleError(
+                f"the graph cannot be run: {err}",
+                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            ) from err
         self._states.swap()
         self._position += count
         self._last_count = count

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.whole_file import read_whole
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
@@ -276,7 +277,7 @@ def _pattern_of(module: str, patterns: Mapping[str, object]) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_bytes())
+        values = json.loads(read_whole(path))
     except FileNotFoundError as err:
         raise CheckpointError(
             f"`{path}` does not exist, so `{path.parent}` is no adapter",

@@ -1,0 +1,1 @@
+"""Mutated checkpoints, bundles and other files, and a verdict for each."""
