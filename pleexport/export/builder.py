@@ -180,6 +180,7 @@ def _build(
             calibration_tokens=len(calibration_ids),
             max_bytes=settings.max_bytes,
             target=settings.target.name,
+            spin=settings.target.spin,
             base_digest=digest_of_base(opened),
             adapters=[AdapterRecord(a.name, a.weight, a.digest()) for a in adapters_of(opened)],
             tables_digest=tables_digest,

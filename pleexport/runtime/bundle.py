@@ -79,6 +79,7 @@ class Manifest(
             rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         generation: how the checkpoint wants texts generated; None where it says nothing.
+        spin: whether threads spin while they wait, unless a runner is told otherwise.
         base_digest: of the weights that adapters were merged into; None without adapters.
         adapters: in the order in which they were merged.
         tables_digest: of the checkpoint's tables; the blob has it too.
@@ -104,6 +105,7 @@ class Manifest(
     activation_rounding: bool = True
     calibration_tokens: int
     target: str
+    spin: bool = True
     base_digest: str | None = None
     adapters: list[AdapterRecord] = []
     tables_digest: str

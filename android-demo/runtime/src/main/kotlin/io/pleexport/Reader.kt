@@ -30,6 +30,8 @@ internal class Reader(
 
     @Volatile
     private var turn = 0L
+
+    @Volatile
     private var closed = false
 
     init {
@@ -119,7 +121,7 @@ internal class Reader(
 
     /** Ends what runs, and gives everything back. */
     override fun close() {
-        session.stop()
+        if (!closed) session.stop()
         lock.lock()
         try {
             if (!closed) session.close()

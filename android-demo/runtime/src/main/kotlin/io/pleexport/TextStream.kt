@@ -84,7 +84,7 @@ internal class CleanedStream(private val stream: TextStream) : TextStream {
 
     override fun push(id: Int): String {
         held += stream.push(id)
-        return shown(WORD_END.findAll(held).lastOrNull()?.let { it.range.last + 1 } ?: 0)
+        return shown((held.length - 1 downTo WORD).firstOrNull(::isBehindWord) ?: 0)
     }
 
     override fun flush(): String {
@@ -98,9 +98,13 @@ internal class CleanedStream(private val stream: TextStream) : TextStream {
         return clean(text)
     }
 
+    /** What cleaning changes begins with a space and cannot reach across the end of such a word. */
+    private fun isBehindWord(at: Int) = isWhiteSpace(held[at]) &&
+        (at - WORD until at).none { isWhiteSpace(held[it]) || held[it] in ".,?!'" }
+
     private companion object {
-        // What cleaning changes begins with a space and cannot reach across the end of such a word.
-        val WORD_END = Regex("[^$WHITE_SPACE.,?!']{3,}(?=[$WHITE_SPACE])")
+        /** Characters of such a word, at least. */
+        const val WORD = 3
     }
 }
 
@@ -117,6 +121,3 @@ internal fun clean(text: String): String {
     return cleaned
 }
 
-/** Unicode's white space, for a class of a regular expression: `\s` is ASCII on the JVM only. */
-internal const val WHITE_SPACE =
-    "\\u0009-\\u000d\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"

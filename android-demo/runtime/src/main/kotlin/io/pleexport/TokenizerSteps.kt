@@ -276,10 +276,16 @@ private fun translatedEscape(letter: Char, inside: Boolean): String {
     return if (inside) own else "[$own]"
 }
 
-private val SPACE = Regex("[$WHITE_SPACE]")
+/** Unicode's white space, for a class of a regular expression. */
+private const val WHITE_SPACE =
+    "\\u0009-\\u000d\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
 
 /** Whether Unicode has it for white space. */
-internal fun isWhiteSpace(character: Char): Boolean = SPACE.matches(character.toString())
+internal fun isWhiteSpace(character: Char): Boolean = when (character) {
+    in '\u0009'..'\u000d', ' ', '\u0085', '\u00a0', '\u1680', in '\u2000'..'\u200a' -> true
+    '\u2028', '\u2029', '\u202f', '\u205f', '\u3000' -> true
+    else -> false
+}
 
 private val BEHAVIORS =
     setOf("Removed", "Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")
