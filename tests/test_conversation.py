@@ -13,14 +13,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from chat_templates import PLAIN, THINKING
 from checkpoints import gemma4
+from resealed import change_manifest
 from tokenizers_in_code import byte_fallback, save
 from transformers import AutoTokenizer
 
 import pleexport
-from pleexport.errors import CheckFailed, InputError, PleexportError
+from pleexport.errors import BundleError, CheckFailed, InputError, PleexportError
+from pleexport.parity.text import check_text
+from pleexport.runtime.bundle import read_manifest
 from pleexport.runtime.conversation import Conversation
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.stats import Token
@@ -28,6 +32,12 @@ from pleexport.runtime.thoughts import ThoughtFilter
 from pleexport.runtime.tokenizer import Tokenizer, tokenizer_files
 
 HELLO = {"role": "user", "content": "ab"}
+TALK = [
+    {"role": "system", "content": " ab "},
+    HELLO,
+    {"role": "assistant", "content": "<think>b</think>\n\n a"},
+    {"role": "user", "content": "b\na"},
+]
 SIZE = 300
 
 
@@ -157,6 +167,55 @@ def test_stop_strings_end_a_text_of_bytes(runner: pleexport.Runner) -> None:
     cut = "".join(t.text for t in runner.generate("ab", seed=1, stop=[stop], **options))
     assert cut == whole.partition(stop)[0]
     assert runner.stats.finish_reason == "stop"
+
+
+def test_a_bundle_holds_the_format_and_its_proof(bundle: Path) -> None:
+    manifest = read_manifest(bundle)
+    form = manifest.chat_format
+    assert form is not None
+    tokenizer = Tokenizer(tokenizer_files(bundle))
+    ids = tokenizer.encode_prompt(form.render(TALK))
+    assert ids == tokenizer.encode_chat(TALK)
+    assert [tokenizer.special_text(i) for i in form.end_ids] == ["<eos>"]
+    text = json.loads((bundle / "parity.json").read_text())["tokenizer"]
+    assert text["formatted"] > 500
+
+
+def test_parity_fails_where_the_format_differs(bundle: Path) -> None:
+    form = read_manifest(bundle).chat_format
+    assert form is not None
+    tokenizer = Tokenizer(tokenizer_files(bundle))
+    worse = msgspec.structs.replace(form.joints[0], text="")
+    changed = msgspec.structs.replace(form, joints=[worse, *form.joints[1:]])
+    found = check_text(tokenizer, None, changed)
+    assert found is not None
+    assert found.differences[0].startswith("the chat format differs from the template: of the")
+    files = tokenizer_files(bundle)
+    bare = Tokenizer({k: v for k, v in files.items() if k != "chat_template.jinja"})
+    found = check_text(bare, None, form)
+    assert found is not None
+    assert "there is a chat format, and no chat template" in found.differences
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda f: f["joints"].append(f["joints"][0]), "`joints` has two joints from `start` to"),
+        (lambda f: f["joints"].extend(f["joints"] * 2), "Expected `array` of length <= 16"),
+        (lambda f: f["joints"][0].update(text="a" * 70000), "Expected `str` of length <= 65536"),
+        (lambda f: f["joints"][0].update(trim_next="a" * 65), "Expected `str` of length <= 64"),
+        (lambda f: f["joints"][0].update(next="tool"), "Invalid enum value 'tool'"),
+        (lambda f: f.update(thoughts={"close": ""}), "Expected `str` of length >= 1"),
+        (lambda f: f.update(tools=[]), "unknown field `tools`"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(
+    change: Any, reason: str, bundle: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    change_manifest(other, lambda manifest: change(manifest["chat_format"]))
+    with pytest.raises(BundleError, match=reason):
+        read_manifest(other)
 
 
 class Scripted:

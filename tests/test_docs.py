@@ -28,6 +28,7 @@ from pleexport.checkpoint.matching import MatchedModel
 from pleexport.export.options import BuildOptions
 from pleexport.parity.oracle import open_oracle
 from pleexport.runtime import bundle as bundle_module
+from pleexport.runtime import chat_format
 from pleexport.runtime.generation_config import GenerationConfig
 
 DEFAULTS: dict[str, Any] = {
@@ -359,6 +360,9 @@ STRUCTS = (
     bundle_module.AdapterRecord,
     bundle_module.Source,
     bundle_module.SourceFile,
+    chat_format.ChatFormat,
+    chat_format.Joint,
+    chat_format.Thoughts,
 )
 
 

@@ -30,6 +30,7 @@ from pleexport.errors import (
     TargetError,
 )
 from pleexport.export.blob_writer import write_blob
+from pleexport.export.chat_format import find_chat_format
 from pleexport.export.generation import read_generation_config
 from pleexport.export.notes import notes_on_codes
 from pleexport.export.options import BuildOptions, resolve
@@ -139,6 +140,7 @@ def _build(
         )
     matched = mark_grids(matched)
     calibration_ids = _calibration_ids(tokenizer, options.get("calibrate"), matched.model)
+    chat = find_chat_format(tokenizer)
     has_tokenizer = tokenizer is not None
     del tokenizer  # one with 262,144 tokens takes 0.2 GB
     plan = make_plan(
@@ -161,7 +163,7 @@ def _build(
             check_finite(matched, progress=update)
             source = _source(opened, update)
         _say_what_is_special(matched, plan, has_tokenizer, progress, given=given is not None)
-        for note in (*text.notes, *generation_notes):
+        for note in (*text.notes, *generation_notes, *chat.notes(_eos_token_ids(matched))):
             progress.note(f"note: {note}")
         tables_digest, artifact = _write_model(matched, plan, calibration_ids, staging, progress)
         for name, file in copied.items():
@@ -173,6 +175,8 @@ def _build(
             context=plan.context,
             eos_token_ids=_eos_token_ids(matched),
             generation=None if generation == GenerationConfig() else generation,
+            chat_format=chat.form,
+            no_chat_format=chat.problem,
             table_dtype=plan.settings.table_dtype,
             table_dtypes=dict(plan.settings.table_dtypes),
             weight_dtype=plan.settings.weights.dtype,
@@ -376,7 +380,8 @@ def _verify(
     from pleexport.parity.report import write_report
     from pleexport.parity.verify import compare_with_original
 
-    checked = check_text(open_tokenizer(bundle.tokenizer_files), text.original)
+    tokenizer = open_tokenizer(bundle.tokenizer_files)
+    checked = check_text(tokenizer, text.original, bundle.manifest.chat_format)
     report = compare_with_original(bundle, matched, checked=checked, progress=progress)
     write_report(report, bundle.path / PARITY)
     if not report.passed:

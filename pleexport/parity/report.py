@@ -33,6 +33,8 @@ class TextCheck(msgspec.Struct, frozen=True, kw_only=True):
             a model might write them.
         refused: of the conversations, those for which the original's template has no prompt, and
             ours has none either.
+        formatted: conversations that the bundle's chat format renders as the template does; None
+            where there is no such format.
         differences: for each kind of comparison one sentence, if anything differs.
     """
 
@@ -42,6 +44,7 @@ class TextCheck(msgspec.Struct, frozen=True, kw_only=True):
     texts: int
     conversations: int
     refused: int
+    formatted: int | None = None
     streams: int
     differences: tuple[str, ...]
 

@@ -7,10 +7,13 @@ than it was given. Every text and id sequence is also streamed, and compared wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from pleexport.errors import InputError
+from pleexport.parity.chat_format import Messages, first_difference
 from pleexport.parity.original_text import (
     NOW,
     OriginalText,
@@ -20,6 +23,7 @@ from pleexport.parity.original_text import (
 )
 from pleexport.parity.report import TextCheck
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences
+from pleexport.runtime.chat_format import ChatFormat
 from pleexport.runtime.tokenizer import TOKENIZER, Tokenizer
 
 # Any of these makes a folder one that transformers may open a tokenizer from.
@@ -63,21 +67,29 @@ def find_original_text(place: Path, scratch: Path) -> OriginalText | None:
     return read_original_text(source, scratch)
 
 
-def check_text_of(tokenizer: Tokenizer | None, place: Path) -> TextCheck | None:
+def check_text_of(
+    tokenizer: Tokenizer | None, place: Path, chat_format: ChatFormat | None = None
+) -> TextCheck | None:
     """Compare a bundle's tokenizer with the one of a place; see `check_text`."""
     with TemporaryDirectory() as scratch:
-        return check_text(tokenizer, find_original_text(place, Path(scratch)))
+        return check_text(tokenizer, find_original_text(place, Path(scratch)), chat_format)
 
 
-def check_text(tokenizer: Tokenizer | None, original: OriginalText | None) -> TextCheck | None:
+def check_text(
+    tokenizer: Tokenizer | None,
+    original: OriginalText | None,
+    chat_format: ChatFormat | None = None,
+) -> TextCheck | None:
     """Compare a bundle's tokenizer with the original's; None where the bundle has none.
 
     Args:
         original: None where there is none to compare with.
+        chat_format: what is to render as the tokenizer's own template does; None for nothing.
     """
     if tokenizer is None:
         return None
     witness = original.witness if original else None
+    formatted, unlike = _chat_format(tokenizer, chat_format)
     if witness is None:
         none = _NONE_OF_ITS_KIND if tokenizer.is_lossless else _NONE_AT_ALL
         problem = original.problem if original else none
@@ -89,8 +101,11 @@ def check_text(tokenizer: Tokenizer | None, original: OriginalText | None) -> Te
             texts=len(TEXTS),
             conversations=0,
             refused=0,
+            formatted=formatted,
             streams=len(streams),
-            differences=_first_of([*_round_trips(tokenizer)], [*_streams(tokenizer, streams)]),
+            differences=_first_of(
+                [*_round_trips(tokenizer)], unlike, [*_streams(tokenizer, streams)]
+            ),
         )
     streams = [*(case.ids for case in witness.texts), *(case.ids for case in witness.decoded)]
     return TextCheck(
@@ -100,11 +115,13 @@ def check_text(tokenizer: Tokenizer | None, original: OriginalText | None) -> Te
         texts=len(witness.texts),
         conversations=len(witness.conversations),
         refused=sum(case.refusal is not None for case in witness.conversations),
+        formatted=formatted,
         streams=len(streams),
         differences=_first_of(
             [*_texts(tokenizer, witness)],
             [*_decodings(tokenizer, witness)],
             [*_conversations(tokenizer, witness)],
+            unlike,
             [*_streams(tokenizer, streams)],
         ),
     )
@@ -154,6 +171,21 @@ def _conversation(tokenizer: Tokenizer, case: Rendered) -> str | None:
         )
     ids = tokenizer.encode_prompt(text)
     return None if ids == case.ids else _become(ids, case.ids)
+
+
+def _chat_format(tokenizer: Tokenizer, form: ChatFormat | None) -> tuple[int | None, list[str]]:
+    """How many conversations a chat format renders as the template does, and what differs."""
+    if form is None:
+        return None, []
+    template = tokenizer.chat_template
+    if template is None:
+        return 0, ["there is a chat format, and no chat template"]
+
+    def render(messages: Messages, asked: dict[str, Any], now: datetime | None) -> str:
+        return tokenizer.render_chat(messages, asked, now=now)
+
+    count, problem = first_difference(form, render, template)
+    return count, [f"the chat format differs from the template: {problem}"] if problem else []
 
 
 def _round_trips(tokenizer: Tokenizer) -> Iterator[str]:

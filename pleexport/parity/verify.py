@@ -88,7 +88,9 @@ def verify(
         )
     with progress.step("Comparing text and ids"):
         checked = check_text_of(
-            open_tokenizer(opened.tokenizer_files), Path(tokenizer or tokenizer_folder(source))
+            open_tokenizer(opened.tokenizer_files),
+            Path(tokenizer or tokenizer_folder(source)),
+            opened.manifest.chat_format,
         )
     return compare_with_original(opened, matched, text=text, checked=checked, progress=progress)
 

@@ -20,6 +20,7 @@ from pleexport.contract import Artifact
 from pleexport.dtypes import CacheDtype
 from pleexport.errors import BundleError, CheckFailed
 from pleexport.runtime.blob import Blob
+from pleexport.runtime.chat_format import ChatFormat
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tied import TiedRows
 from pleexport.runtime.tokenizer import tokenizer_files
@@ -103,6 +104,9 @@ class Manifest(
             rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         generation: how the checkpoint wants texts generated; None where it says nothing.
+        chat_format: the chat template as data; None where there is no template, or it cannot be
+            told so.
+        no_chat_format: why it cannot, as a clause.
         spin: whether threads spin while they wait, unless a runner is told otherwise.
         source: the checkpoint that it was built from.
         adapters: in the order in which they were merged.
@@ -116,6 +120,8 @@ class Manifest(
     context: Annotated[int, msgspec.Meta(ge=1)]
     eos_token_ids: list[int]
     generation: GenerationConfig | None = None
+    chat_format: ChatFormat | None = None
+    no_chat_format: Annotated[str, msgspec.Meta(max_length=4096)] | None = None
     table_dtype: str
     weight_dtype: str
     table_dtypes: dict[str, str] = {}
@@ -299,6 +305,11 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
     if manifest.generation and (problem := manifest.generation.out_of_range()):
         raise BundleError(
             f"`{path}` has impossible defaults for generation: {problem}",
+            hint="copy the bundle again, or rebuild it",
+        )
+    if manifest.chat_format and (problem := manifest.chat_format.contradiction()):
+        raise BundleError(
+            f"`{path}` has an impossible chat format: {problem}",
             hint="copy the bundle again, or rebuild it",
         )
     needed = [BLOB, *(name for graph in manifest.graphs.values() for name in graph.files)]

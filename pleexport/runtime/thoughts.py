@@ -8,7 +8,7 @@ from pleexport.runtime.stopping import overlap
 from pleexport.runtime.tokenizer import Tokenizer
 
 # What stands around thoughts in the text of models: in tags, and in Gemma 4's channel.
-_MARKERS = (("<think>", "</think>"), ("<|channel>thought", "<channel|>"))
+MARKERS = (("<think>", "</think>"), ("<|channel>thought", "<channel|>"))
 # How many ids of a prompt can hold a marker at its end.
 _PROMPT_IDS = 16
 
@@ -24,7 +24,7 @@ class ThoughtFilter:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], *, show: bool) -> None:
         self._tokenizer, self._show = tokenizer, show
-        self._markers = (*_MARKERS, *tokenizer.thought_markers)
+        self._markers = (*MARKERS, *tokenizer.thought_markers)
         prompt = tokenizer.decode(prompt_ids[-_PROMPT_IDS:], with_specials=True).rstrip()
         self._inside = any(prompt.endswith(begin) for begin, _ in self._markers)
         self._held = ""

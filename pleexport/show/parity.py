@@ -69,7 +69,8 @@ def text_counts(check: TextCheck) -> str:
     if not check.template:
         return f"{counted}, no chat template"
     refused = f", {check.refused} of them refused by both" if check.refused else ""
-    return f"{counted}, {check.conversations} conversations by {check.template}{refused}"
+    formatted = "" if check.formatted is None else f", {check.formatted:,} as data"
+    return f"{counted}, {check.conversations} conversations by {check.template}{refused}{formatted}"
 
 
 def text_verdict(check: TextCheck) -> str:
