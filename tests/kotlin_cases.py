@@ -23,7 +23,7 @@ FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_outpu
 MORE_TEXTS = (
     "a  ab\t\n\n\nab <tool> <wide> ab<bos>",
     "  <wide>  c<|channel>ca<channel|>",
-    "'S 's 'ſ don'T we'LL 12345 x²",
+    "'S 's '\u017f don'T we'LL 12345 x²",
     "isn't it ? Yes , it 's .",
 )
 

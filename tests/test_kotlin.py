@@ -30,8 +30,8 @@ import pleexport
 
 PROJECT = Path(__file__).parents[1] / "android-demo" / "runtime"
 JAR = PROJECT / "target" / "pleexport-runtime.jar"
-# Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX Runtime
-# in its own way; one version moves as much when it reads a prompt in other pieces.
+# Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX
+# Runtime in its own way; one version moves as much when it reads a prompt in other pieces.
 ROUNDED = 0.05
 REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_JVM"))
 
@@ -120,9 +120,7 @@ ROUNDED_BUNDLES: dict[str, Callable[[Path], pleexport.Bundle]] = {
 
 
 @pytest.fixture(scope="session")
-def cases(
-    gemma4_bundle: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def cases(gemma4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundles, tokenizers and answers of the Python library, for the library's own tests."""
     folder = tmp_path_factory.mktemp("kotlin")
     for name in ("bundles", "tokenizers"):

@@ -36,7 +36,7 @@ class Runner:
         bundle: a folder, or an open `Bundle`.
         threads: of the runtime; by default as many as there are cores.
         spin: whether threads of ONNX Runtime spin while they wait for work. That is fast where
-            nothing else runs, and slow beside another busy process; by default what the target says.
+            nothing else runs, and slow beside another busy process; by default as the target says.
         packed_weights: a folder that keeps weights as this processor wants them. They are written
             at the first use, which takes memory and time once; from then on they are mapped, which
             takes next to none.

@@ -94,6 +94,8 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
 
     override fun specialText(id: Int): String = special[id] ?: ""
 
+    override val thoughtMarkers: List<Pair<String, String>> = markers(config)
+
     override fun isByte(id: Int): Boolean =
         hasByteFallback && tokens.getOrNull(id)?.let(::isByteToken) == true
 
@@ -105,9 +107,20 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
         return decoders.fold(shown) { pieces, decode -> decode(pieces) }.joinToString("")
     }
 
+    private fun markers(config: Map<*, *>): List<Pair<String, String>> {
+        val fields = (config["response_template"] as? Map<*, *>)?.get("fields") as? Map<*, *>
+        return THOUGHTS.mapNotNull { name ->
+            val own = fields?.get(name) as? Map<*, *>
+            val open = own?.get("open") as? String
+            val close = own?.get("close") as? String
+            if (open.isNullOrEmpty() || close.isNullOrEmpty()) null else open to close
+        }
+    }
+
     private fun normalized(text: String): String = normalizers.fold(text) { held, step -> step(held) }
 
     private companion object {
+        val THOUGHTS = listOf("reasoning_content", "thinking", "reasoning")
         const val CLEANS = "clean_up_tokenization_spaces"
         const val CLEANS_BPE = "${CLEANS}_for_bpe_even_though_it_will_corrupt_output"
     }

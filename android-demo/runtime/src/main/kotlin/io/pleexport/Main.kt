@@ -15,7 +15,7 @@ object Main {
   logits BUNDLE --ids 1,2,3 --out FILE.npy     logits of all positions, float32 [T, vocab]
   run BUNDLE --prompt TEXT --max-new-tokens N  continue a text; --ids 1,2,3 continues token ids
       [--temperature X] [--top-k N] [--top-p X] [--min-p X] [--repetition-penalty X] [--greedy]
-      [--seed N] [--stop TEXT] [--stats]
+      [--seed N] [--stop TEXT] [--no-chat] [--stats]
   bench BUNDLE --prompt-tokens 128,512 --decode-tokens 64 [--repeat 3] [--json]
   encode BUNDLE --text TEXT                    token ids of a text
   decode BUNDLE --ids 1,2,3                    the text of token ids
@@ -32,7 +32,7 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
     internal fun run(arguments: List<String>): Int = try {
         when (arguments.firstOrNull()) {
             "logits" -> logits(Options(arguments.drop(1), setOf("ids", "out")))
-            "run" -> generate(Options(arguments.drop(1), RUN, setOf("greedy", "stats")))
+            "run" -> generate(Options(arguments.drop(1), RUN, setOf("greedy", "stats", "no-chat")))
             "bench" -> bench(
                 Options(arguments.drop(1), setOf("prompt-tokens", "decode-tokens", "repeat"), setOf("json")),
             )
@@ -77,16 +77,21 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
             stop = listOfNotNull(options["stop"]),
         )
         options.open().use { runner ->
-            val ids = options.ids("ids")
-                ?: runner.encode(options["prompt"] ?: throw options.missing("prompt"))
+            val given = options.ids("ids")
+            val asChat = given == null && !options.has("no-chat") && runner.hasChatTemplate
+            val prompt = options["prompt"] ?: if (given == null) throw options.missing("prompt") else ""
+            val ids = given
+                ?: if (asChat) runner.encodeChat(listOf(Message("user", prompt))) else runner.encode(prompt)
+            val filter = if (asChat) runner.tokenizer?.let { ThoughtFilter(it, ids) } else null
             val out = PrintStream(FileOutputStream(FileDescriptor.out), true, "UTF-8")
             runBlocking {
                 runner.generate(ids, wanted).collect { token ->
-                    out.print(if (runner.tokenizer == null) "${token.id} " else token.text)
+                    val text = if (runner.tokenizer == null) "${token.id} " else token.text
+                    out.print(filter?.push(token) ?: text)
                     out.flush()
                 }
             }
-            out.println()
+            out.println(filter?.flush() ?: "")
             if (options.has("stats")) System.err.println(describe(runner.stats))
         }
     }

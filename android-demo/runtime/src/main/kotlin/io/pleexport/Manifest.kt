@@ -20,6 +20,8 @@ data class FileRecord(val name: String, val size: Long, val sha256: String)
  *
  * @property context largest number of positions the bundle was built for.
  * @property generation how the checkpoint wants texts generated; null where it says nothing.
+ * @property chatFormat the chat template as data; null where there is none, or it cannot be told so.
+ * @property noChatFormat why it cannot, as a clause.
  * @property tablesDigest of the checkpoint's tables; the blob has it too.
  * @property spin whether threads spin while they wait, unless a runner is told otherwise.
  */
@@ -29,6 +31,8 @@ class Manifest internal constructor(
     val context: Int,
     val eosTokenIds: List<Int>,
     val generation: GenerationConfig?,
+    internal val chatFormat: ChatFormat?,
+    val noChatFormat: String?,
     val tableDtype: String,
     val weightDtype: String,
     val cacheDtype: String,
@@ -82,6 +86,8 @@ private fun manifest(value: Any?) = fieldsOf(value, "$") {
         context = required("context", ::count),
         eosTokenIds = required("eos_token_ids", list(::int)),
         generation = optional("generation", null, orNull(::generationConfig)),
+        chatFormat = optional("chat_format", null, orNull(::chatFormat)),
+        noChatFormat = optional("no_chat_format", null, orNull(text(0, 4096))),
         tableDtype = required("table_dtype", ::string),
         weightDtype = required("weight_dtype", ::string),
         cacheDtype = required("cache_dtype", oneOf("fp32", "fp16", "int8", "none")),
@@ -100,7 +106,7 @@ private fun manifest(value: Any?) = fieldsOf(value, "$") {
         optional("trained_grid", false, ::boolean)
         optional("activation_rounding", true, ::boolean)
         required("calibration_tokens", ::int)
-        optional("base_digest", null, orNull(::string))
+        optional("source", null, orNull(::source))
         optional("adapters", emptyList(), list(::adapterRecord))
         required("versions", map(::string))
         required("parity", ::paritySummary)
@@ -109,6 +115,18 @@ private fun manifest(value: Any?) = fieldsOf(value, "$") {
 
 private fun fileRecord(value: Any?, path: String) = fieldsOf(value, path) {
     FileRecord(required("name", ::string), required("size", ::long), required("sha256", ::string))
+}
+
+private fun source(value: Any?, path: String) = fieldsOf(value, path) {
+    optional("repository", null, orNull(::string))
+    optional("commit", null, orNull(::string))
+    required("files", list(::sourceFile))
+}
+
+private fun sourceFile(value: Any?, path: String) = fieldsOf(value, path) {
+    required("name", ::string)
+    required("size", ::long)
+    required("digest", ::string)
 }
 
 private fun adapterRecord(value: Any?, path: String) = fieldsOf(value, path) {
@@ -141,6 +159,9 @@ private fun checkManifest(manifest: Manifest, path: File) {
     for ((role, graph) in manifest.graphs) checkGraph(role, graph, path)
     manifest.generation?.outOfRange()?.let {
         throw BundleError("`$path` has impossible defaults for generation: $it", COPY_AGAIN)
+    }
+    manifest.chatFormat?.contradiction()?.let {
+        throw BundleError("`$path` has an impossible chat format: $it", COPY_AGAIN)
     }
     for (name in listOf(BLOB) + manifest.graphs.values.flatMap { it.files }) {
         if (name !in listed) throw BundleError("`$path` does not list `$name`", "rebuild the bundle")

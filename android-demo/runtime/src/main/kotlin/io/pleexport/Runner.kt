@@ -50,6 +50,11 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
     /** The bundle's tokenizer; null where it takes token ids only. */
     val tokenizer: Tokenizer?
 
+    /** Whether conversations have a form of their own, which `chat` may know or not. */
+    val hasChatTemplate: Boolean
+        get() = bundle.manifest.run { chatFormat != null || noChatFormat != null } ||
+            bundle.file(CHAT_TEMPLATE) != null
+
     /** Of the last text. */
     var stats = Stats()
         private set
@@ -146,6 +151,33 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
     /** Continues a text; see the other `generate`. */
     fun generate(prompt: String, options: GenerationOptions = GenerationOptions()): Flow<Token> =
         generate(encode(prompt), options)
+
+    /**
+     * Token ids of a conversation, ready for the model's answer.
+     *
+     * @param thinking whether the model should; null leaves it to the bundle.
+     * @throws InputError the bundle has no chat format, or it has no place for a message.
+     */
+    fun encodeChat(messages: List<Message>, thinking: Boolean? = null): IntArray {
+        val format = bundle.manifest.chatFormat
+        val opened = tokenizer
+        if (format == null || opened == null) {
+            val reason = bundle.manifest.noChatFormat
+            throw InputError(
+                if (reason == null) "this bundle has no chat format"
+                else "this bundle has no chat format: $reason",
+                "pass plain text instead",
+            )
+        }
+        return opened.encode(format.render(messages, thinking), addSpecialTokens = false)
+    }
+
+    /** Answers a conversation; see the other `generate`. What it says may begin with thoughts. */
+    fun chat(
+        messages: List<Message>,
+        options: GenerationOptions = GenerationOptions(),
+        thinking: Boolean? = null,
+    ): Flow<Token> = generate(encodeChat(messages, thinking), options)
 
     /**
      * Continues a prompt, token by token; a collector that is cancelled ends a call of the graph, also

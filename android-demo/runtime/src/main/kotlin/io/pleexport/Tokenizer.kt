@@ -5,6 +5,7 @@ import java.io.IOException
 
 internal const val TOKENIZER = "tokenizer.json"
 internal const val TOKENIZER_CONFIG = "tokenizer_config.json"
+internal const val CHAT_TEMPLATE = "chat_template.jinja"
 internal const val AS_PUBLISHED = "fetch the file again; it is published with the model"
 
 /** The tokenizer of a bundle: text to token ids and back. */
@@ -28,6 +29,9 @@ interface Tokenizer {
 
     /** The text of a special token; "" of any other. */
     fun specialText(id: Int): String
+
+    /** What stands before and after thoughts, where the tokenizer's config says it in plain texts. */
+    val thoughtMarkers: List<Pair<String, String>>
 }
 
 /**

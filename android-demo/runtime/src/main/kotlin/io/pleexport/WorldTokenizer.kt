@@ -80,6 +80,8 @@ internal class WorldTokenizer(private val file: File) : Tokenizer {
 
     override fun specialText(id: Int) = ""
 
+    override val thoughtMarkers: List<Pair<String, String>> = emptyList()
+
     private fun readLine(line: String) {
         val first = line.indexOf(' ')
         val last = line.lastIndexOf(' ')
