@@ -63,7 +63,7 @@ def llama_like() -> Tokenizer:
 def spaced() -> Tokenizer:
     """As Llama 2's in newer files: a mark for each space, and one before the text."""
     tokenizer = tokenizers_in_code.byte_fallback()
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("q", "c")])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="first", split=True),

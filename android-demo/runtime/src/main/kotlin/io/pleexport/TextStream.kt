@@ -99,8 +99,11 @@ internal class CleanedStream(private val stream: TextStream) : TextStream {
     }
 
     /** What cleaning changes begins with a space and cannot reach across the end of such a word. */
-    private fun isBehindWord(at: Int) = isWhiteSpace(held[at]) &&
-        (at - WORD until at).none { isWhiteSpace(held[it]) || held[it] in ".,?!'" }
+    private fun isBehindWord(at: Int): Boolean {
+        if (!isWhiteSpace(held[at]) || held.codePointCount(0, at) < WORD) return false
+        return (held.offsetByCodePoints(at, -WORD) until at)
+            .none { isWhiteSpace(held[it]) || held[it] in ".,?!'" }
+    }
 
     private companion object {
         /** Characters of such a word, at least. */

@@ -54,15 +54,6 @@ internal fun normalizer(step: Step): (String) -> String = when (step.type) {
     "Prepend" -> step.text("prepend").let { front -> { if (it.isEmpty()) it else front + it } }
     "NFC", "NFD", "NFKC", "NFKD" ->
         Normalizer.Form.valueOf(step.type).let { form -> { Normalizer.normalize(it, form) } }
-    "Strip" -> {
-        val left = step.flag("strip_left", true)
-        val right = step.flag("strip_right", true);
-        { text ->
-            val begin = if (left) text.indexOfFirst { !isWhiteSpace(it) }.let { if (it < 0) text.length else it } else 0
-            val end = if (right) text.indexOfLast { !isWhiteSpace(it) } + 1 else text.length
-            if (begin < end) text.substring(begin, end) else ""
-        }
-    }
     else -> throw step.unknown("normalizer")
 }
 
