@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -17,17 +18,17 @@ from typing import Any
 import kotlin_cases
 import numpy as np
 import pytest
-from checkpoints import gemma4
-from conftest import TOLERANCE, exact_bundle, relative_error
-from family_checkpoints import embformer, lckv, llama_value_embeddings
+from conftest import TOLERANCE, relative_error
 from numpy.typing import NDArray
-from quantized_checkpoints import mobile_gemma4
 from resealed import change_manifest
-from rwkv_checkpoints import rwkv
-from tokenizers_in_code import byte_fallback, save
 
 import pleexport
+from pleexport.runtime.conversation import Conversation
 
+CONFORMANCE = Path(__file__).parents[1] / "conformance"
+BUNDLES = sorted(path for path in CONFORMANCE.iterdir() if path.is_dir())
+# Bundles in which nothing is rounded but tables.
+EXACT = ("gemma4-fp32", "rwkv8-fp32", "embformer-bf16", "llama-value-embeddings-bf16")
 PROJECT = Path(__file__).parents[1] / "android-demo" / "runtime"
 JAR = PROJECT / "target" / "pleexport-runtime.jar"
 # Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX
@@ -88,48 +89,11 @@ def check_logits(jar: Path, bundle: Path, tolerance: float) -> None:
     assert relative_error(expected, runner.logits(ids)) > tolerance
 
 
-EXACT: dict[str, Callable[[Path], pleexport.Bundle]] = {
-    "rwkv7a": lambda p: exact_bundle(rwkv(p / "m.pth", "7a"), p / "b"),
-    "rwkv8-hybrid": lambda p: exact_bundle(rwkv(p / "m.pth", "8-hybrid"), p / "b"),
-    "embformer": lambda p: exact_bundle(embformer(p / "c"), p / "b"),
-    "llama": lambda p: exact_bundle(llama_value_embeddings(p / "c"), p / "b"),
-}
-SHARED: dict[str, Callable[[Path], pleexport.Bundle]] = {
-    "rwkv7b": lambda p: exact_bundle(rwkv(p / "m.pth", "7b"), p / "b"),
-    "embformer-none": lambda p: exact_bundle(embformer(p / "c"), p / "b", cache_dtype="none"),
-    "lckv": lambda p: exact_bundle(lckv(p / "c"), p / "b"),
-}
-
-
-def rounded(path: Path, **options: Any) -> pleexport.Bundle:
-    checkpoint = gemma4(path / "c", hidden_size=64, intermediate_size=96)
-    return pleexport.build(checkpoint, path / "b", verify=False, **options)
-
-
-ROUNDED_BUNDLES: dict[str, Callable[[Path], pleexport.Bundle]] = {
-    "int4 weights, tied int8 head, int8 caches": lambda p: rounded(
-        p, target="android", cache_dtype="int8"
-    ),
-    "int8 weights, int4 tables, fp16 caches": lambda p: rounded(
-        p, weight_dtype="int8", table_dtype="int4", cache_dtype="fp16"
-    ),
-    "2 and 4 bits of a checkpoint for phones": lambda p: pleexport.build(
-        mobile_gemma4(p / "c"), p / "b", weight_dtype="source", table_dtype="source", verify=False
-    ),
-}
-
-
 @pytest.fixture(scope="session")
-def cases(gemma4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bundles, tokenizers and answers of the Python library, for the library's own tests."""
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizers and answers of the Python library, for the library's own tests."""
     folder = tmp_path_factory.mktemp("kotlin")
-    for name in ("bundles", "tokenizers"):
-        (folder / name).mkdir()
-    shutil.copytree(gemma4_bundle, folder / "bundles" / "gemma4")
-    for name, make in SHARED.items():
-        (tmp_path_factory.getbasetemp() / name).mkdir()
-        bundle = make(tmp_path_factory.getbasetemp() / name)
-        shutil.copytree(bundle.path, folder / "bundles" / name)
+    (folder / "tokenizers").mkdir()
     kotlin_cases.write_tokenizers(folder / "tokenizers")
     kotlin_cases.write_sampling(folder / "sampling.json")
     kotlin_cases.write_rules(folder / "rules.json")
@@ -137,63 +101,51 @@ def cases(gemma4_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_its_own_tests_pass(jar: Path, cases: Path) -> None:
+    """Among them are the conformance vectors."""
     maven("surefire:test", f"-Dpleexport.cases={cases}")
-    reports = "".join(p.read_text() for p in (PROJECT / "target/surefire-reports").glob("*.txt"))
-    assert reports.count("Skipped: 0") == reports.count("Tests run") >= 6, reports
+    reports = [p.read_text() for p in (PROJECT / "target" / "surefire-reports").glob("*.txt")]
+    assert len(reports) >= 8
+    assert all("Failures: 0, Errors: 0, Skipped: 0" in report for report in reports), reports
 
 
-@pytest.mark.parametrize("name", ["gemma4", *SHARED])
-def test_logits_of_shared_bundles_are_those_of_python(name: str, jar: Path, cases: Path) -> None:
-    check_logits(jar, cases / "bundles" / name, TOLERANCE)
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+def test_logits_are_those_of_python(bundle: Path, jar: Path, tmp_path: Path) -> None:
+    tolerance = TOLERANCE if bundle.name in EXACT else ROUNDED
+    runner = pleexport.Runner(bundle, threads=1)
+    ids = np.random.default_rng(3).integers(0, runner.blob.num_rows, 300).tolist()
+    expected = runner.logits(ids)
+    assert relative_error(expected, logits(jar, bundle, ids, tmp_path / "logits.npy")) < tolerance
+    # The control: one id is another.
+    ids[150] = (ids[150] + 1) % runner.blob.num_rows
+    assert relative_error(expected, runner.logits(ids)) > tolerance
 
 
-def test_logits_of_gemma3n_are_those_of_python(jar: Path, gemma3n_bundle: Path) -> None:
-    check_logits(jar, gemma3n_bundle, TOLERANCE)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_logits_of_an_exact_bundle_are_those_of_python(
-    name: str, jar: Path, tmp_path: Path
-) -> None:
-    check_logits(jar, EXACT[name](tmp_path).path, TOLERANCE)
-
-
-@pytest.mark.parametrize("name", ROUNDED_BUNDLES)
-def test_logits_of_a_rounded_bundle_are_near(name: str, jar: Path, tmp_path: Path) -> None:
-    check_logits(jar, ROUNDED_BUNDLES[name](tmp_path).path, ROUNDED)
-
-
-def test_text_is_that_of_python(jar: Path, tmp_path: Path) -> None:
-    save(byte_fallback(), tmp_path / "tokenizer", bos_token="<bos>")
-    checkpoint = gemma4(tmp_path / "c", vocab_size=290, vocab_size_per_layer_input=290)
-    bundle = pleexport.build(
-        checkpoint,
-        tmp_path / "b",
-        tokenizer=tmp_path / "tokenizer" / "tokenizer.json",
-        table_dtype="source",
-        weight_dtype="fp32",
-        verify=False,
-    ).path
+def test_text_is_that_of_python(jar: Path) -> None:
+    bundle = CONFORMANCE / "gemma4-fp32"
     runner = pleexport.Runner(bundle, threads=1)
     expected = "".join(t.text for t in runner.generate("ab é", max_new_tokens=40, greedy=True))
     options = ("--max-new-tokens", 40, "--greedy")
-    done = java(jar, "run", bundle, "--prompt", "ab é", *options)
+    done = java(jar, "run", bundle, "--prompt", "ab é", "--no-chat", *options)
     assert (done.returncode, done.stdout) == (0, expected + "\n"), done.stderr
     assert len(set(expected)) > 3
-    stopped = java(jar, "run", bundle, "--prompt", "ab é", *options, "--stop", expected[3:5])
-    assert stopped.stdout == expected[: expected.index(expected[3:5])] + "\n"
+    end = expected[3:5]
+    done = java(jar, "run", bundle, "--prompt", "ab é", "--no-chat", *options, "--stop", end)
+    assert done.stdout == expected[: expected.index(end)] + "\n"
+    conversation = Conversation(runner, max_new_tokens=40, greedy=True)
+    done = java(jar, "run", bundle, "--prompt", "ab", *options)
+    assert done.stdout == "".join(conversation.ask("ab")) + "\n"
     timed = java(
-        jar, "bench", bundle, "--prompt-tokens", "8", "--decode-tokens", 4, "--repeat", 1, "--json"
+        jar, "bench", bundle, "--prompt-tokens", 8, "--decode-tokens", 4, "--repeat", 1, "--json"
     )
-    assert '"decode_tokens_per_second"' in timed.stdout
+    assert json.loads(timed.stdout)["timings"][0]["decode_tokens_per_second"] > 0
 
 
-def test_no_cache_is_copied(jar: Path, cases: Path) -> None:
+def test_no_cache_is_copied(jar: Path) -> None:
     """ONNX Runtime says so when it copies one."""
     folders = (PROJECT / "target" / name for name in ("test-classes", "classes", "lib/*"))
     command = ["java", "-cp", ":".join(map(str, folders)), "io.pleexport.CacheWarnings"]
-    for name in ("gemma4", "lckv"):
-        bundle = str(cases / "bundles" / name)
+    for name in ("lckv-fp16", "gemma4-int4"):
+        bundle = str(CONFORMANCE / name)
         said = subprocess.run([*command, bundle], capture_output=True, text=True, check=True)
         assert "in-place optimization not activated" not in said.stderr
     apart = subprocess.run([*command, bundle, "apart"], capture_output=True, text=True, check=True)
@@ -211,10 +163,7 @@ def refusal(jar: Path, bundle: Path, ids: list[int]) -> str:
 
 
 def test_a_flipped_byte_in_any_file_is_told(jar: Path, tmp_path: Path) -> None:
-    save(byte_fallback(), tmp_path / "tokenizer", bos_token="<bos>")
-    whole = rounded(
-        tmp_path, target="android", tokenizer=tmp_path / "tokenizer" / "tokenizer.json"
-    ).path
+    whole = CONFORMANCE / "gemma4-int4"
     names = {path.name for path in whole.iterdir()}
     assert {"tied.safetensors", "tokenizer.json", "tokenizer_config.json"} <= names
     rows = pleexport.Bundle(whole).open_blob()
@@ -230,9 +179,9 @@ def test_a_flipped_byte_in_any_file_is_told(jar: Path, tmp_path: Path) -> None:
         assert "damaged" in sentence
 
 
-def test_a_bundle_that_is_none_is_refused(jar: Path, gemma4_bundle: Path, tmp_path: Path) -> None:
+def test_a_bundle_that_is_none_is_refused(jar: Path, tmp_path: Path) -> None:
     def changed(change: Callable[[dict[str, Any]], Any]) -> str:
-        bundle = shutil.copytree(gemma4_bundle, tmp_path / "b", dirs_exist_ok=True)
+        bundle = shutil.copytree(CONFORMANCE / "gemma4-fp32", tmp_path / "b", dirs_exist_ok=True)
         change_manifest(bundle, change)
         return refusal(jar, bundle, [2])
 

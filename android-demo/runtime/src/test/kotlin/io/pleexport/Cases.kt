@@ -9,13 +9,11 @@ import org.junit.jupiter.api.Assumptions.assumeTrue
 internal object Cases {
     private val folder: File? = System.getProperty("pleexport.cases")?.takeIf { it.isNotEmpty() }?.let(::File)
 
-    /** Skips the test where there are none: `mvn test` alone has no bundles. */
+    /** Skips the test where there are none: `mvn test` alone has none. */
     fun of(name: String): File {
         assumeTrue(folder != null, "set pleexport.cases; tests/test_kotlin.py does")
         return File(folder, name).also { check(it.exists()) { "$it is missing" } }
     }
-
-    fun bundle(name: String) = Bundle(of("bundles/$name"))
 
     fun list(file: String): List<JsonObject> =
         JsonParser.parseString(of(file).readText()).asJsonArray.map { it.asJsonObject }

@@ -1,6 +1,5 @@
 package io.pleexport
 
-import java.io.File
 import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertTrue
 import org.junit.jupiter.api.Test
@@ -18,7 +17,7 @@ class ChatFormatTest {
     @Test
     fun `messages stand between joints, trimmed`() {
         val format = format("""{"joints": [$plain]}""")
-        assertEquals("<u>Hi </u><a>", format.render(listOf(Message("user", "  Hi  "))).replace("Hi<", "Hi <"))
+        assertEquals("<u>Hi</u><a>", format.render(listOf(Message("user", "  Hi  "))))
         val turns = listOf(Message("system", "S"), Message("user", "a"), Message("assistant", " b "), Message("user", "c\n"))
         assertEquals("<s>S</s><u>a</u><a> b </a><u>c</u><a>", format.render(turns))
     }
@@ -61,25 +60,5 @@ class ChatFormatTest {
             "`joints` has two joints from `start` to `user`",
             format("""{"joints": [$plain, {"previous": "start", "next": "user", "text": ""}]}""").contradiction(),
         )
-    }
-
-    /** The vectors that every runtime passes, where the repository has them. */
-    @Test
-    fun `conversations of the conformance vectors`() {
-        val folder = File("../../conformance")
-        for (file in folder.listFiles { file -> file.extension == "json" } ?: emptyArray()) {
-            val vectors = readObject(file)
-            val runner = lazy { Runner(Bundle(File(folder, file.nameWithoutExtension))) }
-            for (case in vectors.getAsJsonArray("conversations") ?: continue) {
-                val given = case.asJsonObject
-                val messages = given.getAsJsonArray("messages").map { it.asJsonObject }
-                    .map { Message(it["role"].asString, it["content"].asString) }
-                val thinking = given["thinking"]?.takeIf { !it.isJsonNull }?.asBoolean
-                val render = { runner.value.encodeChat(messages, thinking).toList() }
-                if (given.has("ids")) assertEquals(given.getAsJsonArray("ids").map { it.asInt }, render())
-                else refusal<InputError> { render() }
-            }
-            if (runner.isInitialized()) runner.value.close()
-        }
     }
 }

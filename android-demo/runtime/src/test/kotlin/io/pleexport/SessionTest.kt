@@ -1,5 +1,6 @@
 package io.pleexport
 
+import java.io.File
 import java.util.Random
 import java.util.concurrent.CountDownLatch
 import java.util.concurrent.TimeUnit
@@ -24,7 +25,9 @@ private const val TOLERANCE = 1e-4f
 class SessionTest {
     private val random = Random(5)
 
-    private fun open(name: String) = Runner(Cases.bundle(name), threads = 1)
+    private fun bundle(name: String) = Bundle(File("../../conformance/$name"))
+
+    private fun open(name: String) = Runner(bundle(name), threads = 1)
 
     private fun text(runner: Runner, count: Int) = IntArray(count) { random.nextInt(runner.numRows.toInt()) }
 
@@ -39,7 +42,7 @@ class SessionTest {
     }
 
     @ParameterizedTest
-    @ValueSource(strings = ["gemma4", "rwkv7b", "embformer-none", "lckv"])
+    @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16", "embformer-bf16", "lckv-fp16"])
     fun `pieces of any length give the logits of the whole`(name: String) = open(name).use { runner ->
         val ids = text(runner, 300)
         val whole = runner.logits(ids)
@@ -59,9 +62,9 @@ class SessionTest {
     }
 
     @ParameterizedTest
-    @ValueSource(strings = ["gemma4", "rwkv7b"])
+    @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16"])
     fun `what was taken back leaves no trace`(name: String) {
-        val bundle = Cases.bundle(name)
+        val bundle = bundle(name)
         val ids = open(name).use { text(it, 40) }
         val whole = open(name).use { it.logits(ids) }
         val vocab = bundle.decoder.contract.vocabSize
@@ -84,7 +87,7 @@ class SessionTest {
     }
 
     @ParameterizedTest
-    @ValueSource(strings = ["gemma4", "rwkv7b"])
+    @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16"])
     fun `a text that was stopped in a prompt goes on as if it had not been`(name: String) = open(name).use { runner ->
         val ids = text(runner, 1000)
         val options = GenerationOptions(GenerationConfig(maxNewTokens = 5), greedy = true, ignoreEos = true)
@@ -99,7 +102,7 @@ class SessionTest {
     }
 
     @Test
-    fun `a collector that wants no more ends a text`() = open("gemma4").use { runner ->
+    fun `a collector that wants no more ends a text`() = open("gemma4-fp32").use { runner ->
         val options = GenerationOptions(greedy = true, ignoreEos = true)
         val ids = text(runner, 9)
         val three = runBlocking { runner.generate(ids, options).take(3).toList() }
@@ -112,7 +115,7 @@ class SessionTest {
     }
 
     @Test
-    fun `texts end for a reason`() = open("gemma4").use { runner ->
+    fun `texts end for a reason`() = open("gemma4-fp32").use { runner ->
         fun reason(count: Int, config: GenerationConfig): FinishReason? {
             runner.reset()
             val options = GenerationOptions(config, greedy = true, ignoreEos = true)
@@ -125,7 +128,7 @@ class SessionTest {
     }
 
     @Test
-    fun `what cannot be asked for is refused before anything is read`() = open("gemma4").use { runner ->
+    fun `what cannot be asked for is refused before anything is read`() = open("gemma4-fp32").use { runner ->
         val most = runner.numRows.toInt()
         assertEquals("the prompt is empty", refusal<InputError> { runner.generate(IntArray(0)) })
         assertTrue("has no row" in refusal<InputError> { runner.generate(intArrayOf(most)) })
@@ -135,13 +138,16 @@ class SessionTest {
         assertTrue("top_k is -1" in refusal<InputError> {
             runner.generate(intArrayOf(1), GenerationOptions(GenerationConfig(topK = -1)))
         })
-        assertTrue("has no tokenizer" in refusal<InputError> { runner.generate("text") })
-        assertTrue("threads is 999" in refusal<InputError> { Runner(Cases.bundle("gemma4"), threads = 999) })
+        open("rwkv8-fp32").use {
+            assertEquals("this bundle has no tokenizer", refusal<InputError> { it.generate("text") })
+            assertEquals("this bundle has no chat format", refusal<InputError> { it.chat(listOf(Message("user", "a"))) })
+        }
+        assertTrue("threads is 999" in refusal<InputError> { Runner(bundle("gemma4-fp32"), threads = 999) })
     }
 
     @Test
     fun `runners on one bundle do not disturb each other, and one serves one thread`() {
-        val bundle = Cases.bundle("gemma4")
+        val bundle = bundle("gemma4-fp32")
         Runner(bundle, threads = 1).use { first ->
             Runner(bundle, threads = 1).use { second ->
                 val ids = text(first, 30)
@@ -166,7 +172,7 @@ class SessionTest {
 
     @Test
     fun `a closed runner says so`() {
-        val runner = open("gemma4")
+        val runner = open("gemma4-fp32")
         runner.close()
         runner.close()
         assertEquals("this runner is closed", refusal<InputError> { runner.reset() })
@@ -174,7 +180,7 @@ class SessionTest {
 
     @Test
     fun `opening and closing many times takes no memory`() {
-        fun cycle() = open("lckv").use { it.logits(text(it, 20)) }
+        fun cycle() = open("lckv-fp16").use { it.logits(text(it, 20)) }
         repeat(10) { cycle() }
         System.gc()
         val before = residentMemory()!!.anonymous
