@@ -23,30 +23,42 @@ internal class BenchResult(
     val memory: ResidentMemory?,
 ) {
     /** The names are those of `pleexport bench --json`. */
-    fun json(): String = GsonBuilder().setPrettyPrinting().serializeNulls().create().toJson(
-        linkedMapOf(
-            "load_seconds" to loadSeconds,
-            "load_to_first_token_seconds" to loadToFirstTokenSeconds,
-            "repeat" to repeat,
-            "timings" to timings.map {
+    fun json(): String =
+        GsonBuilder()
+            .setPrettyPrinting()
+            .serializeNulls()
+            .create()
+            .toJson(
                 linkedMapOf(
-                    "prompt_tokens" to it.promptTokens,
-                    "decode_tokens" to it.decodeTokens,
-                    "prefill_tokens_per_second" to it.prefillTokensPerSecond,
-                    "decode_tokens_per_second" to it.decodeTokensPerSecond,
-                    "first_token_seconds" to it.firstTokenSeconds,
-                    "slowest_first_token_seconds" to it.slowestFirstTokenSeconds,
+                    "load_seconds" to loadSeconds,
+                    "load_to_first_token_seconds" to loadToFirstTokenSeconds,
+                    "repeat" to repeat,
+                    "timings" to
+                        timings.map {
+                            linkedMapOf(
+                                "prompt_tokens" to it.promptTokens,
+                                "decode_tokens" to it.decodeTokens,
+                                "prefill_tokens_per_second" to it.prefillTokensPerSecond,
+                                "decode_tokens_per_second" to it.decodeTokensPerSecond,
+                                "first_token_seconds" to it.firstTokenSeconds,
+                                "slowest_first_token_seconds" to it.slowestFirstTokenSeconds,
+                            )
+                        },
+                    "anonymous_bytes" to memory?.anonymous,
+                    "file_backed_bytes" to memory?.fileBacked,
                 )
-            },
-            "anonymous_bytes" to memory?.anonymous,
-            "file_backed_bytes" to memory?.fileBacked,
-        ),
-    )
+            )
 
-    fun describe(): String = timings.joinToString("\n") {
-        "prompt %d: prefill %.0f tokens/s, decode %.1f tokens/s, first token after %.3f s"
-            .format(it.promptTokens, it.prefillTokensPerSecond, it.decodeTokensPerSecond, it.firstTokenSeconds)
-    }
+    fun describe(): String =
+        timings.joinToString("\n") {
+            "prompt %d: prefill %.0f tokens/s, decode %.1f tokens/s, first token after %.3f s"
+                .format(
+                    it.promptTokens,
+                    it.prefillTokensPerSecond,
+                    it.decodeTokensPerSecond,
+                    it.firstTokenSeconds,
+                )
+        }
 }
 
 /**
@@ -60,10 +72,15 @@ internal fun bench(
     decodeTokens: Int,
     repeat: Int,
 ): BenchResult {
-    val counts = listOf("decode tokens" to decodeTokens, "repeat" to repeat) +
-        promptTokens.map { "prompt tokens" to it }
+    val counts =
+        listOf("decode tokens" to decodeTokens, "repeat" to repeat) +
+            promptTokens.map { "prompt tokens" to it }
     for ((name, value) in counts) {
-        if (value < 1) throw InputError("$name is $value; it must be 1 or more", "leave it out for the default")
+        if (value < 1)
+            throw InputError(
+                "$name is $value; it must be 1 or more",
+                "leave it out for the default",
+            )
     }
     val started = System.nanoTime()
     open().use { runner ->
@@ -97,16 +114,18 @@ private fun time(runner: Runner, count: Int, decodeTokens: Int, repeat: Int): Ti
 
 private fun runOnce(runner: Runner, count: Int, decodeTokens: Int, random: Random): Stats {
     val ids = IntArray(count) { random.nextInt(runner.numRows.toInt()) }
-    val options = GenerationOptions(
-        GenerationConfig(maxNewTokens = decodeTokens), greedy = true, ignoreEos = true,
-    )
+    val options =
+        GenerationOptions(
+            GenerationConfig(maxNewTokens = decodeTokens),
+            greedy = true,
+            ignoreEos = true,
+        )
     runner.reset()
-    runBlocking { runner.generate(ids, options).collect { } }
+    runBlocking { runner.generate(ids, options).collect {} }
     return runner.stats
 }
 
-private fun median(values: List<Double>): Double = values.sorted().let {
-    (it[(it.size - 1) / 2] + it[it.size / 2]) / 2
-}
+private fun median(values: List<Double>): Double =
+    values.sorted().let { (it[(it.size - 1) / 2] + it[it.size / 2]) / 2 }
 
 private fun secondsSince(start: Long) = (System.nanoTime() - start) / 1e9

@@ -7,8 +7,8 @@ import java.util.concurrent.ExecutorService
 import java.util.concurrent.Executors
 
 /**
- * A memory-mapped blob. Opening it reads its header only; every lookup checks its rows. One thread at
- * a time looks up.
+ * A memory-mapped blob. Opening it reads its header only; every lookup checks its rows. One thread
+ * at a time looks up.
  *
  * @throws BlobError the file breaks a rule of docs/blob-format.md.
  * @throws CheckFailed its header does not match its checksum.
@@ -22,9 +22,8 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
 
     private val opened = SafetensorsFile(file)
     private val header = readHeader(opened)
-    private val rows = MappedRows(
-        file, opened.entry("rows").offset, header.rowStride, header.numRows, mapBytes,
-    )
+    private val rows =
+        MappedRows(file, opened.entry("rows").offset, header.rowStride, header.numRows, mapBytes)
     private val decoders = header.runs.mapValues { (_, run) -> SegmentDecoder(run.first) }
     private val row = ByteArray(header.rowStride)
     private val readers: Lazy<ExecutorService> = lazy {
@@ -33,16 +32,23 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
 
     /** Of a row, those of the blob first. */
     val segments: List<Segment> = header.segments + listOfNotNull(tied?.segment)
-    val numRows: Long get() = header.numRows
-    val rowStride: Int get() = header.rowStride
-    val sourceDigest: String get() = header.sourceDigest
+    val numRows: Long
+        get() = header.numRows
+
+    val rowStride: Int
+        get() = header.rowStride
+
+    val sourceDigest: String
+        get() = header.sourceDigest
 
     /** By token id, the row that it selects. */
-    val rowAliases: Map<Long, Long> get() = header.rowAliases
+    val rowAliases: Map<Long, Long>
+        get() = header.rowAliases
 
     /** By table, the shape of what a token id looks up: `[width]` or `[layers, width]`. */
-    val shapes: Map<String, List<Int>> = header.runs.mapValues { (_, run) -> run.shape } +
-        listOfNotNull(tied?.segment?.let { it.table to listOf(it.width.toInt()) })
+    val shapes: Map<String, List<Int>> =
+        header.runs.mapValues { (_, run) -> run.shape } +
+            listOfNotNull(tied?.segment?.let { it.table to listOf(it.width.toInt()) })
 
     init {
         tied?.let(::checkTied)
@@ -53,24 +59,26 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
      *
      * @throws InputError an id has no row.
      */
-    fun rowIds(ids: IntArray): LongArray = LongArray(ids.size) { i ->
-        val id = ids[i].toLong()
-        if (id !in 0 until numRows) {
-            throw InputError(
-                "token id $id has no row; ids go from 0 to ${numRows - 1}",
-                "the ids may come from another model's tokenizer",
-            )
+    fun rowIds(ids: IntArray): LongArray =
+        LongArray(ids.size) { i ->
+            val id = ids[i].toLong()
+            if (id !in 0 until numRows) {
+                throw InputError(
+                    "token id $id has no row; ids go from 0 to ${numRows - 1}",
+                    "the ids may come from another model's tokenizer",
+                )
+            }
+            rowAliases[id] ?: id
         }
-        rowAliases[id] ?: id
-    }
 
     /** Asks the system to read the pages of all distinct rows, many at once. */
     fun prefetch(rowIds: LongArray) {
         val distinct = rowIds.distinct()
         if (distinct.size < ROWS_FOR_THREADS) return distinct.forEach(::load)
         val parts = distinct.chunked((distinct.size + READERS - 1) / READERS)
-        readers.value.invokeAll(parts.map { part -> Callable { part.forEach(::load) } })
-            .forEach { it.get() }
+        readers.value.invokeAll(parts.map { part -> Callable { part.forEach(::load) } }).forEach {
+            it.get()
+        }
     }
 
     /**
@@ -85,10 +93,12 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
             for ((table, out) in into) {
                 val run = header.runs[table]
                 if (run == null) tied!!.decode(rowId, out)
-                else for (s in run.segments) {
-                    decoders.getValue(table)
-                        .decode(row, s.offset.toInt(), s.scaleOffset?.toInt() ?: 0, out)
-                }
+                else
+                    for (s in run.segments) {
+                        decoders
+                            .getValue(table)
+                            .decode(row, s.offset.toInt(), s.scaleOffset?.toInt() ?: 0, out)
+                    }
             }
         }
     }

@@ -1,7 +1,8 @@
 package io.pleexport
 
 /**
- * What the header of a blob says, checked; a rule that it breaks is named as in docs/blob-format.md.
+ * What the header of a blob says, checked; a rule that it breaks is named as in
+ * docs/blob-format.md.
  *
  * @property rowAliases by token id, the row that it selects.
  * @property runs by table.
@@ -34,17 +35,25 @@ private const val MINIMUM_PAGE_SIZE = 16_384
 private const val LARGEST_ROW = 1L shl 30
 private const val DAMAGED = "copy the bundle again, or rebuild it"
 private const val NEWER = "install a newer pleexport"
-private val METADATA = setOf(
-    "format", "version", "page_size", "first_row", "num_rows_total", "row_aliases", "segments",
-    "source_digest",
-)
+private val METADATA =
+    setOf(
+        "format",
+        "version",
+        "page_size",
+        "first_row",
+        "num_rows_total",
+        "row_aliases",
+        "segments",
+        "source_digest",
+    )
 
 /** In the order of the file: dtype and number of dimensions. */
-private val TENSORS = mapOf(
-    HEADER_CHECKSUM to ("uint64" to 1),
-    ROWS to ("uint8" to 2),
-    CHUNK_CHECKSUMS to ("uint64" to 1),
-)
+private val TENSORS =
+    mapOf(
+        HEADER_CHECKSUM to ("uint64" to 1),
+        ROWS to ("uint8" to 2),
+        CHUNK_CHECKSUMS to ("uint64" to 1),
+    )
 
 private class BlobHeaderReader(private val file: SafetensorsFile) {
     fun read(): BlobHeader {
@@ -89,8 +98,8 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
     }
 
     private fun checkNames() {
-        val unknown = (file.metadata.keys - METADATA).sorted() +
-            (file.entries.keys - TENSORS.keys).sorted()
+        val unknown =
+            (file.metadata.keys - METADATA).sorted() + (file.entries.keys - TENSORS.keys).sorted()
         if (unknown.isNotEmpty()) {
             throw broken("has `${unknown[0]}`, which this reader does not know (B-04)", NEWER)
         }
@@ -122,7 +131,7 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
         if (pageSize < MINIMUM_PAGE_SIZE || rows.offset % pageSize != 0L) {
             throw broken(
                 "has rows at byte ${rows.offset}, which is not a multiple of a page size of at " +
-                    "least $MINIMUM_PAGE_SIZE (B-07)",
+                    "least $MINIMUM_PAGE_SIZE (B-07)"
             )
         }
         val chunks = file.entry(CHUNK_CHECKSUMS).shape[0]
@@ -147,21 +156,24 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
         }
     }
 
-    private fun json(name: String): Any? = try {
-        parseJson(file.metadata.getValue(name))
-    } catch (err: MalformedJson) {
-        throw broken("has metadata `$name` that is not valid JSON (B-05)")
-    }
+    private fun json(name: String): Any? =
+        try {
+            parseJson(file.metadata.getValue(name))
+        } catch (err: MalformedJson) {
+            throw broken("has metadata `$name` that is not valid JSON (B-05)")
+        }
 
-    private fun integer(name: String): Long = (json(name) as? Long)?.takeIf { it >= 0 }
-        ?: throw broken("has metadata `$name` that is not a number of rows or bytes (B-05)")
+    private fun integer(name: String): Long =
+        (json(name) as? Long)?.takeIf { it >= 0 }
+            ?: throw broken("has metadata `$name` that is not a number of rows or bytes (B-05)")
 
     private fun readSegments(): List<Segment> {
-        val segments = try {
-            list(::segment)(json("segments"), "$")
-        } catch (err: MalformedJson) {
-            throw broken("has a malformed segment: ${err.message} (B-06)")
-        }
+        val segments =
+            try {
+                list(::segment)(json("segments"), "$")
+            } catch (err: MalformedJson) {
+                throw broken("has a malformed segment: ${err.message} (B-06)")
+            }
         if (segments.isEmpty()) throw broken("has no segments (B-06)")
         if (segments.distinctBy { it.name }.size != segments.size) {
             throw broken("has two segments of one name (B-06)")
@@ -173,30 +185,32 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
     }
 
     /** What a segment says of itself that cannot be. */
-    private fun problem(segment: Segment): String? = when {
-        segment.dtype !in BITS ->
-            "has dtype `${segment.dtype}`, which this reader does not know"
-        !(Math.abs(segment.multiplier) <= Float.MAX_VALUE) ->
-            "has multiplier ${segment.multiplier}"
-        listOf(segment.groupSize, segment.scaleDtype, segment.scaleOffset)
-            .any { (it != null) != (segment.dtype in CODED) } ->
-            "does not say how it is scaled, or says too much"
-        segment.scaleDtype !in listOf(null, "fp16", "fp32") ->
-            "has scales of dtype `${segment.scaleDtype}`, which this reader does not know"
-        (segment.groupSize ?: 1) > segment.width ->
-            "has groups of ${segment.groupSize} of its ${segment.width} elements"
-        else -> null
-    }
+    private fun problem(segment: Segment): String? =
+        when {
+            segment.dtype !in BITS ->
+                "has dtype `${segment.dtype}`, which this reader does not know"
+            !(Math.abs(segment.multiplier) <= Float.MAX_VALUE) ->
+                "has multiplier ${segment.multiplier}"
+            listOf(segment.groupSize, segment.scaleDtype, segment.scaleOffset).any {
+                (it != null) != (segment.dtype in CODED)
+            } -> "does not say how it is scaled, or says too much"
+            segment.scaleDtype !in listOf(null, "fp16", "fp32") ->
+                "has scales of dtype `${segment.scaleDtype}`, which this reader does not know"
+            (segment.groupSize ?: 1) > segment.width ->
+                "has groups of ${segment.groupSize} of its ${segment.width} elements"
+            else -> null
+        }
 
     private fun checkPlaces(segments: List<Segment>, stride: Long) {
         var position = 0L
         for (segment in segments) {
             val where = "segment `${segment.name}`"
-            val (codesEnd, end) = try {
-                Math.addExact(segment.offset, segment.codeBytes) to segment.end
-            } catch (err: ArithmeticException) {
-                throw broken("$where ends beyond any row (B-08)")
-            }
+            val (codesEnd, end) =
+                try {
+                    Math.addExact(segment.offset, segment.codeBytes) to segment.end
+                } catch (err: ArithmeticException) {
+                    throw broken("$where ends beyond any row (B-08)")
+                }
             val scalesBegin = segment.scaleOffset ?: codesEnd
             val alignment = segment.scaleDtype?.let { BITS.getValue(it) / 8 } ?: 1
             if (segment.offset % SEGMENT_ALIGNMENT != 0L || scalesBegin % alignment != 0L) {
@@ -207,7 +221,7 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
             }
             if (end > stride - CHECKSUM_BYTES) {
                 throw broken(
-                    "$where ends at byte $end of rows of $stride, which end with a checksum (B-08)",
+                    "$where ends at byte $end of rows of $stride, which end with a checksum (B-08)"
                 )
             }
             position = end
@@ -219,28 +233,33 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
         val perLayer = first.layer != null
         val pitch = if (own.size > 1) own[1].offset - first.offset else 0
         own.forEachIndexed { i, segment ->
-            val expected = first.copy(
-                name = segment.name,
-                layer = if (perLayer) i.toLong() else null,
-                offset = first.offset + i * pitch,
-                scaleOffset = first.scaleOffset?.let { it + i * pitch },
-            )
+            val expected =
+                first.copy(
+                    name = segment.name,
+                    layer = if (perLayer) i.toLong() else null,
+                    offset = first.offset + i * pitch,
+                    scaleOffset = first.scaleOffset?.let { it + i * pitch },
+                )
             if (segment != expected || (own.size > 1 && !perLayer)) {
-                throw broken("segment `${segment.name}` breaks the even order of table `$table` (B-08)")
+                throw broken(
+                    "segment `${segment.name}` breaks the even order of table `$table` (B-08)"
+                )
             }
         }
         return Run(own)
     }
 
     private fun readAliases(numRows: Long): Map<Long, Long> {
-        val pairs = try {
-            list(list(::long))(json("row_aliases"), "$").map { pair ->
-                if (pair.size != 2) throw MalformedJson("Expected `array` of length 2, got ${pair.size}")
-                pair[0] to pair[1]
+        val pairs =
+            try {
+                list(list(::long))(json("row_aliases"), "$").map { pair ->
+                    if (pair.size != 2)
+                        throw MalformedJson("Expected `array` of length 2, got ${pair.size}")
+                    pair[0] to pair[1]
+                }
+            } catch (err: MalformedJson) {
+                throw broken("has malformed row aliases: ${err.message} (B-09)")
             }
-        } catch (err: MalformedJson) {
-            throw broken("has malformed row aliases: ${err.message} (B-09)")
-        }
         for ((id, row) in pairs) {
             if (id !in 0 until numRows || row !in 0 until numRows) {
                 throw broken("has row alias $id -> $row outside its rows (B-09)")
@@ -254,20 +273,21 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
     }
 }
 
-private fun segment(value: Any?, path: String): Segment = fieldsOf(value, path) {
-    Segment(
-        name = required("name", ::string),
-        table = required("table", ::string),
-        layer = required("layer", orNull(atLeast(0))),
-        offset = required("offset", atLeast(0)),
-        width = required("width", atLeast(1)),
-        dtype = required("dtype", ::string),
-        groupSize = required("group_size", orNull(atLeast(1))),
-        scaleDtype = required("scale_dtype", orNull(::string)),
-        scaleOffset = required("scale_offset", orNull(atLeast(0))),
-        multiplier = required("multiplier", ::number),
-    )
-}
+private fun segment(value: Any?, path: String): Segment =
+    fieldsOf(value, path) {
+        Segment(
+            name = required("name", ::string),
+            table = required("table", ::string),
+            layer = required("layer", orNull(atLeast(0))),
+            offset = required("offset", atLeast(0)),
+            width = required("width", atLeast(1)),
+            dtype = required("dtype", ::string),
+            groupSize = required("group_size", orNull(atLeast(1))),
+            scaleDtype = required("scale_dtype", orNull(::string)),
+            scaleOffset = required("scale_offset", orNull(atLeast(0))),
+            multiplier = required("multiplier", ::number),
+        )
+    }
 
 internal fun atLeast(least: Long): (Any?, String) -> Long = { value, path ->
     long(value, path).also {

@@ -3,9 +3,8 @@ package io.pleexport
 internal const val CHUNK_BYTES = 1 shl 20
 
 /** Bits of a stored element, by dtype. */
-internal val BITS = mapOf(
-    "fp32" to 32, "fp16" to 16, "bf16" to 16, "int8" to 8, "int4" to 4, "int2" to 2,
-)
+internal val BITS =
+    mapOf("fp32" to 32, "fp16" to 16, "bf16" to 16, "int8" to 8, "int4" to 4, "int2" to 2)
 internal val CODED = setOf("int8", "int4", "int2")
 
 /** How many groups of a size it takes. */
@@ -16,7 +15,8 @@ internal fun groups(count: Long, size: Long): Long = count / size + if (count % 
  *
  * @property offset byte of the row at which the codes begin.
  * @property layer null for a table that belongs to no layer.
- * @property groupSize elements that share a scale; null for floating-point dtypes, like the next two.
+ * @property groupSize elements that share a scale; null for floating-point dtypes, like the next
+ *   two.
  * @property multiplier applied once to the decoded values.
  */
 data class Segment(
@@ -32,7 +32,8 @@ data class Segment(
     val multiplier: Double,
 ) {
     /** Bytes of the codes. */
-    internal val codeBytes: Long get() = groups(Math.multiplyExact(width, BITS.getValue(dtype).toLong()), 8)
+    internal val codeBytes: Long
+        get() = groups(Math.multiplyExact(width, BITS.getValue(dtype).toLong()), 8)
 
     /** First byte of the row behind the segment. */
     internal val end: Long
@@ -47,10 +48,12 @@ data class Segment(
 
 /** The segments of one table, in the order of layers. */
 internal class Run(val segments: List<Segment>) {
-    val first: Segment get() = segments[0]
+    val first: Segment
+        get() = segments[0]
 
     /** What a token id looks up: `[width]` or `[layers, width]`. */
     val shape: List<Int>
-        get() = if (first.layer == null) listOf(first.width.toInt())
-        else listOf(segments.size, first.width.toInt())
+        get() =
+            if (first.layer == null) listOf(first.width.toInt())
+            else listOf(segments.size, first.width.toInt())
 }

@@ -6,7 +6,8 @@ import java.util.PriorityQueue
  * Byte-pair encoding: a word's characters, merged in the order in which the pairs were learned.
  *
  * @property vocabulary ids by token.
- * @param merges three ids for each pair: left, right, and what they make; in the order of their ranks.
+ * @param merges three ids for each pair: left, right, and what they make; in the order of their
+ *   ranks.
  * @property byteFallback characters without a token are spelled in tokens `<0x00>` to `<0xFF>`.
  * @property fuseUnknown several unknown characters make one token.
  * @property ignoreMerges a word that is a token is that token.
@@ -21,7 +22,8 @@ internal class Bpe(
 ) {
     private val merged = IntArray(merges.size / 3) { merges[3 * it + 2] }
     private val ranks = Ranks(merged.size)
-    private val bytes = IntArray(256) { vocabulary["<0x%02X>".format(java.util.Locale.ROOT, it)] ?: -1 }
+    private val bytes =
+        IntArray(256) { vocabulary["<0x%02X>".format(java.util.Locale.ROOT, it)] ?: -1 }
 
     init {
         for (rank in merged.indices) ranks.put(pair(merges[3 * rank], merges[3 * rank + 1]), rank)
@@ -29,7 +31,10 @@ internal class Bpe(
 
     /** Appends the ids of a word. */
     fun encode(word: String, out: IntList) {
-        if (ignoreMerges) vocabulary[word]?.let { return out.add(it) }
+        if (ignoreMerges)
+            vocabulary[word]?.let {
+                return out.add(it)
+            }
         val symbols = symbols(word)
         Merging(symbols.toIntArray()).run(out)
     }
@@ -70,10 +75,13 @@ internal class Bpe(
     private inner class Merging(private val ids: IntArray) {
         private val next = IntArray(ids.size) { it + 1 }
         private val previous = IntArray(ids.size) { it - 1 }
-        private val queue = PriorityQueue<Candidate>(
-            ids.size + 1,
-            Comparator { a, b -> if (a.rank != b.rank) a.rank.compareTo(b.rank) else a.at.compareTo(b.at) },
-        )
+        private val queue =
+            PriorityQueue<Candidate>(
+                ids.size + 1,
+                Comparator { a, b ->
+                    if (a.rank != b.rank) a.rank.compareTo(b.rank) else a.at.compareTo(b.at)
+                },
+            )
 
         fun run(out: IntList) {
             for (at in 0 until ids.size - 1) offer(at)

@@ -3,8 +3,8 @@ package io.pleexport
 import java.io.File
 
 /**
- * A bundle on disk, the folder that ships; opening reads the manifest and checks that the files have
- * their sizes. Any number of runners may use one.
+ * A bundle on disk, the folder that ships; opening reads the manifest and checks that the files
+ * have their sizes. Any number of runners may use one.
  *
  * @param path its folder.
  * @param verify compare with its checksums what is read, now and when weights are loaded.
@@ -30,10 +30,12 @@ class Bundle(val path: File, verify: Boolean = true) {
     }
 
     /** The graph that computes logits. */
-    internal val decoder: Artifact get() = manifest.graphs.getValue(DECODER)
+    internal val decoder: Artifact
+        get() = manifest.graphs.getValue(DECODER)
 
     /** Size of all files, the manifest left out. */
-    val bytes: Long get() = manifest.files.sumOf { it.size }
+    val bytes: Long
+        get() = manifest.files.sumOf { it.size }
 
     /**
      * The blob, with the table that the decoder's files hold where they hold one.

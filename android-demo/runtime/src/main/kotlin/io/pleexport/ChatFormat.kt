@@ -33,15 +33,16 @@ internal class Thoughts(
 ) {
     /** An answer without its thoughts. */
     fun cut(content: String): String {
-        val left = if (open == null) content.substringAfterLast(close)
-        else content.split(close).joinToString("") { it.substringBefore(open) }
+        val left =
+            if (open == null) content.substringAfterLast(close)
+            else content.split(close).joinToString("") { it.substringBefore(open) }
         return if (left == content) content else strip(left, trimStart, trimEnd)
     }
 }
 
 /**
- * A chat template as data: for conversations of plain texts, without tools. See docs/bundle-format.md,
- * ChatFormat.
+ * A chat template as data: for conversations of plain texts, without tools. See
+ * docs/bundle-format.md, ChatFormat.
  */
 internal class ChatFormat(
     private val joints: List<Joint>,
@@ -53,9 +54,19 @@ internal class ChatFormat(
 ) {
     /** What contradicts itself, as a clause; null where nothing does. */
     fun contradiction(): String? {
-        for ((name, own) in listOf("joints" to joints, "thinking_on" to thinkingOn, "thinking_off" to thinkingOff)) {
-            val twice = own.groupBy { it.previous to it.next }.filter { it.value.size > 1 }.keys.firstOrNull()
-            if (twice != null) return "`$name` has two joints from `${twice.first}` to `${twice.second}`"
+        for ((name, own) in
+            listOf(
+                "joints" to joints,
+                "thinking_on" to thinkingOn,
+                "thinking_off" to thinkingOff,
+            )) {
+            val twice =
+                own.groupBy { it.previous to it.next }
+                    .filter { it.value.size > 1 }
+                    .keys
+                    .firstOrNull()
+            if (twice != null)
+                return "`$name` has two joints from `${twice.first}` to `${twice.second}`"
         }
         return null
     }
@@ -67,7 +78,8 @@ internal class ChatFormat(
      * @throws InputError the format has no place for a message.
      */
     fun render(messages: List<Message>, thinking: Boolean? = null): String {
-        val switched = if (thinking == null) emptyList() else if (thinking) thinkingOn else thinkingOff
+        val switched =
+            if (thinking == null) emptyList() else if (thinking) thinkingOn else thinkingOff
         val between = (joints + switched).associateBy { it.previous to it.next }
         messages.forEach(::checkRole)
         val said = if (systemMoves) moved(messages) else messages
@@ -76,10 +88,12 @@ internal class ChatFormat(
         var content = ""
         var trimStart = ""
         for ((role, following) in said + Message("answer", "")) {
-            val joint = between[previous to role] ?: throw InputError(
-                "the bundle's chat format has no place for ${named(role)} ${behind(previous)}",
-                "after the system's message, user and assistant take turns",
-            )
+            val joint =
+                between[previous to role]
+                    ?: throw InputError(
+                        "the bundle's chat format has no place for ${named(role)} ${behind(previous)}",
+                        "after the system's message, user and assistant take turns",
+                    )
             content = strip(content, trimStart, joint.trimPrevious)
             if (previous == "assistant" && thoughts != null) content = thoughts.cut(content)
             if (content.isEmpty() && previous in needText) {
@@ -124,36 +138,45 @@ internal class ChatFormat(
         if (previous == "start") "at the beginning" else "after one of `$previous`"
 }
 
-internal fun chatFormat(value: Any?, path: String) = fieldsOf(value, path) {
-    val joints = limited(16, list(::joint))
-    ChatFormat(
-        joints = required("joints", joints),
-        thinkingOn = optional("thinking_on", emptyList(), joints),
-        thinkingOff = optional("thinking_off", emptyList(), joints),
-        thoughts = optional("thoughts", null, orNull(::thoughts)),
-        needText = optional("need_text", emptyList(), limited(3, list(oneOf(*ROLES.toTypedArray())))),
-        systemMoves = optional("system_moves", false, ::boolean),
-    ).also { optional("end_ids", emptyList(), limited(16, list(::int))) }
-}
+internal fun chatFormat(value: Any?, path: String) =
+    fieldsOf(value, path) {
+        val joints = limited(16, list(::joint))
+        ChatFormat(
+                joints = required("joints", joints),
+                thinkingOn = optional("thinking_on", emptyList(), joints),
+                thinkingOff = optional("thinking_off", emptyList(), joints),
+                thoughts = optional("thoughts", null, orNull(::thoughts)),
+                needText =
+                    optional(
+                        "need_text",
+                        emptyList(),
+                        limited(3, list(oneOf(*ROLES.toTypedArray()))),
+                    ),
+                systemMoves = optional("system_moves", false, ::boolean),
+            )
+            .also { optional("end_ids", emptyList(), limited(16, list(::int))) }
+    }
 
-private fun joint(value: Any?, path: String) = fieldsOf(value, path) {
-    Joint(
-        previous = required("previous", oneOf("start", "system", "user", "assistant")),
-        next = required("next", oneOf("system", "user", "assistant", "answer")),
-        text = required("text", text(0, 1 shl 16)),
-        trimPrevious = optional("trim_previous", "", text(0, 64)),
-        trimNext = optional("trim_next", "", text(0, 64)),
-    )
-}
+private fun joint(value: Any?, path: String) =
+    fieldsOf(value, path) {
+        Joint(
+            previous = required("previous", oneOf("start", "system", "user", "assistant")),
+            next = required("next", oneOf("system", "user", "assistant", "answer")),
+            text = required("text", text(0, 1 shl 16)),
+            trimPrevious = optional("trim_previous", "", text(0, 64)),
+            trimNext = optional("trim_next", "", text(0, 64)),
+        )
+    }
 
-private fun thoughts(value: Any?, path: String) = fieldsOf(value, path) {
-    Thoughts(
-        open = optional("open", null, orNull(text(1, 64))),
-        close = required("close", text(1, 64)),
-        trimStart = optional("trim_start", "", text(0, 64)),
-        trimEnd = optional("trim_end", "", text(0, 64)),
-    )
-}
+private fun thoughts(value: Any?, path: String) =
+    fieldsOf(value, path) {
+        Thoughts(
+            open = optional("open", null, orNull(text(1, 64))),
+            close = required("close", text(1, 64)),
+            trimStart = optional("trim_start", "", text(0, 64)),
+            trimEnd = optional("trim_end", "", text(0, 64)),
+        )
+    }
 
 /** A string of some length, in characters as Unicode counts them. */
 internal fun text(least: Int, most: Int): (Any?, String) -> String = { value, path ->
@@ -164,11 +187,13 @@ internal fun text(least: Int, most: Int): (Any?, String) -> String = { value, pa
     }
 }
 
-private fun <T> limited(most: Int, read: (Any?, String) -> List<T>): (Any?, String) -> List<T> = { value, path ->
-    read(value, path).also {
-        if (it.size > most) throw MalformedJson("Expected `array` of length <= $most - at `$path`")
+private fun <T> limited(most: Int, read: (Any?, String) -> List<T>): (Any?, String) -> List<T> =
+    { value, path ->
+        read(value, path).also {
+            if (it.size > most)
+                throw MalformedJson("Expected `array` of length <= $most - at `$path`")
+        }
     }
-}
 
 /** A text without these characters at its start and its end. */
 private fun strip(text: String, start: String, end: String): String =

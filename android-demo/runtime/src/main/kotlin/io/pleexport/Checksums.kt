@@ -12,7 +12,8 @@ internal const val CHECKSUMS = "checksums.json"
 /**
  * `checksums.json` of a bundle: what is read into a model is compared with it.
  *
- * @property files by name, the XXH3-64 of each chunk of 1 MiB, in order; 16 hexadecimal digits each.
+ * @property files by name, the XXH3-64 of each chunk of 1 MiB, in order; 16 hexadecimal digits
+ *   each.
  */
 internal class Checksums(val files: Map<String, List<String>>)
 
@@ -27,7 +28,8 @@ internal fun readChecksums(folder: File): Checksums {
     try {
         return fieldsOf(parseJson(path.readBytes()), "$") {
             required("format", oneOf("pleexport-checksums"))
-            if (required("version", ::long) != 1L) throw MalformedJson("Invalid enum value for version")
+            if (required("version", ::long) != 1L)
+                throw MalformedJson("Invalid enum value for version")
             if (required("chunk_bytes", ::long) != CHUNK_BYTES.toLong()) {
                 throw MalformedJson("Invalid enum value for chunk_bytes")
             }
@@ -35,7 +37,9 @@ internal fun readChecksums(folder: File): Checksums {
         }
     } catch (err: IOException) {
         throw BundleError(
-            "`$path` cannot be read (${reason(err)}), so no file can be checked", COPY_AGAIN, err,
+            "`$path` cannot be read (${reason(err)}), so no file can be checked",
+            COPY_AGAIN,
+            err,
         )
     } catch (err: MalformedJson) {
         throw CheckFailed("`$path` is damaged: ${err.message}", COPY_AGAIN, err)
@@ -49,17 +53,23 @@ internal fun readChecksums(folder: File): Checksums {
  */
 internal fun checkBytes(data: ByteArray, path: File, checksums: Checksums) {
     val expected = checksums.files[path.name] ?: emptyList()
-    val found = (data.indices step CHUNK_BYTES)
-        .map { Xxh3.hex(Xxh3.hash(data, it, minOf(CHUNK_BYTES, data.size - it))) }
+    val found =
+        (data.indices step CHUNK_BYTES).map {
+            Xxh3.hex(Xxh3.hash(data, it, minOf(CHUNK_BYTES, data.size - it)))
+        }
     if (found != expected) {
         val wrong = found.zip(expected).indexOfFirst { (a, b) -> a != b }
-        throw damaged(path, if (wrong < 0) minOf(found.size, expected.size) else wrong, expected.size)
+        throw damaged(
+            path,
+            if (wrong < 0) minOf(found.size, expected.size) else wrong,
+            expected.size,
+        )
     }
 }
 
 /**
- * Compares files in little memory. They are read, not mapped: what is mapped counts as memory of the
- * process.
+ * Compares files in little memory. They are read, not mapped: what is mapped counts as memory of
+ * the process.
  *
  * @throws CheckFailed names the first chunk that differs.
  */
@@ -73,7 +83,8 @@ internal fun checkFiles(paths: Collection<File>, checksums: Checksums) {
                     throw damaged(path, 0, expected.size)
                 }
                 expected.forEachIndexed { chunk, checksum ->
-                    val filled = minOf(CHUNK_BYTES.toLong(), file.length() - file.filePointer).toInt()
+                    val filled =
+                        minOf(CHUNK_BYTES.toLong(), file.length() - file.filePointer).toInt()
                     file.readFully(buffer, 0, filled)
                     if (Xxh3.hex(Xxh3.hash(buffer, 0, filled)) != checksum) {
                         throw damaged(path, chunk, expected.size)
@@ -98,7 +109,8 @@ internal fun <T : AutoCloseable> checkedBeside(
     body: () -> T,
 ): T {
     if (checksums == null) return body()
-    val thread = Executors.newSingleThreadExecutor { Thread(it, "checksums").apply { isDaemon = true } }
+    val thread =
+        Executors.newSingleThreadExecutor { Thread(it, "checksums").apply { isDaemon = true } }
     val checked: Future<*> = thread.submit { checkFiles(paths, checksums) }
     thread.shutdown()
     val loaded = runCatching(body)
@@ -111,17 +123,19 @@ internal fun <T : AutoCloseable> checkedBeside(
     return loaded.getOrThrow()
 }
 
-private fun checksum(value: Any?, path: String): String = string(value, path).also { text ->
-    if (text.length != 16 || text.any { it !in "0123456789abcdef" }) {
-        throw MalformedJson("Expected `str` matching regex '^[0-9a-f]{16}\$' - at `$path`")
+private fun checksum(value: Any?, path: String): String =
+    string(value, path).also { text ->
+        if (text.length != 16 || text.any { it !in "0123456789abcdef" }) {
+            throw MalformedJson("Expected `str` matching regex '^[0-9a-f]{16}\$' - at `$path`")
+        }
     }
-}
 
 private fun damaged(path: File, chunk: Int, chunks: Int): CheckFailed {
     val begin = "%,d".format(java.util.Locale.ROOT, chunk.toLong() * CHUNK_BYTES)
     val where = if (chunks > 0) "chunk $chunk of $chunks, at byte $begin," else "the file"
     return CheckFailed(
-        "`$path` is damaged: $where does not match its checksum in `$CHECKSUMS`", COPY_AGAIN,
+        "`$path` is damaged: $where does not match its checksum in `$CHECKSUMS`",
+        COPY_AGAIN,
     )
 }
 

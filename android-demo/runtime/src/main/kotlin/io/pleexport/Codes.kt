@@ -24,16 +24,20 @@ internal class SegmentDecoder(private val segment: Segment, zeroPoint: Boolean =
         when (segment.dtype) {
             "fp32" -> for (e in 0 until width) values[e] = fp32(row, codes + 4 * e)
             "fp16" -> for (e in 0 until width) values[e] = fp16(row, codes + 2 * e)
-            "bf16" -> for (e in 0 until width) {
-                values[e] = Float.fromBits(u16(row, codes + 2 * e) shl 16)
-            }
-            "int8" -> scaled(row, scales) { e -> (row[codes + e].toInt() xor flip).toByte().toInt() }
-            "int4" -> scaled(row, scales) { e ->
-                ((row[codes + (e shr 1)].toInt() shr ((e and 1) shl 2)) and 15) - 8
-            }
-            else -> scaled(row, scales) { e ->
-                ((row[codes + (e shr 2)].toInt() shr ((e and 3) shl 1)) and 3) - 2
-            }
+            "bf16" ->
+                for (e in 0 until width) {
+                    values[e] = Float.fromBits(u16(row, codes + 2 * e) shl 16)
+                }
+            "int8" ->
+                scaled(row, scales) { e -> (row[codes + e].toInt() xor flip).toByte().toInt() }
+            "int4" ->
+                scaled(row, scales) { e ->
+                    ((row[codes + (e shr 1)].toInt() shr ((e and 1) shl 2)) and 15) - 8
+                }
+            else ->
+                scaled(row, scales) { e ->
+                    ((row[codes + (e shr 2)].toInt() shr ((e and 3) shl 1)) and 3) - 2
+                }
         }
         for (e in 0 until width) values[e] *= multiplier
         out.put(values, 0, width)

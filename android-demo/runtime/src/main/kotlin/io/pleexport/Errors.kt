@@ -7,11 +7,8 @@ package io.pleexport
  * @param message what is wrong, where, and what was expected.
  * @param hint what to do about it.
  */
-sealed class PleexportError(
-    override val message: String,
-    val hint: String,
-    cause: Throwable?,
-) : Exception(message, cause)
+sealed class PleexportError(override val message: String, val hint: String, cause: Throwable?) :
+    Exception(message, cause)
 
 /** The folder is not a bundle, or not one that this version reads. */
 class BundleError(message: String, hint: String, cause: Throwable? = null) :

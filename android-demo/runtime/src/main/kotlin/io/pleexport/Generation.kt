@@ -19,8 +19,8 @@ internal class Request(
 )
 
 /**
- * Continues a prompt, token by token. A prompt that begins with the whole text that was read has only
- * its new part read.
+ * Continues a prompt, token by token. A prompt that begins with the whole text that was read has
+ * only its new part read.
  *
  * @param stats filled while tokens come.
  */
@@ -34,9 +34,13 @@ internal class Generation(
 ) {
     private val random = request.seed?.let(::Random) ?: Random()
     private val sampling = Sampling.of(request.config)
-    private val rules = LogitRules(
-        request.config, promptIds, request.ends, maxLength = promptIds.size + request.maxNewTokens,
-    )
+    private val rules =
+        LogitRules(
+            request.config,
+            promptIds,
+            request.ends,
+            maxLength = promptIds.size + request.maxNewTokens,
+        )
     private val text = AnswerText(tokenizer?.stream(promptIds), request.stop)
     private var ids = promptIds
     private var scores = FloatArray(0)
@@ -45,11 +49,9 @@ internal class Generation(
     private var lastId = 0
 
     /** The turn of the reader; null before the prompt is read. */
-    @Volatile
-    private var turn: Long? = null
+    @Volatile private var turn: Long? = null
 
-    @Volatile
-    private var stopped = false
+    @Volatile private var stopped = false
 
     /** The next token; null behind the last. */
     fun next(): Token? {
@@ -67,7 +69,8 @@ internal class Generation(
         lastId = id
         var piece = text.push(id)
         stats.finishReason = reason(id)
-        if (stats.finishReason != null && stats.finishReason != FinishReason.STOP) piece += text.flush()
+        if (stats.finishReason != null && stats.finishReason != FinishReason.STOP)
+            piece += text.flush()
         if (text.stopped) stats.finishReason = FinishReason.STOP
         finished()
         return Token(id, piece)
@@ -79,14 +82,15 @@ internal class Generation(
         turn?.let(reader::stop)
     }
 
-    private fun reason(id: Int): FinishReason? = when {
-        text.stopped -> FinishReason.STOP
-        stats.generatedTokens == request.maxNewTokens -> FinishReason.LENGTH
-        ids.size >= reader.context -> FinishReason.CONTEXT
-        id >= numRows -> FinishReason.NO_ROW
-        request.config.maxTime?.let { seconds(started) > it } == true -> FinishReason.TIME
-        else -> null
-    }
+    private fun reason(id: Int): FinishReason? =
+        when {
+            text.stopped -> FinishReason.STOP
+            stats.generatedTokens == request.maxNewTokens -> FinishReason.LENGTH
+            ids.size >= reader.context -> FinishReason.CONTEXT
+            id >= numRows -> FinishReason.NO_ROW
+            request.config.maxTime?.let { seconds(started) > it } == true -> FinishReason.TIME
+            else -> null
+        }
 
     private fun readPrompt() {
         started = System.nanoTime()
@@ -94,8 +98,10 @@ internal class Generation(
             turn = now
             if (stopped) throw Stopped()
             val known = reader.ids
-            val goesOn = known.isNotEmpty() && known.size < ids.size &&
-                known.contentEquals(ids.copyOf(known.size))
+            val goesOn =
+                known.isNotEmpty() &&
+                    known.size < ids.size &&
+                    known.contentEquals(ids.copyOf(known.size))
             if (!goesOn) reader.reset()
             reader.countRows()
             val new = ids.copyOfRange(reader.ids.size, ids.size)

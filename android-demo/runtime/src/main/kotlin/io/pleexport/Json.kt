@@ -33,53 +33,61 @@ internal fun parseJson(text: String): Any? = malformedAsOne {
 internal fun parseJson(bytes: ByteArray): Any? = parseJson(decodeUtf8(bytes))
 
 /** @throws MalformedJson the bytes are not UTF-8. */
-internal fun decodeUtf8(bytes: ByteArray): String = try {
-    Charsets.UTF_8.newDecoder()
-        .onMalformedInput(CodingErrorAction.REPORT)
-        .onUnmappableCharacter(CodingErrorAction.REPORT)
-        .decode(ByteBuffer.wrap(bytes)).toString()
-} catch (err: CharacterCodingException) {
-    throw MalformedJson("it is not UTF-8")
-}
+internal fun decodeUtf8(bytes: ByteArray): String =
+    try {
+        Charsets.UTF_8.newDecoder()
+            .onMalformedInput(CodingErrorAction.REPORT)
+            .onUnmappableCharacter(CodingErrorAction.REPORT)
+            .decode(ByteBuffer.wrap(bytes))
+            .toString()
+    } catch (err: CharacterCodingException) {
+        throw MalformedJson("it is not UTF-8")
+    }
 
 /** Runs what reads JSON, and makes one exception of Gson's several. */
-internal fun <T> malformedAsOne(read: () -> T): T = try {
-    read()
-} catch (err: MalformedJsonException) {
-    throw MalformedJson(err.message?.lineSequence()?.first() ?: "it is no JSON")
-} catch (err: EOFException) {
-    throw MalformedJson("it ends too early")
-} catch (err: IllegalStateException) { // Gson: another kind of value than was asked for
-    throw MalformedJson(err.message?.lineSequence()?.first() ?: "it is no such JSON")
-} catch (err: NumberFormatException) {
-    throw MalformedJson("a number is out of range")
-}
+internal fun <T> malformedAsOne(read: () -> T): T =
+    try {
+        read()
+    } catch (err: MalformedJsonException) {
+        // Gson's own words are for programmers; where it stopped is for all.
+        throw MalformedJson("it is no JSON at " + (err.message ?: "").substringAfter(" at "))
+    } catch (err: EOFException) {
+        throw MalformedJson("it ends too early")
+    } catch (err: IllegalStateException) { // Gson: another kind of value than was asked for
+        throw MalformedJson(err.message?.lineSequence()?.first() ?: "it is no such JSON")
+    } catch (err: NumberFormatException) {
+        throw MalformedJson("a number is out of range")
+    }
 
 /** The value that a reader stands at. */
-internal fun JsonReader.readValue(): Any? = when (peek()) {
-    JsonToken.BEGIN_OBJECT -> LinkedHashMap<String, Any?>().also { map ->
-        beginObject()
-        while (hasNext()) {
-            val name = nextName()
-            if (map.containsKey(name)) throw MalformedJson("a key appears twice")
-            map[name] = readValue()
-        }
-        endObject()
+internal fun JsonReader.readValue(): Any? =
+    when (peek()) {
+        JsonToken.BEGIN_OBJECT ->
+            LinkedHashMap<String, Any?>().also { map ->
+                beginObject()
+                while (hasNext()) {
+                    val name = nextName()
+                    if (map.containsKey(name)) throw MalformedJson("a key appears twice")
+                    map[name] = readValue()
+                }
+                endObject()
+            }
+        JsonToken.BEGIN_ARRAY ->
+            ArrayList<Any?>().also { list ->
+                beginArray()
+                while (hasNext()) list.add(readValue())
+                endArray()
+            }
+        JsonToken.STRING -> nextString()
+        JsonToken.NUMBER ->
+            nextString().let { number ->
+                if (number.any { it in ".eE" }) number.toDouble()
+                else number.toLongOrNull() ?: BigInteger(number)
+            }
+        JsonToken.BOOLEAN -> nextBoolean()
+        JsonToken.NULL -> nextNull().let { null }
+        else -> throw MalformedJson("it is no JSON")
     }
-    JsonToken.BEGIN_ARRAY -> ArrayList<Any?>().also { list ->
-        beginArray()
-        while (hasNext()) list.add(readValue())
-        endArray()
-    }
-    JsonToken.STRING -> nextString()
-    JsonToken.NUMBER -> nextString().let { number ->
-        if (number.any { it in ".eE" }) number.toDouble()
-        else number.toLongOrNull() ?: BigInteger(number)
-    }
-    JsonToken.BOOLEAN -> nextBoolean()
-    JsonToken.NULL -> nextNull().let { null }
-    else -> throw MalformedJson("it is no JSON")
-}
 
 /**
  * An object whose fields are read one by one; the words of its errors are those of the Python
@@ -124,30 +132,34 @@ internal fun boolean(value: Any?, path: String): Boolean =
 internal fun long(value: Any?, path: String): Long =
     value as? Long ?: throw expected("int", value, path)
 
-internal fun int(value: Any?, path: String): Int = long(value, path).let { number ->
-    if (number.toInt().toLong() != number) throw MalformedJson("Integer value out of range" + at(path))
-    number.toInt()
-}
+internal fun int(value: Any?, path: String): Int =
+    long(value, path).let { number ->
+        if (number.toInt().toLong() != number)
+            throw MalformedJson("Integer value out of range" + at(path))
+        number.toInt()
+    }
 
 /** An integer that counts something. */
-internal fun count(value: Any?, path: String): Int = int(value, path).also {
-    if (it < 1) throw MalformedJson("Expected `int` >= 1" + at(path))
-}
+internal fun count(value: Any?, path: String): Int =
+    int(value, path).also { if (it < 1) throw MalformedJson("Expected `int` >= 1" + at(path)) }
 
-internal fun number(value: Any?, path: String): Double = when (value) {
-    is Double -> value
-    is Long -> value.toDouble()
-    is BigInteger -> value.toDouble()
-    else -> throw expected("float", value, path)
-}
+internal fun number(value: Any?, path: String): Double =
+    when (value) {
+        is Double -> value
+        is Long -> value.toDouble()
+        is BigInteger -> value.toDouble()
+        else -> throw expected("float", value, path)
+    }
 
 internal fun <T> list(each: (Any?, String) -> T): (Any?, String) -> List<T> = { value, path ->
     (value as? List<*> ?: throw expected("array", value, path)).map { each(it, "$path[...]") }
 }
 
 internal fun <T> map(each: (Any?, String) -> T): (Any?, String) -> Map<String, T> = { value, path ->
-    (value as? Map<*, *> ?: throw expected("object", value, path))
-        .entries.associate { (name, held) -> name as String to each(held, "$path[...]") }
+    (value as? Map<*, *> ?: throw expected("object", value, path)).entries.associate { (name, held)
+        ->
+        name as String to each(held, "$path[...]")
+    }
 }
 
 internal fun <T> orNull(convert: (Any?, String) -> T): (Any?, String) -> T? = { value, path ->
@@ -161,15 +173,17 @@ internal fun oneOf(vararg choices: String): (Any?, String) -> String = { value, 
 }
 
 private fun expected(kind: String, value: Any?, path: String): MalformedJson {
-    val got = when (value) {
-        null -> "null"
-        is String -> "str"
-        is Boolean -> "bool"
-        is Long, is BigInteger -> "int"
-        is Double -> "float"
-        is List<*> -> "array"
-        else -> "object"
-    }
+    val got =
+        when (value) {
+            null -> "null"
+            is String -> "str"
+            is Boolean -> "bool"
+            is Long,
+            is BigInteger -> "int"
+            is Double -> "float"
+            is List<*> -> "array"
+            else -> "object"
+        }
     return MalformedJson("Expected `$kind`, got `$got`" + at(path))
 }
 

@@ -10,8 +10,8 @@ import java.nio.charset.CharacterCodingException
 import java.util.regex.PatternSyntaxException
 
 /**
- * A tokenizer.json: byte-pair encoding with the steps around it that models with per-layer embeddings
- * have. A file with other parts is refused, since it would give other ids.
+ * A tokenizer.json: byte-pair encoding with the steps around it that models with per-layer
+ * embeddings have. A file with other parts is refused, since it would give other ids.
  *
  * @param config its tokenizer_config.json.
  * @throws TokenizerError the file is malformed, or has parts that are not known here.
@@ -57,13 +57,18 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
                 err,
             )
         } catch (err: PatternSyntaxException) {
-            throw TokenizerError("`$file` has a pattern that is none: ${err.description}", AS_PUBLISHED, err)
+            throw TokenizerError(
+                "`$file` has a pattern that is none: ${err.description}",
+                AS_PUBLISHED,
+                err,
+            )
         }
         // transformers does not clean what BPE decodes, if it is not forced to.
         cleans = config[CLEANS] == true && config[CLEANS_BPE] == true
     }
 
-    override val size: Int get() = tokens.size
+    override val size: Int
+        get() = tokens.size
 
     override fun encode(text: String, addSpecialTokens: Boolean): IntArray {
         checkUnicode(text)
@@ -72,7 +77,8 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
         added.split(text) { piece, first, id ->
             if (id != null) out.add(id)
             else {
-                val words = preTokenizers.fold(listOf(piece)) { pieces, split -> split(pieces, first) }
+                val words =
+                    preTokenizers.fold(listOf(piece)) { pieces, split -> split(pieces, first) }
                 for (word in words) if (word.isNotEmpty()) bpe.encode(word, out)
             }
         }
@@ -102,7 +108,10 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
     override fun isSilent(id: Int): Boolean = id in special || tokens.getOrNull(id) == null
 
     private fun decoded(ids: List<Int>, withSpecials: Boolean): String {
-        val shown = ids.mapNotNull { id -> if (!withSpecials && id in special) null else tokens.getOrNull(id) }
+        val shown =
+            ids.mapNotNull { id ->
+                if (!withSpecials && id in special) null else tokens.getOrNull(id)
+            }
         if (decoders.isEmpty()) return shown.joinToString(" ")
         return decoders.fold(shown) { pieces, decode -> decode(pieces) }.joinToString("")
     }
@@ -117,7 +126,8 @@ internal class JsonTokenizer(file: File, config: Map<*, *>) : Tokenizer, Decodin
         }
     }
 
-    private fun normalized(text: String): String = normalizers.fold(text) { held, step -> step(held) }
+    private fun normalized(text: String): String =
+        normalizers.fold(text) { held, step -> step(held) }
 
     private companion object {
         val THOUGHTS = listOf("reasoning_content", "thinking", "reasoning")
@@ -150,13 +160,16 @@ internal class AddedTokens(
     private val plain = byFirst(tokens.filter { !it.normalized }) { it }
     private val normalized = byFirst(tokens.filter { it.normalized }, normalize)
 
-    /** Calls `each` with the normalized pieces of a text, whether one begins it, and ids of tokens. */
+    /**
+     * Calls `each` with the normalized pieces of a text, whether one begins it, and ids of tokens.
+     */
     fun split(text: String, each: (piece: String, first: Boolean, id: Int?) -> Unit) {
         split(text, plain) { piece, begin, id ->
             if (id != null) each(piece, begin == 0, id)
-            else split(normalize(piece), normalized) { part, from, found ->
-                each(part, begin == 0 && from == 0, found)
-            }
+            else
+                split(normalize(piece), normalized) { part, from, found ->
+                    each(part, begin == 0 && from == 0, found)
+                }
         }
     }
 
@@ -190,11 +203,12 @@ internal class AddedTokens(
     }
 
     /** Longer ones first: of those that begin at one place, the longest is taken. */
-    private fun byFirst(tokens: List<AddedToken>, content: (String) -> String) = tokens
-        .map { content(it.content) to it }
-        .filter { it.first.isNotEmpty() }
-        .sortedByDescending { it.first.length }
-        .groupBy { it.first[0] }
+    private fun byFirst(tokens: List<AddedToken>, content: (String) -> String) =
+        tokens
+            .map { content(it.content) to it }
+            .filter { it.first.isNotEmpty() }
+            .sortedByDescending { it.first.length }
+            .groupBy { it.first[0] }
 }
 
 /**
@@ -246,12 +260,15 @@ private class TokenizerFile(file: File) {
     }
 
     fun addedTokens(): List<AddedToken> =
-        ((parts["added_tokens"] ?: emptyList<Any>()) as? List<*> ?: throw MalformedJson("added_tokens is no list"))
+        ((parts["added_tokens"] ?: emptyList<Any>()) as? List<*>
+                ?: throw MalformedJson("added_tokens is no list"))
             .map { value ->
-                val fields = value as? Map<*, *> ?: throw MalformedJson("an added token is no object")
+                val fields =
+                    value as? Map<*, *> ?: throw MalformedJson("an added token is no object")
                 val id = (fields["id"] as? Long)?.takeIf { it in 0..LARGEST_ID }
                 val content = fields["content"] as? String
-                if (id == null || content == null) throw MalformedJson("an added token has no id or text")
+                if (id == null || content == null)
+                    throw MalformedJson("an added token has no id or text")
                 if (fields["single_word"] == true) throw UnknownPart("the single word `$content`")
                 AddedToken(
                     id = id.toInt(),
@@ -281,13 +298,16 @@ private class TokenizerFile(file: File) {
             if (step.type != "TemplateProcessing") throw step.unknown("post-processor")
             val ids = step.value("special_tokens") as? Map<*, *> ?: emptyMap<Any, Any>()
             var behind = false
-            val pieces = step.value("single") as? List<*> ?: throw MalformedJson("a template without `single`")
+            val pieces =
+                step.value("single") as? List<*>
+                    ?: throw MalformedJson("a template without `single`")
             for (piece in pieces) {
                 val token = (piece as? Map<*, *>)?.get("SpecialToken") as? Map<*, *>
                 if (token == null) behind = true
                 else {
-                    val own = (ids[token["id"]] as? Map<*, *>)?.get("ids") as? List<*>
-                        ?: throw MalformedJson("a template with an unknown token")
+                    val own =
+                        (ids[token["id"]] as? Map<*, *>)?.get("ids") as? List<*>
+                            ?: throw MalformedJson("a template with an unknown token")
                     (if (behind) after else before) += own.map { (it as? Long)?.toInt() ?: 0 }
                 }
             }
@@ -297,11 +317,15 @@ private class TokenizerFile(file: File) {
 
     private fun readModel(reader: JsonReader, name: String) {
         when (name) {
-            "vocab" -> if (reader.peek() == JsonToken.BEGIN_OBJECT) reader.members { token ->
-                val id = nextInt()
-                if (id !in 0..LARGEST_ID) throw MalformedJson("token `$token` has the id $id")
-                vocabulary[token] = id
-            } else throw UnknownPart("a model with scores") // Unigram
+            "vocab" ->
+                if (reader.peek() == JsonToken.BEGIN_OBJECT)
+                    reader.members { token ->
+                        val id = nextInt()
+                        if (id !in 0..LARGEST_ID)
+                            throw MalformedJson("token `$token` has the id $id")
+                        vocabulary[token] = id
+                    }
+                else throw UnknownPart("a model with scores") // Unigram
             "merges" -> {
                 reader.beginArray()
                 while (reader.hasNext()) readMerge(reader)

@@ -1,8 +1,8 @@
 package io.pleexport
 
 /**
- * The rules of one answer: they change logits by what a text holds already. Which there are, and their
- * order, is in docs/bundle-format.md (GenerationConfig).
+ * The rules of one answer: they change logits by what a text holds already. Which there are, and
+ * their order, is in docs/bundle-format.md (GenerationConfig).
  *
  * @param promptIds what is continued.
  * @param eos ids that end a text.
@@ -14,7 +14,8 @@ internal class LogitRules(
     private val eos: Set<Int>,
     private val maxLength: Int,
 ) {
-    private val minLength = config.minNewTokens?.let { promptIds.size + it } ?: config.minLength ?: 0
+    private val minLength =
+        config.minNewTokens?.let { promptIds.size + it } ?: config.minLength ?: 0
 
     /** Tokens that are forced before the first that is chosen. */
     private val forcedFirst = if (promptIds.size == 1 && config.forcedBosTokenId != null) 1 else 0
@@ -22,14 +23,25 @@ internal class LogitRules(
     // A later entry for the same ids replaces an earlier one. An end of a text is never a bad word.
     private val biases = (config.sequenceBias ?: emptyList()).toMap()
     private val words = (config.badWordsIds ?: emptyList()).toSet() - eos.map { listOf(it) }.toSet()
-    private val changes = config.run {
-        listOf(
-            sequenceBias, encoderRepetitionPenalty, repetitionPenalty, noRepeatNgramSize,
-            encoderNoRepeatNgramSize, badWordsIds, minLength, minNewTokens,
-            exponentialDecayLengthPenalty, suppressTokens, beginSuppressTokens, forcedBosTokenId,
-            forcedEosTokenId,
-        ).any { it != null }
-    }
+    private val changes =
+        config.run {
+            listOf(
+                    sequenceBias,
+                    encoderRepetitionPenalty,
+                    repetitionPenalty,
+                    noRepeatNgramSize,
+                    encoderNoRepeatNgramSize,
+                    badWordsIds,
+                    minLength,
+                    minNewTokens,
+                    exponentialDecayLengthPenalty,
+                    suppressTokens,
+                    beginSuppressTokens,
+                    forcedBosTokenId,
+                    forcedEosTokenId,
+                )
+                .any { it != null }
+        }
 
     /**
      * Changes logits `[vocab]` in place; minus infinity is a token that may not come.

@@ -8,8 +8,8 @@ import java.nio.MappedByteBuffer
 import java.nio.channels.FileChannel
 
 /**
- * Rows of equal length in a file, mapped. A map ends at 2 GiB, so there are several of at most 1 GiB,
- * each of whole rows.
+ * Rows of equal length in a file, mapped. A map ends at 2 GiB, so there are several of at most 1
+ * GiB, each of whole rows.
  *
  * Nothing is read through the channel: an interrupted thread would close it for all.
  *
@@ -28,21 +28,26 @@ internal class MappedRows(
     private val maps: List<MappedByteBuffer>
 
     init {
-        maps = try {
-            RandomAccessFile(file, "r").use { opened ->
-                (0 until groups(numRows, rowsOfMap)).map { i ->
-                    val first = i * rowsOfMap
-                    val bytes = minOf(rowsOfMap, numRows - first) * rowBytes
-                    opened.channel.map(FileChannel.MapMode.READ_ONLY, begin + first * rowBytes, bytes)
+        maps =
+            try {
+                RandomAccessFile(file, "r").use { opened ->
+                    (0 until groups(numRows, rowsOfMap)).map { i ->
+                        val first = i * rowsOfMap
+                        val bytes = minOf(rowsOfMap, numRows - first) * rowBytes
+                        opened.channel.map(
+                            FileChannel.MapMode.READ_ONLY,
+                            begin + first * rowBytes,
+                            bytes,
+                        )
+                    }
                 }
+            } catch (err: IOException) {
+                throw BlobError(
+                    "`$file` cannot be mapped: ${reason(err)}",
+                    "the file may be damaged; fetch or copy it again",
+                    err,
+                )
             }
-        } catch (err: IOException) {
-            throw BlobError(
-                "`$file` cannot be mapped: ${reason(err)}",
-                "the file may be damaged; fetch or copy it again",
-                err,
-            )
-        }
     }
 
     /** Copies a row's bytes. */
@@ -51,8 +56,8 @@ internal class MappedRows(
     }
 
     /**
-     * Asks the system for the pages of a row, and waits for them. On the JVM this asks for all of the
-     * row at once, where a copy through the map would wait for one page fault after the other.
+     * Asks the system for the pages of a row, and waits for them. On the JVM this asks for all of
+     * the row at once, where a copy through the map would wait for one page fault after the other.
      */
     fun load(row: Long) {
         (view(row).slice() as MappedByteBuffer).load()

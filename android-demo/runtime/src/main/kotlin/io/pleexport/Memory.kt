@@ -10,9 +10,9 @@ import java.nio.FloatBuffer
 import java.nio.channels.FileChannel
 
 /**
- * Buffers of zeros that take memory only where they are written: private maps of a file full of holes,
- * which has no name any more. Direct buffers of this size would be cleared as a whole, and on Android
- * lie in the heap.
+ * Buffers of zeros that take memory only where they are written: private maps of a file full of
+ * holes, which has no name any more. Direct buffers of this size would be cleared as a whole, and
+ * on Android lie in the heap.
  *
  * @param sizes bytes of each buffer, at most 2^31 - 1.
  * @throws BundleError the system does not give so much.
@@ -28,10 +28,12 @@ internal class Memory(sizes: List<Long>) : Closeable {
                 file = RandomAccessFile(path, "rw")
                 file.setLength(sizes.sumOf { aligned(it) })
                 var begin = 0L
-                maps = sizes.map { bytes ->
-                    file.channel.map(FileChannel.MapMode.PRIVATE, begin, bytes)
-                        .also { begin += aligned(bytes) }
-                }
+                maps =
+                    sizes.map { bytes ->
+                        file.channel.map(FileChannel.MapMode.PRIVATE, begin, bytes).also {
+                            begin += aligned(bytes)
+                        }
+                    }
             } finally {
                 if (!path.delete()) path.deleteOnExit()
             }
@@ -64,11 +66,12 @@ internal class Memory(sizes: List<Long>) : Closeable {
 
         fun aligned(bytes: Long) = groups(bytes, PAGE) * PAGE
 
-        fun noRoom(sizes: List<Long>, cause: Exception) = BundleError(
-            "this process cannot have a buffer of ${sizes.maxOrNull()} bytes for caches or inputs",
-            "build with a smaller `--context`",
-            cause,
-        )
+        fun noRoom(sizes: List<Long>, cause: Exception) =
+            BundleError(
+                "this process cannot have a buffer of ${sizes.maxOrNull()} bytes for caches or inputs",
+                "build with a smaller `--context`",
+                cause,
+            )
     }
 }
 

@@ -34,7 +34,8 @@ internal fun openOnnxSession(
 ): OnnxSession {
     if (threads !in 0..MOST_THREADS) {
         throw InputError(
-            "threads is $threads; it must be 0 to $MOST_THREADS", "0 takes one for each core",
+            "threads is $threads; it must be 0 to $MOST_THREADS",
+            "0 takes one for each core",
         )
     }
     val artifact = bundle.decoder
@@ -44,24 +45,26 @@ internal fun openOnnxSession(
     val environment = OrtEnvironment.getEnvironment()
     environment.setTelemetry(false)
     val weights = artifact.files.drop(1).map { File(bundle.path, it) }
-    val opened = checkedBeside(weights, bundle.checksums) {
-        OrtSession.SessionOptions().use { options ->
-            options.setIntraOpNumThreads(threads)
-            options.setSessionLogLevel(logLevel)
-            // Smaller pieces of work at the end of an operator: threads wait less for each other.
-            options.addConfigEntry("session.dynamic_block_base", "4")
-            options.addConfigEntry("session.intra_op.allow_spinning", if (spin) "1" else "0")
-            try {
-                environment.createSession(graph.path, options)
-            } catch (err: OrtException) {
-                throw BundleError(
-                    "`$graph` cannot be loaded: ${err.message}",
-                    "`pleexport verify BUNDLE` tells whether its files are damaged",
-                    err,
-                )
+    val opened =
+        checkedBeside(weights, bundle.checksums) {
+            OrtSession.SessionOptions().use { options ->
+                options.setIntraOpNumThreads(threads)
+                options.setSessionLogLevel(logLevel)
+                // Smaller pieces of work at the end of an operator: threads wait less for each
+                // other.
+                options.addConfigEntry("session.dynamic_block_base", "4")
+                options.addConfigEntry("session.intra_op.allow_spinning", if (spin) "1" else "0")
+                try {
+                    environment.createSession(graph.path, options)
+                } catch (err: OrtException) {
+                    throw BundleError(
+                        "`$graph` cannot be loaded: ${err.message}",
+                        "`pleexport verify BUNDLE` tells whether its files are damaged",
+                        err,
+                    )
+                }
             }
         }
-    }
     try {
         checkGraph(opened, artifact.contract, graph)
         return OnnxSession(environment, opened, artifact.contract, bundle.manifest.context)
@@ -91,8 +94,7 @@ internal class OnnxSession(
     private var position = 0
     private var lastCount = 0
 
-    @Volatile
-    private var stopped = false
+    @Volatile private var stopped = false
 
     /** Tensors of calls of one shape, which are made again when it changes. */
     private class Call(
@@ -180,28 +182,41 @@ internal class OnnxSession(
             it.tensors.forEach(OnnxTensor::close)
         }
         val tensors = ArrayList<OnnxTensor>()
-        val vectors = contract.lookupInputs.associate { lookup ->
-            val shape = lookup.shape.map {
-                it.size ?: (if (it.name == ALL_TOKENS) total!! else count).toLong()
-            }.toLongArray()
-            val buffer = floats.getValue(lookup.name).front(shape.fold(1L, Math::multiplyExact))
-            tensors += OnnxTensor.createTensor(environment, buffer, shape).also { inputs[lookup.name] = it }
-            lookup.name to buffer
-        }
+        val vectors =
+            contract.lookupInputs.associate { lookup ->
+                val shape =
+                    lookup.shape
+                        .map { it.size ?: (if (it.name == ALL_TOKENS) total!! else count).toLong() }
+                        .toLongArray()
+                val buffer = floats.getValue(lookup.name).front(shape.fold(1L, Math::multiplyExact))
+                tensors +=
+                    OnnxTensor.createTensor(environment, buffer, shape).also {
+                        inputs[lookup.name] = it
+                    }
+                lookup.name to buffer
+            }
         val positions = positionIds.duplicate().apply { limit(count) }
-        tensors += OnnxTensor.createTensor(environment, positions, longArrayOf(1, count.toLong()))
-            .also { inputs[POSITION_IDS] = it }
+        tensors +=
+            OnnxTensor.createTensor(environment, positions, longArrayOf(1, count.toLong())).also {
+                inputs[POSITION_IDS] = it
+            }
         inputs[NUM_LOGITS_TO_KEEP] = scalar
         val wanted = (if (keep == 0) count else keep).toLong()
         val logits = floats.getValue(LOGITS).front(wanted * contract.vocabSize)
-        tensors += OnnxTensor.createTensor(
-            environment, logits, longArrayOf(1, wanted, contract.vocabSize.toLong()),
-        ).also { outputs[LOGITS] = it }
+        tensors +=
+            OnnxTensor.createTensor(
+                    environment,
+                    logits,
+                    longArrayOf(1, wanted, contract.vocabSize.toLong()),
+                )
+                .also { outputs[LOGITS] = it }
         return Call(count, total, keep, vectors, logits, tensors).also { call = it }
     }
 }
 
-/** The tensors that a call hands to the next: caches in place, states in two sets that change roles. */
+/**
+ * The tensors that a call hands to the next: caches in place, states in two sets that change roles.
+ */
 private class HeldTensors(
     private val environment: OrtEnvironment,
     private val contract: GraphContract,
@@ -210,9 +225,12 @@ private class HeldTensors(
 ) : AutoCloseable {
     private val slots = Slots(contract.caches, context, chunk)
     private val stateBytes = contract.states.map { it.shape.fold(4L, Math::multiplyExact) }
-    private val memory = Memory(
-        contract.caches.zip(slots.whole) { cache, most -> bytes(cache, most) } + stateBytes + stateBytes,
-    )
+    private val memory =
+        Memory(
+            contract.caches.zip(slots.whole) { cache, most -> bytes(cache, most) } +
+                stateBytes +
+                stateBytes
+        )
     private val bound = IntArray(contract.caches.size)
     private val caches = arrayOfNulls<OnnxTensor>(contract.caches.size)
     private var taken = states(contract.caches.size)
@@ -259,11 +277,12 @@ private class HeldTensors(
         moveHeads(cache, whole, from = bound[i], to = slots)
         bound[i] = slots
         caches[i]?.close()
-        val type = when (cache.dtype) {
-            "fp32" -> OnnxJavaType.FLOAT
-            "fp16" -> OnnxJavaType.FLOAT16
-            else -> OnnxJavaType.INT8
-        }
+        val type =
+            when (cache.dtype) {
+                "fp32" -> OnnxJavaType.FLOAT
+                "fp16" -> OnnxJavaType.FLOAT16
+                else -> OnnxJavaType.INT8
+            }
         val shape = longArrayOf(1, cache.heads.toLong(), slots.toLong(), cache.width.toLong())
         caches[i] = OnnxTensor.createTensor(environment, whole, shape, type)
     }
@@ -279,10 +298,11 @@ private class HeldTensors(
         }
     }
 
-    private fun states(first: Int): List<OnnxTensor> = contract.states.mapIndexed { i, state ->
-        val values = memory.front(first + i, Math.toIntExact(stateBytes[i])).asFloatBuffer()
-        OnnxTensor.createTensor(environment, values, state.shape)
-    }
+    private fun states(first: Int): List<OnnxTensor> =
+        contract.states.mapIndexed { i, state ->
+            val values = memory.front(first + i, Math.toIntExact(stateBytes[i])).asFloatBuffer()
+            OnnxTensor.createTensor(environment, values, state.shape)
+        }
 
     private fun bytes(cache: CacheInput, slots: Long): Long =
         listOf(cache.heads.toLong(), cache.width.toLong(), cache.elementBytes.toLong())
@@ -292,9 +312,10 @@ private class HeldTensors(
 /** Refuses a graph whose inputs and outputs are not those of the contract. */
 private fun checkGraph(session: OrtSession, contract: GraphContract, graph: File) {
     val held: List<Held> = contract.caches + contract.states
-    val shapes = contract.lookupInputs.associate { it.name to it.shape.map(Dimension::toString) } +
-        contract.caches.associate { it.input to it.shape.map(Dimension::toString) } +
-        contract.states.associate { it.input to it.shape.map(Long::toString) }
+    val shapes =
+        contract.lookupInputs.associate { it.name to it.shape.map(Dimension::toString) } +
+            contract.caches.associate { it.input to it.shape.map(Dimension::toString) } +
+            contract.states.associate { it.input to it.shape.map(Long::toString) }
     val inputs = session.inputInfo.mapValues { (_, node) -> dimensions(node.info as? TensorInfo) }
     val outputs = session.outputInfo
     val expected = shapes.keys + POSITION_IDS + NUM_LOGITS_TO_KEEP

@@ -3,7 +3,8 @@ package io.pleexport
 import java.nio.FloatBuffer
 import java.util.concurrent.locks.ReentrantLock
 
-private const val OWN_RUNNER = "take a `Runner` for each text at a time; they share what they map of the bundle"
+private const val OWN_RUNNER =
+    "take a `Runner` for each text at a time; they share what they map of the bundle"
 
 /**
  * One text: its ids so far, and a session that has read them.
@@ -17,7 +18,8 @@ internal class Reader(
     private val contract: GraphContract,
     val context: Int,
 ) : AutoCloseable {
-    val chunk: Int get() = session.chunk
+    val chunk: Int
+        get() = session.chunk
 
     /** The text so far. */
     var ids: IntArray = IntArray(0)
@@ -26,17 +28,19 @@ internal class Reader(
     /** How many rows were looked up since `begin`. */
     var rowsRead = 0L
         private set
+
     private val lock = ReentrantLock()
 
-    @Volatile
-    private var turn = 0L
+    @Volatile private var turn = 0L
 
-    @Volatile
-    private var closed = false
+    @Volatile private var closed = false
 
     init {
         for (lookup in contract.lookupInputs) {
-            if (blob.shapes[lookup.table]?.map { it.toString() } != lookup.shape.drop(2).map { it.toString() }) {
+            if (
+                blob.shapes[lookup.table]?.map { it.toString() } !=
+                    lookup.shape.drop(2).map { it.toString() }
+            ) {
                 throw BundleError(
                     "`${blob.file}` has no table `${lookup.table}` of shape ${lookup.shape.drop(2)}",
                     "files of two bundles may be mixed; copy the bundle again, or rebuild it",
@@ -60,7 +64,8 @@ internal class Reader(
                 session.resume()
             } else if (turn != this.turn) {
                 throw InputError(
-                    "another call has used this runner since, so this text cannot go on", OWN_RUNNER,
+                    "another call has used this runner since, so this text cannot go on",
+                    OWN_RUNNER,
                 )
             }
             return body(this.turn)

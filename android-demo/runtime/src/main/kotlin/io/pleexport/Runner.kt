@@ -36,28 +36,33 @@ data class GenerationOptions(
  * another meanwhile does not go on. Any number of runners may be open on one bundle.
  *
  * @param threads of the runtime; by default as many as there are cores.
- * @param spin whether threads spin while they wait for work, which is fast where nothing else runs and
- *   slow beside another busy process; by default what the bundle's target says.
+ * @param spin whether threads spin while they wait for work, which is fast where nothing else runs
+ *   and slow beside another busy process; by default what the bundle's target says.
  * @throws BundleError the bundle cannot be run here.
  * @throws CheckFailed files are damaged.
  * @throws InputError an impossible number of threads.
  */
 class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : AutoCloseable {
     /** The same, on a folder. */
-    constructor(folder: File, threads: Int = 0, spin: Boolean? = null) :
-        this(Bundle(folder), threads, spin)
+    constructor(
+        folder: File,
+        threads: Int = 0,
+        spin: Boolean? = null,
+    ) : this(Bundle(folder), threads, spin)
 
     /** The bundle's tokenizer; null where it takes token ids only. */
     val tokenizer: Tokenizer?
 
     /** Whether conversations have a form of their own, which `chat` may know or not. */
     val hasChatTemplate: Boolean
-        get() = bundle.manifest.run { chatFormat != null || noChatFormat != null } ||
-            bundle.file(CHAT_TEMPLATE) != null
+        get() =
+            bundle.manifest.run { chatFormat != null || noChatFormat != null } ||
+                bundle.file(CHAT_TEMPLATE) != null
 
     /** Of the last text. */
     var stats = Stats()
         private set
+
     private val blob: Blob
     private val reader: Reader
 
@@ -72,25 +77,30 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
         blob = bundle.openBlob()
         tokenizer = openTokenizer(bundle)
         val session = openOnnxSession(bundle, threads, spin ?: bundle.manifest.spin)
-        reader = try {
-            Reader(blob, session, artifact.contract, bundle.manifest.context)
-        } catch (err: PleexportError) {
-            session.close()
-            throw err
-        }
+        reader =
+            try {
+                Reader(blob, session, artifact.contract, bundle.manifest.context)
+            } catch (err: PleexportError) {
+                session.close()
+                throw err
+            }
     }
 
     /** Most tokens of a text. */
-    val context: Int get() = reader.context
+    val context: Int
+        get() = reader.context
 
     /** Most tokens of one `feed`. */
-    val chunk: Int get() = reader.chunk
+    val chunk: Int
+        get() = reader.chunk
 
     /** Token ids that have a row are below it. */
-    val numRows: Long get() = blob.numRows
+    val numRows: Long
+        get() = blob.numRows
 
     /** Width of the logits. */
-    val vocabSize: Int get() = bundle.decoder.contract.vocabSize
+    val vocabSize: Int
+        get() = bundle.decoder.contract.vocabSize
 
     /**
      * Logits at every position of a text, from a fresh state.
@@ -129,7 +139,10 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
             )
         }
         if (keep !in 0..tokenIds.size) {
-            throw InputError("keep is $keep; it must be 0 to ${tokenIds.size}", "0 keeps all logits")
+            throw InputError(
+                "keep is $keep; it must be 0 to ${tokenIds.size}",
+                "0 keeps all logits",
+            )
         }
         return reader.alone {
             val logits = reader.read(tokenIds, keep)
@@ -145,8 +158,9 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
      *
      * @throws InputError text without a tokenizer.
      */
-    fun encode(text: String): IntArray = tokenizer?.encode(text)
-        ?: throw InputError("this bundle has no tokenizer", "pass token ids instead of text")
+    fun encode(text: String): IntArray =
+        tokenizer?.encode(text)
+            ?: throw InputError("this bundle has no tokenizer", "pass token ids instead of text")
 
     /** Continues a text; see the other `generate`. */
     fun generate(prompt: String, options: GenerationOptions = GenerationOptions()): Flow<Token> =
@@ -180,16 +194,19 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
     ): Flow<Token> = generate(encodeChat(messages, thinking), options)
 
     /**
-     * Continues a prompt, token by token; a collector that is cancelled ends a call of the graph, also
-     * within a prompt.
+     * Continues a prompt, token by token; a collector that is cancelled ends a call of the graph,
+     * also within a prompt.
      *
-     * A prompt that begins with the whole text so far only has its new part read. What `options` leave
-     * open is as the checkpoint's `generation_config.json` had it, and where that says nothing either:
-     * greedy, up to 256 tokens.
+     * A prompt that begins with the whole text so far only has its new part read. What `options`
+     * leave open is as the checkpoint's `generation_config.json` had it, and where that says
+     * nothing either: greedy, up to 256 tokens.
      *
      * @throws InputError a prompt or option that cannot be used; before anything is generated.
      */
-    fun generate(promptIds: IntArray, options: GenerationOptions = GenerationOptions()): Flow<Token> {
+    fun generate(
+        promptIds: IntArray,
+        options: GenerationOptions = GenerationOptions(),
+    ): Flow<Token> {
         if (promptIds.isEmpty()) throw InputError("the prompt is empty", "pass at least one token")
         reader.checkLength(promptIds.size)
         blob.rowIds(promptIds)
@@ -225,7 +242,8 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
                 "leave one of the two out",
             )
         }
-        val defaults = bundle.manifest.generation.takeUnless { options.greedy } ?: GenerationConfig()
+        val defaults =
+            bundle.manifest.generation.takeUnless { options.greedy } ?: GenerationConfig()
         val config = defaults.overridden(options.config)
         config.outOfRange()?.let { throw InputError(it, "leave it out for the default") }
         val ends = bundle.manifest.eosTokenIds.toSet()
@@ -241,7 +259,9 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
 
     /** How many tokens an answer may have. */
     private fun room(config: GenerationConfig, promptTokens: Int): Int {
-        config.maxNewTokens?.let { return it }
+        config.maxNewTokens?.let {
+            return it
+        }
         val most = config.maxLength ?: return DEFAULT_TOKENS
         if (promptTokens >= most) {
             throw InputError(

@@ -41,15 +41,19 @@ internal class SafetensorsFile(val file: File) {
         } catch (err: IOException) {
             throw failure("cannot be read: ${reason(err)}", cause = err)
         }
-        val header = try {
-            parseJson(head.copyOfRange(8, head.size))
-        } catch (err: MalformedJson) {
-            throw failure("has a header that is not valid JSON (${err.message})")
-        }
+        val header =
+            try {
+                parseJson(head.copyOfRange(8, head.size))
+            } catch (err: MalformedJson) {
+                throw failure("has a header that is not valid JSON (${err.message})")
+            }
         if (header !is Map<*, *>) throw failure("has a header that is not a JSON object")
         metadata = checkedMetadata(header["__metadata__"] ?: emptyMap<String, String>())
-        entries = header.filterKeys { it != "__metadata__" }.entries
-            .associate { (name, value) -> name as String to checkedEntry(name, value) }
+        entries =
+            header
+                .filterKeys { it != "__metadata__" }
+                .entries
+                .associate { (name, value) -> name as String to checkedEntry(name, value) }
         checkLayout()
     }
 
@@ -92,20 +96,21 @@ internal class SafetensorsFile(val file: File) {
         val fields = value as? Map<*, *> ?: throw failure(malformed)
         val dtype = fields["dtype"] as? String ?: throw failure(malformed)
         val shape = integers(fields["shape"]) ?: throw failure(malformed)
-        val (begin, end) = integers(fields["data_offsets"])?.takeIf { it.size == 2 }
-            ?: throw failure(malformed)
+        val (begin, end) =
+            integers(fields["data_offsets"])?.takeIf { it.size == 2 } ?: throw failure(malformed)
         if (shape.size > MAX_DIMENSIONS) throw failure(malformed)
-        val (known, bits) = DTYPES[dtype]
-            ?: throw failure("has tensor `$name` of unknown dtype `$dtype`")
-        val expected = try {
-            if (0L in shape) 0L
-            else shape.fold(bits.toLong()) { product, n -> Math.multiplyExact(product, n) } / 8
-        } catch (err: ArithmeticException) {
-            throw failure(malformed, cause = err)
-        }
+        val (known, bits) =
+            DTYPES[dtype] ?: throw failure("has tensor `$name` of unknown dtype `$dtype`")
+        val expected =
+            try {
+                if (0L in shape) 0L
+                else shape.fold(bits.toLong()) { product, n -> Math.multiplyExact(product, n) } / 8
+            } catch (err: ArithmeticException) {
+                throw failure(malformed, cause = err)
+            }
         if (end - begin != expected) {
             throw failure(
-                "gives tensor `$name` ${end - begin} bytes; $dtype $shape needs $expected",
+                "gives tensor `$name` ${end - begin} bytes; $dtype $shape needs $expected"
             )
         }
         if (end > fileBytes - head.size) {
@@ -140,23 +145,24 @@ internal class SafetensorsFile(val file: File) {
         const val MAX_DIMENSIONS = 32
 
         /** By safetensors' name, ours and the bits of an element. */
-        val DTYPES = mapOf(
-            "F64" to ("fp64" to 64),
-            "F32" to ("fp32" to 32),
-            "F16" to ("fp16" to 16),
-            "BF16" to ("bf16" to 16),
-            "F8_E4M3" to ("fp8_e4m3" to 8),
-            "F8_E5M2" to ("fp8_e5m2" to 8),
-            "I64" to ("int64" to 64),
-            "I32" to ("int32" to 32),
-            "I16" to ("int16" to 16),
-            "I8" to ("int8" to 8),
-            "U64" to ("uint64" to 64),
-            "U32" to ("uint32" to 32),
-            "U16" to ("uint16" to 16),
-            "U8" to ("uint8" to 8),
-            "BOOL" to ("bool" to 8),
-        )
+        val DTYPES =
+            mapOf(
+                "F64" to ("fp64" to 64),
+                "F32" to ("fp32" to 32),
+                "F16" to ("fp16" to 16),
+                "BF16" to ("bf16" to 16),
+                "F8_E4M3" to ("fp8_e4m3" to 8),
+                "F8_E5M2" to ("fp8_e5m2" to 8),
+                "I64" to ("int64" to 64),
+                "I32" to ("int32" to 32),
+                "I16" to ("int16" to 16),
+                "I8" to ("int8" to 8),
+                "U64" to ("uint64" to 64),
+                "U32" to ("uint32" to 32),
+                "U16" to ("uint16" to 16),
+                "U8" to ("uint8" to 8),
+                "BOOL" to ("bool" to 8),
+            )
     }
 }
 

@@ -12,8 +12,8 @@ private const val TOP_H_TOKENS = 100
  * How to choose tokens; the default is greedy. What is cut off is so in this order; the fields of
  * docs/bundle-format.md (GenerationConfig) say what each keeps.
  *
- * Distributions are those of the Python library. Random numbers are not: a seed repeats a text in this
- * library only.
+ * Distributions are those of the Python library. Random numbers are not: a seed repeats a text in
+ * this library only.
  */
 data class Sampling(
     val temperature: Double = 0.0,
@@ -52,7 +52,8 @@ data class Sampling(
     fun distribution(scores: FloatArray): Pair<List<Int>, DoubleArray> {
         var ids = likeliest(scores, if (topH != null) TOP_H_TOKENS else topK)
         if (topH != null) ids = ids.take(TOP_H_TOKENS)
-        var scaled = DoubleArray(ids.size) { (scores[ids[it]].toDouble() - scores[ids[0]]) / temperature }
+        var scaled =
+            DoubleArray(ids.size) { (scores[ids[it]].toDouble() - scores[ids[0]]) / temperature }
         // All but the last three keep a beginning of what is sorted.
         if (topH != null) {
             scaled = scaled.copyOf(maxOf(1, countTopH(softmax(scaled), topH)))
@@ -63,11 +64,12 @@ data class Sampling(
         }
         val probabilities = softmax(scaled)
         var sum = 0.0
-        val kept = probabilities.indices.count { i ->
-            // What lies before, as NumPy computes it: the sum with it, less itself.
-            sum += probabilities[i]
-            sum - probabilities[i] < topP && probabilities[i] >= minP * probabilities[0]
-        }
+        val kept =
+            probabilities.indices.count { i ->
+                // What lies before, as NumPy computes it: the sum with it, less itself.
+                sum += probabilities[i]
+                sum - probabilities[i] < topP && probabilities[i] >= minP * probabilities[0]
+            }
         scaled = scaled.copyOf(maxOf(1, kept))
         ids = ids.take(scaled.size)
         for (keeps in listOf(::typical, ::aboveEpsilon, ::aboveEta)) {
@@ -95,10 +97,11 @@ data class Sampling(
         val distance = DoubleArray(probabilities.size) { Math.abs(information[it] - expected) }
         val order = distance.indices.sortedBy { distance[it] }
         var sum = 0.0
-        val reached = order.count {
-            sum += probabilities[it]
-            sum < typicalP
-        }
+        val reached =
+            order.count {
+                sum += probabilities[it]
+                sum < typicalP
+            }
         val most = distance[order[minOf(reached, order.size - 1)]]
         return BooleanArray(distance.size) { distance[it] <= most }
     }
@@ -117,7 +120,9 @@ data class Sampling(
         return BooleanArray(probabilities.size) { probabilities[it] >= enough }
     }
 
-    /** Ids that may come, best first: at least `count`, with what is as good as the last; 0: all. */
+    /**
+     * Ids that may come, best first: at least `count`, with what is as good as the last; 0: all.
+     */
     private fun likeliest(scores: FloatArray, count: Int): List<Int> {
         var least = -Float.MAX_VALUE
         if (count in 1 until scores.size) {

@@ -4,8 +4,8 @@ import java.nio.FloatBuffer
 import java.util.concurrent.CancellationException
 
 /**
- * An open graph with the caches and states of one text: what a runtime answers. One thread at a time,
- * but for `stop`.
+ * An open graph with the caches and states of one text: what a runtime answers. One thread at a
+ * time, but for `stop`.
  */
 internal interface Session : AutoCloseable {
     /** Most tokens of one call. */
@@ -27,8 +27,8 @@ internal interface Session : AutoCloseable {
      * Forgets the last tokens of the last `feed`; once for each.
      *
      * @param count 1 or more, and fewer than that `feed` had.
-     * @return how many tokens were forgotten: `count`, or all of that `feed` where only what was held
-     *   before it is still known. Those that were not meant to be have to be fed again.
+     * @return how many tokens were forgotten: `count`, or all of that `feed` where only what was
+     *   held before it is still known. Those that were not meant to be have to be fed again.
      */
     fun rewind(count: Int): Int
 

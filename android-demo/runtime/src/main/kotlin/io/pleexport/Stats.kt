@@ -12,7 +12,12 @@ data class Token(val id: Int, val text: String)
 
 /** Why a text ended; the names are those of the Python library. */
 enum class FinishReason(val label: String) {
-    EOS("eos"), STOP("stop"), LENGTH("length"), TIME("time"), CONTEXT("context"), NO_ROW("no row"),
+    EOS("eos"),
+    STOP("stop"),
+    LENGTH("length"),
+    TIME("time"),
+    CONTEXT("context"),
+    NO_ROW("no row"),
 }
 
 /**
@@ -26,16 +31,22 @@ enum class FinishReason(val label: String) {
 class Stats {
     var finishReason: FinishReason? = null
         internal set
+
     var promptTokens = 0
         internal set
+
     var generatedTokens = 0
         internal set
+
     var prefillSeconds = 0.0
         internal set
+
     var decodeSeconds = 0.0
         internal set
+
     var firstTokenSeconds = 0.0
         internal set
+
     var rows = 0L
         internal set
 
@@ -52,13 +63,18 @@ class Stats {
 data class ResidentMemory(val anonymous: Long, val fileBacked: Long)
 
 /** Resident memory; null where the system does not tell. */
-fun residentMemory(): ResidentMemory? = try {
-    val lines = File("/proc/self/status").readLines()
-    fun bytes(name: String): Long? = lines.firstOrNull { it.startsWith("$name:") }
-        ?.filter(Char::isDigit)?.toLongOrNull()?.times(1024)
-    val anonymous = bytes("RssAnon")
-    val file = bytes("RssFile")
-    if (anonymous == null || file == null) null else ResidentMemory(anonymous, file)
-} catch (err: IOException) {
-    null
-}
+fun residentMemory(): ResidentMemory? =
+    try {
+        val lines = File("/proc/self/status").readLines()
+        fun bytes(name: String): Long? =
+            lines
+                .firstOrNull { it.startsWith("$name:") }
+                ?.filter(Char::isDigit)
+                ?.toLongOrNull()
+                ?.times(1024)
+        val anonymous = bytes("RssAnon")
+        val file = bytes("RssFile")
+        if (anonymous == null || file == null) null else ResidentMemory(anonymous, file)
+    } catch (err: IOException) {
+        null
+    }

@@ -36,7 +36,8 @@ internal class AnswerText(private val stream: TextStream?, stops: List<String>) 
     private val stops = StopStrings(stops)
 
     /** Whether a stop string was met. */
-    val stopped: Boolean get() = stops.hit
+    val stopped: Boolean
+        get() = stops.hit
 
     /** Text that is safe to show. */
     fun push(id: Int): String = stream?.let { stops.push(it.push(id)) } ?: ""
@@ -51,4 +52,6 @@ internal class AnswerText(private val stream: TextStream?, stops: List<String>) 
 
 /** Length of the longest end of a text that begins a marker, and is not all of it. */
 internal fun overlap(text: String, marker: String): Int =
-    (minOf(text.length, marker.length - 1) downTo 1).firstOrNull { marker.startsWith(text.takeLast(it)) } ?: 0
+    (minOf(text.length, marker.length - 1) downTo 1).firstOrNull {
+        marker.startsWith(text.takeLast(it))
+    } ?: 0

@@ -26,9 +26,9 @@ internal interface Decoding {
 /**
  * The text of ids by a decoder that is known by what it decodes.
  *
- * Joined, the pieces are what `decode` makes of all ids. After a prompt they are how its text goes on:
- * some decoders drop a space at the beginning of a text, and this is not one. Of a character that a
- * prompt has begun, only the ids that follow count.
+ * Joined, the pieces are what `decode` makes of all ids. After a prompt they are how its text goes
+ * on: some decoders drop a space at the beginning of a text, and this is not one. Of a character
+ * that a prompt has begun, only the ids that follow count.
  */
 internal class DecodedStream(private val tokenizer: Decoding, promptIds: IntArray) : TextStream {
     private var before: List<Int> = anchor(promptIds)
@@ -101,8 +101,9 @@ internal class CleanedStream(private val stream: TextStream) : TextStream {
     /** What cleaning changes begins with a space and cannot reach across the end of such a word. */
     private fun isBehindWord(at: Int): Boolean {
         if (!isWhiteSpace(held[at]) || held.codePointCount(0, at) < WORD) return false
-        return (held.offsetByCodePoints(at, -WORD) until at)
-            .none { isWhiteSpace(held[it]) || held[it] in ".,?!'" }
+        return (held.offsetByCodePoints(at, -WORD) until at).none {
+            isWhiteSpace(held[it]) || held[it] in ".,?!'"
+        }
     }
 
     private companion object {
@@ -120,7 +121,7 @@ internal fun clean(text: String): String {
     var cleaned = text
     for (mark in listOf(".", "?", "!", ",")) cleaned = cleaned.replace(" $mark", mark)
     cleaned = cleaned.replace(" ' ", "'")
-    for (ending in listOf("n't", "'m", "'s", "'ve", "'re")) cleaned = cleaned.replace(" $ending", ending)
+    for (ending in listOf("n't", "'m", "'s", "'ve", "'re")) cleaned =
+        cleaned.replace(" $ending", ending)
     return cleaned
 }
-

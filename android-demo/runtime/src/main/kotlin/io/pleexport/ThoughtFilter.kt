@@ -29,13 +29,18 @@ class ThoughtFilter(private val tokenizer: Tokenizer, promptIds: IntArray) {
     fun push(token: Token): String {
         // A marker may be a special token, whose text nobody sees otherwise.
         val special = tokenizer.specialText(token.id)
-        val isPart = special.isNotEmpty() && markers.any { special in it.first || special in it.second }
+        val isPart =
+            special.isNotEmpty() && markers.any { special in it.first || special in it.second }
         if (isPart) specials += special
         held += token.text + if (isPart) special else ""
         val shown = StringBuilder()
         while (true) {
-            val (begin, marker) = expected().map { held.indexOf(it) to it }.filter { it.first >= 0 }
-                .minWithOrNull(compareBy({ it.first }, { it.first + it.second.length })) ?: break
+            val (begin, marker) =
+                expected()
+                    .map { held.indexOf(it) to it }
+                    .filter { it.first >= 0 }
+                    .minWithOrNull(compareBy({ it.first }, { it.first + it.second.length }))
+                    ?: break
             shown.append(visible(held.substring(0, begin)))
             held = held.substring(begin + marker.length)
             inside = !inside

@@ -31,18 +31,19 @@ internal class TiedRows(val file: File) {
         codes = rows(opened, "codes")
         scales = rows(opened, "scales")
         checksums = rows(opened, "checksums")
-        segment = Segment(
-            name = metadata.table,
-            table = metadata.table,
-            layer = null,
-            offset = 0,
-            width = metadata.width,
-            dtype = metadata.dtype,
-            groupSize = metadata.groupSize,
-            scaleDtype = "fp32",
-            scaleOffset = codes.rowBytes.toLong(),
-            multiplier = metadata.multiplier,
-        )
+        segment =
+            Segment(
+                name = metadata.table,
+                table = metadata.table,
+                layer = null,
+                offset = 0,
+                width = metadata.width,
+                dtype = metadata.dtype,
+                groupSize = metadata.groupSize,
+                scaleDtype = "fp32",
+                scaleOffset = codes.rowBytes.toLong(),
+                multiplier = metadata.multiplier,
+            )
         decoder = SegmentDecoder(segment, zeroPoint = true)
         row = ByteArray(codes.rowBytes + scales.rowBytes + 8)
     }
@@ -108,21 +109,24 @@ private class TiedHeader(private val file: SafetensorsFile) {
         // Before the version: a damaged one must not look like a newer one.
         if (headerIsDamaged(file)) {
             throw CheckFailed(
-                "`${file.file}` is damaged: its header does not match its checksum (T-06)", DAMAGED,
+                "`${file.file}` is damaged: its header does not match its checksum (T-06)",
+                DAMAGED,
             )
         }
         val version = file.metadata["version"]
         if (version != "1") {
             throw broken("has version ${quoted(version)}; this reader knows 1 (T-03)", NEWER)
         }
-        val metadata = try {
-            metadata()
-        } catch (err: MalformedJson) {
-            throw broken("has malformed metadata: ${err.message} (T-04)")
-        }
+        val metadata =
+            try {
+                metadata()
+            } catch (err: MalformedJson) {
+                throw broken("has malformed metadata: ${err.message} (T-04)")
+            }
         if (metadata.dtype !in CODED) {
             throw broken(
-                "has dtype `${metadata.dtype}`, which this reader does not know (T-04)", NEWER,
+                "has dtype `${metadata.dtype}`, which this reader does not know (T-04)",
+                NEWER,
             )
         }
         if (!(Math.abs(metadata.multiplier) <= Float.MAX_VALUE)) {
@@ -132,18 +136,19 @@ private class TiedHeader(private val file: SafetensorsFile) {
         return metadata
     }
 
-    private fun metadata() = fieldsOf(file.metadata, "$") {
-        required("format", ::string)
-        required("version", ::string)
-        TiedMetadata(
-            table = required("table", ::string),
-            width = required("width") { text, path -> atLeast(1)(parsed(text), path) },
-            dtype = required("dtype", ::string),
-            groupSize = required("group_size") { text, path -> atLeast(1)(parsed(text), path) },
-            multiplier = required("multiplier") { text, path -> number(parsed(text), path) },
-            weightsDigest = required("weights_digest", ::string),
-        )
-    }
+    private fun metadata() =
+        fieldsOf(file.metadata, "$") {
+            required("format", ::string)
+            required("version", ::string)
+            TiedMetadata(
+                table = required("table", ::string),
+                width = required("width") { text, path -> atLeast(1)(parsed(text), path) },
+                dtype = required("dtype", ::string),
+                groupSize = required("group_size") { text, path -> atLeast(1)(parsed(text), path) },
+                multiplier = required("multiplier") { text, path -> number(parsed(text), path) },
+                weightsDigest = required("weights_digest", ::string),
+            )
+        }
 
     private fun parsed(text: Any?): Any? = parseJson(text as String)
 
@@ -156,24 +161,26 @@ private class TiedHeader(private val file: SafetensorsFile) {
         val rows = file.entry("codes").shape[0]
         if (rows == 0L) throw broken("has no rows (T-05)")
         val numGroups = groups(metadata.width, metadata.groupSize)
-        val codeBytes = try {
-            val elements = Math.multiplyExact(numGroups, metadata.groupSize)
-            groups(Math.multiplyExact(elements, BITS.getValue(metadata.dtype).toLong()), 8)
-        } catch (err: ArithmeticException) {
-            Long.MAX_VALUE
-        }
-        val shapes = mapOf(
-            HEADER_CHECKSUM to listOf(1L),
-            "codes" to listOf(rows, codeBytes),
-            "scales" to listOf(rows, numGroups),
-            "checksums" to listOf(rows),
-        )
+        val codeBytes =
+            try {
+                val elements = Math.multiplyExact(numGroups, metadata.groupSize)
+                groups(Math.multiplyExact(elements, BITS.getValue(metadata.dtype).toLong()), 8)
+            } catch (err: ArithmeticException) {
+                Long.MAX_VALUE
+            }
+        val shapes =
+            mapOf(
+                HEADER_CHECKSUM to listOf(1L),
+                "codes" to listOf(rows, codeBytes),
+                "scales" to listOf(rows, numGroups),
+                "checksums" to listOf(rows),
+            )
         for ((name, shape) in shapes) {
             if (file.entry(name).shape != shape) {
                 throw broken(
                     "has tensor `$name` of shape ${file.entry(name).shape}; a row of " +
                         "${metadata.width} elements in groups of ${metadata.groupSize} needs " +
-                        "$shape (T-05)",
+                        "$shape (T-05)"
                 )
             }
         }
@@ -189,11 +196,12 @@ private class TiedHeader(private val file: SafetensorsFile) {
         const val DAMAGED = "copy the bundle again, or rebuild it"
         const val NEWER = "install a newer pleexport"
         const val LARGEST = 1L shl 29
-        val TENSORS = listOf(
-            HEADER_CHECKSUM to ("uint64" to 1),
-            "codes" to ("uint8" to 2),
-            "scales" to ("fp32" to 2),
-            "checksums" to ("uint64" to 1),
-        )
+        val TENSORS =
+            listOf(
+                HEADER_CHECKSUM to ("uint64" to 1),
+                "codes" to ("uint8" to 2),
+                "scales" to ("fp32" to 2),
+                "checksums" to ("uint64" to 1),
+            )
     }
 }

@@ -30,7 +30,9 @@ interface Tokenizer {
     /** The text of a special token; "" of any other. */
     fun specialText(id: Int): String
 
-    /** What stands before and after thoughts, where the tokenizer's config says it in plain texts. */
+    /**
+     * What stands before and after thoughts, where the tokenizer's config says it in plain texts.
+     */
     val thoughtMarkers: List<Pair<String, String>>
 }
 

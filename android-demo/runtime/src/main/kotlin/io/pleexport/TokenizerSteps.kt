@@ -8,7 +8,8 @@ internal class UnknownPart(what: String) : Exception(what)
 
 /** A step of a tokenizer.json, such as `{"type": "Replace", ...}`. */
 internal class Step(private val fields: Map<*, *>) {
-    val type: String get() = text("type")
+    val type: String
+        get() = text("type")
 
     fun value(name: String): Any? = fields[name]
 
@@ -19,13 +20,16 @@ internal class Step(private val fields: Map<*, *>) {
 
     fun flag(name: String, default: Boolean): Boolean = fields[name] as? Boolean ?: default
 
-    fun number(name: String): Int = (fields[name] as? Long)?.toInt()
-        ?: throw UnknownPart("a step `$type` without `$name`")
+    fun number(name: String): Int =
+        (fields[name] as? Long)?.toInt() ?: throw UnknownPart("a step `$type` without `$name`")
 
     /** What to look for: a text or a regular expression. */
     fun pattern(): Regex {
-        val pattern = fields["pattern"] as? Map<*, *> ?: throw UnknownPart("a step `$type` without `pattern`")
-        (pattern["String"] as? String)?.let { return Regex(Regex.escape(it)) }
+        val pattern =
+            fields["pattern"] as? Map<*, *> ?: throw UnknownPart("a step `$type` without `pattern`")
+        (pattern["String"] as? String)?.let {
+            return Regex(Regex.escape(it))
+        }
         return translated(pattern["Regex"] as? String ?: throw UnknownPart("a pattern of `$type`"))
     }
 
@@ -37,60 +41,74 @@ internal class Step(private val fields: Map<*, *>) {
             if (value == null) return emptyList()
             val step = Step(value as? Map<*, *> ?: throw UnknownPart("a step that is no object"))
             if (step.type != "Sequence") return listOf(step)
-            val own = step.fields[list] as? List<*> ?: throw UnknownPart("a sequence without `$list`")
+            val own =
+                step.fields[list] as? List<*> ?: throw UnknownPart("a sequence without `$list`")
             return own.flatMap { all(it, list) }
         }
     }
 }
 
 /** What happens to a text before it is split. */
-internal fun normalizer(step: Step): (String) -> String = when (step.type) {
-    "Replace" -> {
-        val pattern = step.pattern()
-        val content = Regex.escapeReplacement(step.text("content"))
-        val replaced = { text: String -> pattern.replace(text, content) }
-        replaced
+internal fun normalizer(step: Step): (String) -> String =
+    when (step.type) {
+        "Replace" -> {
+            val pattern = step.pattern()
+            val content = Regex.escapeReplacement(step.text("content"))
+            val replaced = { text: String -> pattern.replace(text, content) }
+            replaced
+        }
+        "Prepend" -> step.text("prepend").let { front -> { if (it.isEmpty()) it else front + it } }
+        "NFC",
+        "NFD",
+        "NFKC",
+        "NFKD" ->
+            Normalizer.Form.valueOf(step.type).let { form -> { Normalizer.normalize(it, form) } }
+        else -> throw step.unknown("normalizer")
     }
-    "Prepend" -> step.text("prepend").let { front -> { if (it.isEmpty()) it else front + it } }
-    "NFC", "NFD", "NFKC", "NFKD" ->
-        Normalizer.Form.valueOf(step.type).let { form -> { Normalizer.normalize(it, form) } }
-    else -> throw step.unknown("normalizer")
-}
 
-/** What splits a text into words: pieces to pieces, of which the first begins the whole text or not. */
-internal fun preTokenizer(step: Step): (List<String>, Boolean) -> List<String> = when (step.type) {
-    "ByteLevel" -> {
-        val prefixed = step.flag("add_prefix_space", true)
-        val words = if (step.flag("use_regex", true)) translated(GPT2) else null;
-        { pieces, _ ->
-            pieces.flatMap { piece ->
-                val spaced = if (prefixed && !piece.startsWith(" ")) " $piece" else piece
-                val parts = words?.let { split(spaced, it, "Isolated", false) } ?: listOf(spaced)
-                parts.map(ByteLevel::shown)
+/**
+ * What splits a text into words: pieces to pieces, of which the first begins the whole text or not.
+ */
+internal fun preTokenizer(step: Step): (List<String>, Boolean) -> List<String> =
+    when (step.type) {
+        "ByteLevel" -> {
+            val prefixed = step.flag("add_prefix_space", true)
+            val words = if (step.flag("use_regex", true)) translated(GPT2) else null;
+            { pieces, _ ->
+                pieces.flatMap { piece ->
+                    val spaced = if (prefixed && !piece.startsWith(" ")) " $piece" else piece
+                    val parts =
+                        words?.let { split(spaced, it, "Isolated", false) } ?: listOf(spaced)
+                    parts.map(ByteLevel::shown)
+                }
             }
         }
+        "Split" -> {
+            val pattern = step.pattern()
+            val behavior = step.text("behavior")
+            if (behavior !in BEHAVIORS) throw UnknownPart("the behaviour `$behavior` of a split")
+            val invert = step.flag("invert", false);
+            { pieces, _ -> pieces.flatMap { split(it, pattern, behavior, invert) } }
+        }
+        "Digits" -> {
+            val digits = Regex(if (step.flag("individual_digits", false)) "\\p{N}" else "\\p{N}+")
+            val behavior = "Isolated";
+            { pieces, _ -> pieces.flatMap { split(it, digits, behavior, false) } }
+        }
+        "Metaspace" -> metaspace(step)
+        else -> throw step.unknown("pre-tokenizer")
     }
-    "Split" -> {
-        val pattern = step.pattern()
-        val behavior = step.text("behavior")
-        if (behavior !in BEHAVIORS) throw UnknownPart("the behaviour `$behavior` of a split")
-        val invert = step.flag("invert", false);
-        { pieces, _ -> pieces.flatMap { split(it, pattern, behavior, invert) } }
-    }
-    "Digits" -> {
-        val digits = Regex(if (step.flag("individual_digits", false)) "\\p{N}" else "\\p{N}+")
-        val behavior = "Isolated";
-        { pieces, _ -> pieces.flatMap { split(it, digits, behavior, false) } }
-    }
-    "Metaspace" -> metaspace(step)
-    else -> throw step.unknown("pre-tokenizer")
-}
 
 private fun metaspace(step: Step): (List<String>, Boolean) -> List<String> {
     val mark = step.text("replacement")
     // Older files say `add_prefix_space` in place of a scheme.
-    val scheme = step.textOr("prepend_scheme", if (step.flag("add_prefix_space", true)) "always" else "never")
-    if (scheme !in listOf("always", "first", "never")) throw UnknownPart("the scheme `$scheme` of Metaspace")
+    val scheme =
+        step.textOr(
+            "prepend_scheme",
+            if (step.flag("add_prefix_space", true)) "always" else "never",
+        )
+    if (scheme !in listOf("always", "first", "never"))
+        throw UnknownPart("the scheme `$scheme` of Metaspace")
     val splits = if (step.flag("split", true)) Regex(Regex.escape(mark)) else null
     return { pieces, first ->
         pieces.flatMapIndexed { i, piece ->
@@ -103,34 +121,41 @@ private fun metaspace(step: Step): (List<String>, Boolean) -> List<String> {
 }
 
 /** What makes text of tokens: tokens to tokens, joined at the end. */
-internal fun tokenDecoder(step: Step): (List<String>) -> List<String> = when (step.type) {
-    "ByteLevel" -> { tokens -> listOf(decodeLossy(ByteLevel.bytes(tokens))) }
-    "ByteFallback" -> ::joinBytes
-    "Fuse" -> { tokens -> listOf(tokens.joinToString("")) }
-    "Replace" -> normalizer(step).let { replaced -> { tokens -> tokens.map(replaced) } }
-    "Strip" -> {
-        val content = step.text("content").single()
-        val start = step.number("start")
-        val stop = step.number("stop");
-        { tokens ->
-            tokens.map { token ->
-                val begin = token.take(start).takeWhile { it == content }.length
-                val cut = token.takeLast(stop).takeLastWhile { it == content }.length
-                if (begin < token.length - cut) token.substring(begin, token.length - cut) else ""
+internal fun tokenDecoder(step: Step): (List<String>) -> List<String> =
+    when (step.type) {
+        "ByteLevel" -> { tokens -> listOf(decodeLossy(ByteLevel.bytes(tokens))) }
+        "ByteFallback" -> ::joinBytes
+        "Fuse" -> { tokens -> listOf(tokens.joinToString("")) }
+        "Replace" -> normalizer(step).let { replaced -> { tokens -> tokens.map(replaced) } }
+        "Strip" -> {
+            val content = step.text("content").single()
+            val start = step.number("start")
+            val stop = step.number("stop");
+            { tokens ->
+                tokens.map { token ->
+                    val begin = token.take(start).takeWhile { it == content }.length
+                    val cut = token.takeLast(stop).takeLastWhile { it == content }.length
+                    if (begin < token.length - cut) token.substring(begin, token.length - cut)
+                    else ""
+                }
             }
         }
-    }
-    "Metaspace" -> {
-        val mark = step.text("replacement").single()
-        val scheme = step.textOr("prepend_scheme", if (step.flag("add_prefix_space", true)) "always" else "never");
-        { tokens ->
-            tokens.mapIndexed { i, token ->
-                if (i == 0 && scheme != "never") token.filter { it != mark } else token.replace(mark, ' ')
+        "Metaspace" -> {
+            val mark = step.text("replacement").single()
+            val scheme =
+                step.textOr(
+                    "prepend_scheme",
+                    if (step.flag("add_prefix_space", true)) "always" else "never",
+                );
+            { tokens ->
+                tokens.mapIndexed { i, token ->
+                    if (i == 0 && scheme != "never") token.filter { it != mark }
+                    else token.replace(mark, ' ')
+                }
             }
         }
+        else -> throw step.unknown("decoder")
     }
-    else -> throw step.unknown("decoder")
-}
 
 /** Whether a token stands for one byte of a byte-fallback decoder. */
 internal fun isByteToken(token: String): Boolean = byteOf(token) != null
@@ -147,16 +172,18 @@ private fun joinBytes(tokens: List<String>): List<String> {
     val run = ByteArrayOutputStream()
     fun end() {
         if (run.size() == 0) return
-        joined += try {
-            decodeUtf8(run.toByteArray())
-        } catch (err: MalformedJson) {
-            "\uFFFD".repeat(run.size())
-        }
+        joined +=
+            try {
+                decodeUtf8(run.toByteArray())
+            } catch (err: MalformedJson) {
+                "\uFFFD".repeat(run.size())
+            }
         run.reset()
     }
     for (token in tokens) {
         val byte = byteOf(token)
-        if (byte != null) run.write(byte.toInt()) else {
+        if (byte != null) run.write(byte.toInt())
+        else {
             end()
             joined += token
         }
@@ -213,18 +240,20 @@ private fun split(text: String, pattern: Regex, behavior: String, invert: Boolea
         when (behavior) {
             "Removed" -> if (!isMatch) out += part
             "Isolated" -> out += part
-            "Contiguous" -> if (i > 0 && isMatch == beforeIsMatch) out[out.size - 1] += part else out += part
+            "Contiguous" ->
+                if (i > 0 && isMatch == beforeIsMatch) out[out.size - 1] += part else out += part
             "MergedWithPrevious" ->
                 if (i > 0 && isMatch && !beforeIsMatch) out[out.size - 1] += part else out += part
-            else -> if (i > 0 && beforeIsMatch && !isMatch) out[out.size - 1] += part else out += part
+            else ->
+                if (i > 0 && beforeIsMatch && !isMatch) out[out.size - 1] += part else out += part
         }
     }
     return out
 }
 
 /**
- * A regular expression of tokenizers as Java has it. `\s`, `\d` and `\w` are Unicode's there, and on
- * Android, but ASCII's on the JVM; so they are written out.
+ * A regular expression of tokenizers as Java has it. `\s`, `\d` and `\w` are Unicode's there, and
+ * on Android, but ASCII's on the JVM; so they are written out.
  */
 private fun translated(pattern: String): Regex {
     val out = StringBuilder()
@@ -250,20 +279,28 @@ private fun translated(pattern: String): Regex {
 }
 
 private fun translatedEscape(letter: Char, inside: Boolean): String {
-    val own = when (letter) {
-        's' -> WHITE_SPACE
-        'd' -> "\\p{Nd}"
-        'w' -> "\\p{L}\\p{M}\\p{N}\\p{Pc}"
-        'S', 'D', 'W' -> {
-            if (inside) throw UnknownPart("`\\$letter` in a class of a regular expression")
-            return "[^${translatedEscape(letter.lowercaseChar(), true)}]"
+    val own =
+        when (letter) {
+            's' -> WHITE_SPACE
+            'd' -> "\\p{Nd}"
+            'w' -> "\\p{L}\\p{M}\\p{N}\\p{Pc}"
+            'S',
+            'D',
+            'W' -> {
+                if (inside) throw UnknownPart("`\\$letter` in a class of a regular expression")
+                return "[^${translatedEscape(letter.lowercaseChar(), true)}]"
+            }
+            'p',
+            'P',
+            'n',
+            'r',
+            't' -> return "\\$letter"
+            else -> {
+                if (letter.isLetterOrDigit())
+                    throw UnknownPart("`\\$letter` in a regular expression")
+                return "\\$letter"
+            }
         }
-        'p', 'P', 'n', 'r', 't' -> return "\\$letter"
-        else -> {
-            if (letter.isLetterOrDigit()) throw UnknownPart("`\\$letter` in a regular expression")
-            return "\\$letter"
-        }
-    }
     return if (inside) own else "[$own]"
 }
 
@@ -272,11 +309,21 @@ private const val WHITE_SPACE =
     "\\u0009-\\u000d\\u0020\\u0085\\u00a0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000"
 
 /** Whether Unicode has it for white space. */
-internal fun isWhiteSpace(character: Char): Boolean = when (character) {
-    in '\u0009'..'\u000d', ' ', '\u0085', '\u00a0', '\u1680', in '\u2000'..'\u200a' -> true
-    '\u2028', '\u2029', '\u202f', '\u205f', '\u3000' -> true
-    else -> false
-}
+internal fun isWhiteSpace(character: Char): Boolean =
+    when (character) {
+        in '\u0009'..'\u000d',
+        ' ',
+        '\u0085',
+        '\u00a0',
+        '\u1680',
+        in '\u2000'..'\u200a' -> true
+        '\u2028',
+        '\u2029',
+        '\u202f',
+        '\u205f',
+        '\u3000' -> true
+        else -> false
+    }
 
 private val BEHAVIORS =
     setOf("Removed", "Isolated", "Contiguous", "MergedWithPrevious", "MergedWithNext")

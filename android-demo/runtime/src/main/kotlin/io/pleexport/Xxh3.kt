@@ -20,16 +20,19 @@ internal object Xxh3 {
     private const val STRIPE = 64
     private const val STRIPES_OF_A_BLOCK = 16
 
-    private val secret: ByteBuffer = ByteBuffer.wrap(
-        (
-            "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f" +
-                "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c" +
-                "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8" +
-                "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364" +
-                "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e" +
-                "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-            ).chunked(2).map { it.toInt(16).toByte() }.toByteArray(),
-    ).order(ByteOrder.LITTLE_ENDIAN)
+    private val secret: ByteBuffer =
+        ByteBuffer.wrap(
+                ("b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f" +
+                        "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c" +
+                        "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8" +
+                        "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364" +
+                        "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e" +
+                        "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e")
+                    .chunked(2)
+                    .map { it.toInt(16).toByte() }
+                    .toByteArray()
+            )
+            .order(ByteOrder.LITTLE_ENDIAN)
 
     /** The secret's longs at multiples of 8, which long inputs need all the time. */
     private val words = LongArray(secret.capacity() / 8) { secret.getLong(8 * it) }
@@ -53,8 +56,8 @@ internal object Xxh3 {
 
     private fun upTo3(input: ByteBuffer, length: Int): Long {
         fun at(i: Int) = input.get(i).toLong() and 0xff
-        val combined = (at(0) shl 16) or (at(length shr 1) shl 24) or at(length - 1) or
-            (length.toLong() shl 8)
+        val combined =
+            (at(0) shl 16) or (at(length shr 1) shl 24) or at(length - 1) or (length.toLong() shl 8)
         return mixed64(combined xor unsigned(secret.getInt(0) xor secret.getInt(4)))
     }
 
@@ -92,9 +95,17 @@ internal object Xxh3 {
     }
 
     private fun long(input: ByteBuffer, length: Int): Long {
-        val sums = longArrayOf(
-            PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1,
-        )
+        val sums =
+            longArrayOf(
+                PRIME32_3,
+                PRIME64_1,
+                PRIME64_2,
+                PRIME64_3,
+                PRIME64_4,
+                PRIME32_2,
+                PRIME64_5,
+                PRIME32_1,
+            )
         val stripes = (length - 1) / STRIPE
         for (n in 0 until stripes) {
             val within = n % STRIPES_OF_A_BLOCK
@@ -114,10 +125,11 @@ internal object Xxh3 {
         }
         var merged = length * PRIME64_1
         for (i in 0 until 4) {
-            merged += folded(
-                sums[2 * i] xor secret.getLong(11 + 16 * i),
-                sums[2 * i + 1] xor secret.getLong(19 + 16 * i),
-            )
+            merged +=
+                folded(
+                    sums[2 * i] xor secret.getLong(11 + 16 * i),
+                    sums[2 * i + 1] xor secret.getLong(19 + 16 * i),
+                )
         }
         return mixed(merged)
     }
@@ -128,12 +140,15 @@ internal object Xxh3 {
         }
     }
 
-    private fun mix16(input: ByteBuffer, at: Int, key: Int): Long = folded(
-        input.getLong(at) xor secret.getLong(key),
-        input.getLong(at + 8) xor secret.getLong(key + 8),
-    )
+    private fun mix16(input: ByteBuffer, at: Int, key: Int): Long =
+        folded(
+            input.getLong(at) xor secret.getLong(key),
+            input.getLong(at + 8) xor secret.getLong(key + 8),
+        )
 
-    /** Both halves of a 128-bit product, one over the other. `Math.multiplyHigh` is not on Android. */
+    /**
+     * Both halves of a 128-bit product, one over the other. `Math.multiplyHigh` is not on Android.
+     */
     private fun folded(a: Long, b: Long): Long {
         val aLow = a and 0xffffffffL
         val aHigh = a ushr 32

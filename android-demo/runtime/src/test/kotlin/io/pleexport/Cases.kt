@@ -7,7 +7,8 @@ import org.junit.jupiter.api.Assumptions.assumeTrue
 
 /** What tests/test_kotlin.py writes: the Python library's answers. */
 internal object Cases {
-    private val folder: File? = System.getProperty("pleexport.cases")?.takeIf { it.isNotEmpty() }?.let(::File)
+    private val folder: File? =
+        System.getProperty("pleexport.cases")?.takeIf { it.isNotEmpty() }?.let(::File)
 
     /** Skips the test where there are none: `mvn test` alone has none. */
     fun of(name: String): File {

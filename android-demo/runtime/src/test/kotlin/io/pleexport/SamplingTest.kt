@@ -29,13 +29,20 @@ class SamplingTest {
     fun `rules change logits as in the Python library`() {
         for (case in Cases.list("rules.json")) {
             val scores = floats(case["scores"])
-            val rules = LogitRules(
-                config(case), ids(case, "prompt_ids"), ids(case, "eos").toSet(), case["max_length"].asInt,
-            )
+            val rules =
+                LogitRules(
+                    config(case),
+                    ids(case, "prompt_ids"),
+                    ids(case, "eos").toSet(),
+                    case["max_length"].asInt,
+                )
             rules.apply(scores, ids(case, "ids"))
             // JSON has no infinity: null is minus infinity.
-            val expected = case.getAsJsonArray("expected")
-                .map { if (it.isJsonNull) Float.NEGATIVE_INFINITY else it.asFloat }.toFloatArray()
+            val expected =
+                case
+                    .getAsJsonArray("expected")
+                    .map { if (it.isJsonNull) Float.NEGATIVE_INFINITY else it.asFloat }
+                    .toFloatArray()
             assertArrayEquals(expected, scores, 1e-6f, case["config"].toString())
         }
     }
@@ -57,14 +64,20 @@ class SamplingTest {
 
     @Test
     fun `nothing that may come is an error`() {
-        val words = refusal<InputError> { Sampling().choose(FloatArray(4) { Float.NEGATIVE_INFINITY }, Random(0)) }
+        val words =
+            refusal<InputError> {
+                Sampling().choose(FloatArray(4) { Float.NEGATIVE_INFINITY }, Random(0))
+            }
         assertEquals("the generation options leave no token that may come next", words)
     }
 
     @Test
     fun `impossible values are named`() {
         assertEquals("top_k is -1; it must be 0 or more", GenerationConfig(topK = -1).outOfRange())
-        assertEquals("top_p is NaN; it must be from 0 to 1", GenerationConfig(topP = Double.NaN).outOfRange())
+        assertEquals(
+            "top_p is NaN; it must be from 0 to 1",
+            GenerationConfig(topP = Double.NaN).outOfRange(),
+        )
         assertEquals(null, GenerationConfig(topK = 5, topP = 0.5, temperature = 1.0).outOfRange())
     }
 

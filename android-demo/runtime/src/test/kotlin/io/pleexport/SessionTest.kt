@@ -29,7 +29,8 @@ class SessionTest {
 
     private fun open(name: String) = Runner(bundle(name), threads = 1)
 
-    private fun text(runner: Runner, count: Int) = IntArray(count) { random.nextInt(runner.numRows.toInt()) }
+    private fun text(runner: Runner, count: Int) =
+        IntArray(count) { random.nextInt(runner.numRows.toInt()) }
 
     private fun assertClose(expected: FloatArray, got: FloatArray) {
         assertEquals(expected.size, got.size)
@@ -43,23 +44,24 @@ class SessionTest {
 
     @ParameterizedTest
     @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16", "embformer-bf16", "lckv-fp16"])
-    fun `pieces of any length give the logits of the whole`(name: String) = open(name).use { runner ->
-        val ids = text(runner, 300)
-        val whole = runner.logits(ids)
-        runner.reset()
-        val vocab = runner.vocabSize
-        var at = 0
-        for (length in sequenceOf(1, 7, 1, 32, 3, 100, 156)) {
-            for (begin in at until at + length step runner.chunk) {
-                val end = minOf(begin + runner.chunk, at + length)
-                val logits = runner.feed(ids.copyOfRange(begin, end), keep = 0)
-                assertClose(whole.copyOfRange(begin * vocab, end * vocab), logits)
+    fun `pieces of any length give the logits of the whole`(name: String) =
+        open(name).use { runner ->
+            val ids = text(runner, 300)
+            val whole = runner.logits(ids)
+            runner.reset()
+            val vocab = runner.vocabSize
+            var at = 0
+            for (length in sequenceOf(1, 7, 1, 32, 3, 100, 156)) {
+                for (begin in at until at + length step runner.chunk) {
+                    val end = minOf(begin + runner.chunk, at + length)
+                    val logits = runner.feed(ids.copyOfRange(begin, end), keep = 0)
+                    assertClose(whole.copyOfRange(begin * vocab, end * vocab), logits)
+                }
+                at += length
             }
-            at += length
+            // The control: another text has other logits.
+            assertTrue(error(whole, runner.logits(text(runner, 300))) > 100 * TOLERANCE)
         }
-        // The control: another text has other logits.
-        assertTrue(error(whole, runner.logits(text(runner, 300))) > 100 * TOLERANCE)
-    }
 
     @ParameterizedTest
     @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16"])
@@ -72,9 +74,15 @@ class SessionTest {
             openOnnxSession(bundle, threads = 1, spin = false).use { session ->
                 fun feed(text: IntArray): FloatArray {
                     val rows = blob.rowIds(text)
-                    val logits = session.feed(text.size, 1) { into ->
-                        blob.lookup(rows, bundle.decoder.contract.lookupInputs.map { it.table to into.getValue(it.name) })
-                    }
+                    val logits =
+                        session.feed(text.size, 1) { into ->
+                            blob.lookup(
+                                rows,
+                                bundle.decoder.contract.lookupInputs.map {
+                                    it.table to into.getValue(it.name)
+                                },
+                            )
+                        }
                     return FloatArray(vocab).also { logits.get(it) }
                 }
                 feed(ids.copyOf(20))
@@ -88,62 +96,100 @@ class SessionTest {
 
     @ParameterizedTest
     @ValueSource(strings = ["gemma4-fp32", "rwkv7b-fp16"])
-    fun `a text that was stopped in a prompt goes on as if it had not been`(name: String) = open(name).use { runner ->
-        val ids = text(runner, 1000)
-        val options = GenerationOptions(GenerationConfig(maxNewTokens = 5), greedy = true, ignoreEos = true)
-        val expected = runBlocking { runner.generate(ids, options).toList() }
-        runner.reset()
-        runBlocking {
-            val job = launch { runner.generate(ids, options).collect { } }
-            delay(8)
-            job.cancelAndJoin()
-        }
-        assertEquals(expected, runBlocking { runner.generate(ids, options).toList() })
-    }
-
-    @Test
-    fun `a collector that wants no more ends a text`() = open("gemma4-fp32").use { runner ->
-        val options = GenerationOptions(greedy = true, ignoreEos = true)
-        val ids = text(runner, 9)
-        val three = runBlocking { runner.generate(ids, options).take(3).toList() }
-        assertEquals(3, three.size)
-        assertNull(runner.stats.finishReason)
-        // The next turn continues what was read: all but the last token.
-        val next = ids + three.map { it.id }.toIntArray() + 5
-        runBlocking { runner.generate(next, options).take(1).toList() }
-        assertTrue(runner.stats.promptTokens <= 2, "${runner.stats.promptTokens}")
-    }
-
-    @Test
-    fun `texts end for a reason`() = open("gemma4-fp32").use { runner ->
-        fun reason(count: Int, config: GenerationConfig): FinishReason? {
+    fun `a text that was stopped in a prompt goes on as if it had not been`(name: String) =
+        open(name).use { runner ->
+            val ids = text(runner, 1000)
+            val options =
+                GenerationOptions(
+                    GenerationConfig(maxNewTokens = 5),
+                    greedy = true,
+                    ignoreEos = true,
+                )
+            val expected = runBlocking { runner.generate(ids, options).toList() }
             runner.reset()
-            val options = GenerationOptions(config, greedy = true, ignoreEos = true)
-            runBlocking { runner.generate(text(runner, count), options).collect { } }
-            return runner.stats.finishReason
+            runBlocking {
+                val job = launch { runner.generate(ids, options).collect {} }
+                delay(8)
+                job.cancelAndJoin()
+            }
+            assertEquals(expected, runBlocking { runner.generate(ids, options).toList() })
         }
-        assertEquals(FinishReason.LENGTH, reason(3, GenerationConfig(maxNewTokens = 2)))
-        assertEquals(FinishReason.CONTEXT, reason(runner.context - 2, GenerationConfig(maxNewTokens = 9)))
-        assertEquals(FinishReason.TIME, reason(3, GenerationConfig(maxNewTokens = 9, maxTime = 1e-9)))
-    }
 
     @Test
-    fun `what cannot be asked for is refused before anything is read`() = open("gemma4-fp32").use { runner ->
-        val most = runner.numRows.toInt()
-        assertEquals("the prompt is empty", refusal<InputError> { runner.generate(IntArray(0)) })
-        assertTrue("has no row" in refusal<InputError> { runner.generate(intArrayOf(most)) })
-        assertTrue("exceed the bundle's context" in refusal<InputError> { runner.generate(IntArray(runner.context + 1)) })
-        assertTrue("feed 1 to 256" in refusal<InputError> { runner.feed(IntArray(257)) })
-        assertTrue("keep is 3" in refusal<InputError> { runner.feed(intArrayOf(1, 2), keep = 3) })
-        assertTrue("top_k is -1" in refusal<InputError> {
-            runner.generate(intArrayOf(1), GenerationOptions(GenerationConfig(topK = -1)))
-        })
-        open("rwkv8-fp32").use {
-            assertEquals("this bundle has no tokenizer", refusal<InputError> { it.generate("text") })
-            assertEquals("this bundle has no chat format", refusal<InputError> { it.chat(listOf(Message("user", "a"))) })
+    fun `a collector that wants no more ends a text`() =
+        open("gemma4-fp32").use { runner ->
+            val options = GenerationOptions(greedy = true, ignoreEos = true)
+            val ids = text(runner, 9)
+            val three = runBlocking { runner.generate(ids, options).take(3).toList() }
+            assertEquals(3, three.size)
+            assertNull(runner.stats.finishReason)
+            // The next turn continues what was read: all but the last token.
+            val next = ids + three.map { it.id }.toIntArray() + 5
+            runBlocking { runner.generate(next, options).take(1).toList() }
+            assertTrue(runner.stats.promptTokens <= 2, "${runner.stats.promptTokens}")
         }
-        assertTrue("threads is 999" in refusal<InputError> { Runner(bundle("gemma4-fp32"), threads = 999) })
-    }
+
+    @Test
+    fun `texts end for a reason`() =
+        open("gemma4-fp32").use { runner ->
+            fun reason(count: Int, config: GenerationConfig): FinishReason? {
+                runner.reset()
+                val options = GenerationOptions(config, greedy = true, ignoreEos = true)
+                runBlocking { runner.generate(text(runner, count), options).collect {} }
+                return runner.stats.finishReason
+            }
+            assertEquals(FinishReason.LENGTH, reason(3, GenerationConfig(maxNewTokens = 2)))
+            assertEquals(
+                FinishReason.CONTEXT,
+                reason(runner.context - 2, GenerationConfig(maxNewTokens = 9)),
+            )
+            assertEquals(
+                FinishReason.TIME,
+                reason(3, GenerationConfig(maxNewTokens = 9, maxTime = 1e-9)),
+            )
+        }
+
+    @Test
+    fun `what cannot be asked for is refused before anything is read`() =
+        open("gemma4-fp32").use { runner ->
+            val most = runner.numRows.toInt()
+            assertEquals(
+                "the prompt is empty",
+                refusal<InputError> { runner.generate(IntArray(0)) },
+            )
+            assertTrue("has no row" in refusal<InputError> { runner.generate(intArrayOf(most)) })
+            assertTrue(
+                "exceed the bundle's context" in
+                    refusal<InputError> { runner.generate(IntArray(runner.context + 1)) }
+            )
+            assertTrue("feed 1 to 256" in refusal<InputError> { runner.feed(IntArray(257)) })
+            assertTrue(
+                "keep is 3" in refusal<InputError> { runner.feed(intArrayOf(1, 2), keep = 3) }
+            )
+            assertTrue(
+                "top_k is -1" in
+                    refusal<InputError> {
+                        runner.generate(
+                            intArrayOf(1),
+                            GenerationOptions(GenerationConfig(topK = -1)),
+                        )
+                    }
+            )
+            open("rwkv8-fp32").use {
+                assertEquals(
+                    "this bundle has no tokenizer",
+                    refusal<InputError> { it.generate("text") },
+                )
+                assertEquals(
+                    "this bundle has no chat format",
+                    refusal<InputError> { it.chat(listOf(Message("user", "a"))) },
+                )
+            }
+            assertTrue(
+                "threads is 999" in
+                    refusal<InputError> { Runner(bundle("gemma4-fp32"), threads = 999) }
+            )
+        }
 
     @Test
     fun `runners on one bundle do not disturb each other, and one serves one thread`() {
@@ -164,7 +210,10 @@ class SessionTest {
                 }
             }
             inside.await()
-            assertEquals("another thread is using this runner", refusal<InputError> { first.reset() })
+            assertEquals(
+                "another thread is using this runner",
+                refusal<InputError> { first.reset() },
+            )
             asked.countDown()
             busy.join()
         }

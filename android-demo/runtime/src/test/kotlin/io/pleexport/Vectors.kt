@@ -11,7 +11,8 @@ import org.junit.jupiter.api.Assertions.assertThrows
 /** What the specification comes with; the Python library holds itself to the same files. */
 internal val VECTORS = File("../../tests/vectors")
 
-internal fun readObject(file: File): JsonObject = JsonParser.parseString(file.readText()).asJsonObject
+internal fun readObject(file: File): JsonObject =
+    JsonParser.parseString(file.readText()).asJsonObject
 
 /** Runs what has to fail, and gives its words. */
 internal inline fun <reified E : PleexportError> refusal(crossinline body: () -> Unit): String =

@@ -13,7 +13,11 @@ class Xxh3Test {
         check(hashes.size() > 20)
         for (pair in hashes) {
             val length = pair.asJsonArray[0].asInt
-            assertEquals(pair.asJsonArray[1].asString, Xxh3.hex(Xxh3.hash(data, 0, length)), "$length bytes")
+            assertEquals(
+                pair.asJsonArray[1].asString,
+                Xxh3.hex(Xxh3.hash(data, 0, length)),
+                "$length bytes",
+            )
         }
     }
 
