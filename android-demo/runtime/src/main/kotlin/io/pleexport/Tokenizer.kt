@@ -43,7 +43,9 @@ interface Tokenizer {
  * @throws CheckFailed a file does not match its checksums.
  */
 internal fun openTokenizer(bundle: Bundle): Tokenizer? {
-    val files = listOf(TOKENIZER, VOCABULARY, TOKENIZER_CONFIG).mapNotNull(bundle::file)
+    // The template is not read, but the chat format was made from it.
+    val names = listOf(TOKENIZER, VOCABULARY, TOKENIZER_CONFIG, CHAT_TEMPLATE)
+    val files = names.mapNotNull(bundle::file)
     bundle.checksums?.let { checkFiles(files, it) }
     val json = bundle.file(TOKENIZER)
     if (json != null) return JsonTokenizer(json, readConfig(bundle.file(TOKENIZER_CONFIG)))
