@@ -140,7 +140,7 @@ def talks(draw: st.DrawFn) -> list[dict[str, str]]:
     return [{"role": role, "content": draw(texts)} for role in roles]
 
 
-@settings(deadline=None, max_examples=150, derandomize=True)
+@settings(deadline=None, max_examples=80, derandomize=True)
 @given(messages=talks(), thinking=st.sampled_from([None, True, False]))
 @pytest.mark.parametrize("name", FORMATS)
 def test_any_conversation_is_rendered_as_the_template_does(

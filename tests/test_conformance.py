@@ -140,6 +140,8 @@ def wrong(name: str, asked: dict[str, Any]) -> list[str]:
     found = [*wrong_rows(runner, asked), *wrong_logits(runner, asked), *wrong_greedy(runner, asked)]
     if runner.tokenizer:
         found += wrong_text(runner.tokenizer, asked)
+    if runner.bundle.manifest.no_chat_format != asked.get("no_chat_format"):
+        found.append("why there is no chat format")
     return found + ([*wrong_conversations(runner, asked)] if "conversations" in asked else [])
 
 

@@ -358,11 +358,11 @@ STRUCTS = (
     bundle_module.ParitySummary,
     bundle_module.FileRecord,
     bundle_module.AdapterRecord,
-    bundle_module.Source,
-    bundle_module.SourceFile,
     chat_format.ChatFormat,
     chat_format.Joint,
     chat_format.Thoughts,
+    bundle_module.Source,
+    bundle_module.SourceFile,
 )
 
 
