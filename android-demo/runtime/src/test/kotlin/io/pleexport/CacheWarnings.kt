@@ -13,7 +13,7 @@ object CacheWarnings {
         val bundle = Bundle(File(arguments[0]))
         val session = openOnnxSession(bundle, 1, false, OrtLoggingLevel.ORT_LOGGING_LEVEL_WARNING)
         if (arguments.size > 1) session.separateOutputs()
-        for (count in listOf(5, 1, 300.coerceAtMost(session.chunk), 1)) session.feed(count, 1) {}
+        for (count in listOf(5, 1, 200, 1).map { it.coerceAtMost(session.chunk) }) session.feed(count, 1) {}
         session.close()
     }
 
