@@ -50,7 +50,8 @@ internal fun <T> malformedAsOne(read: () -> T): T =
         read()
     } catch (err: MalformedJsonException) {
         // Gson's own words are for programmers; where it stopped is for all.
-        throw MalformedJson("it is no JSON at " + (err.message ?: "").substringAfter(" at "))
+        val where = (err.message ?: "").lineSequence().first().substringAfter(" at ", "its end")
+        throw MalformedJson("it is no JSON at $where")
     } catch (err: EOFException) {
         throw MalformedJson("it ends too early")
     } catch (err: IllegalStateException) { // Gson: another kind of value than was asked for

@@ -57,7 +57,8 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
             }
             0
         } catch (err: PleexportError) {
-            System.err.println("error: ${err.message}\n\nhint: ${err.hint}")
+            // Names and texts of files are not trusted: what steers a terminal is not printed.
+        System.err.println("error: ${plain(err.message)}\n\nhint: ${plain(err.hint)}")
             2
         } catch (err: IOException) {
             System.err.println("error: ${err.message}")
@@ -150,6 +151,8 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
         options.bundle().verify()
         println("Files are intact.")
     }
+
+    private fun plain(text: String) = text.map { if (it.isISOControl()) '?' else it }.joinToString("")
 
     private fun describe(stats: Stats): String =
         listOf(
