@@ -58,6 +58,14 @@ PackedOption = Annotated[
         metavar="DIR",
     ),
 ]
+SpinOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--spin/--no-spin",
+        help="Let waiting threads spin: fast alone, slow beside another busy process.",
+        show_default="the target's",
+    ),
+]
 CheckOption = Annotated[
     bool, typer.Option(help="Compare what is loaded with its checksums, or trust it.")
 ]
@@ -394,6 +402,7 @@ def run(
     ] = False,
     stats: Annotated[bool, typer.Option(help="Print speed, drafts, memory and lookups.")] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    spin: SpinOption = None,
     packed_weights: PackedOption = None,
     verify: CheckOption = True,
 ) -> None:
@@ -410,7 +419,9 @@ def run(
             "`--prompt` and `--ids` exclude each other", hint="leave one of them out"
         )
     arguments = _template_arguments(template_argument or [], tools)
-    runner = Runner(bundle, threads=threads, packed_weights=packed_weights, verify=verify)
+    runner = Runner(
+        bundle, threads=threads, spin=spin, packed_weights=packed_weights, verify=verify
+    )
     options: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -478,6 +489,7 @@ def bench(
         bool, typer.Option(help="Drop the blob from the page cache before each run.")
     ] = False,
     threads: Annotated[int, typer.Option(help="Threads; 0 for one a core.")] = 0,
+    spin: SpinOption = None,
     packed_weights: PackedOption = None,
     verify: CheckOption = True,
     as_json: JsonOption = False,
@@ -497,6 +509,7 @@ def bench(
         repeat=repeat,
         cold=cold,
         threads=threads,
+        spin=spin,
         packed_weights=packed_weights,
         verify=verify,
         progress=Progress(quiet=as_json),

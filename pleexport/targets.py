@@ -75,6 +75,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         cache_dtype: of keys and values in layers that see the whole context, likewise.
         context: positions that a bundle is built for, capped by the model's own maximum.
         opset: version of the ONNX operators.
+        spin: whether threads spin while they wait for work, unless a runner is told otherwise.
         runtime: packages that execute a bundle there, with the oldest version to use.
         packaging: what to do with a bundle's files on that platform.
         backends: by backend, what the target wants otherwise.
@@ -91,6 +92,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     cache_dtype: CacheDtype = "fp32"
     context: Positive
     opset: Literal[24]
+    spin: bool = True
     runtime: dict[str, str]
     packaging: list[Text]
     limits: Limits = Limits()

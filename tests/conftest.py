@@ -36,7 +36,7 @@ def one_thread_a_session() -> Iterator[None]:
     """Let ONNX Runtime take one thread where a test asks for no number of them."""
     of_threads = files.session_options
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(files, "session_options", lambda threads: of_threads(threads or 1))
+        patch.setattr(files, "session_options", lambda threads, **o: of_threads(threads or 1, **o))
         yield
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 import pleexport
-from pleexport.backends.onnx import packing
+from pleexport.backends.onnx import files, packing
 from pleexport.errors import BundleError, InputError
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
@@ -345,3 +347,25 @@ def test_packing_that_fails_leaves_nothing(
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="no folder that can be written to"):
         pleexport.Runner(sample_bundle, packed_weights=tmp_path / "file")
+
+
+def test_threads_spin_as_the_target_or_the_caller_says(
+    gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    laptop = (Path(__file__).parents[1] / "targets" / "laptop.toml").read_text()
+    (tmp_path / "shared.toml").write_text(f"spin = false\n{laptop}")
+    bundle = pleexport.build(
+        gemma4_checkpoint, tmp_path / "b", target=str(tmp_path / "shared.toml"), verify=False
+    )
+    assert json.loads((bundle.path / "manifest.json").read_text())["spin"] is False
+    told, of_threads = [], files.session_options
+
+    def options(threads: int, **others: Any) -> Any:
+        found = of_threads(threads, **others)
+        told.append(found.get_session_config_entry("session.intra_op.allow_spinning"))
+        return found
+
+    monkeypatch.setattr(files, "session_options", options)
+    logits = [pleexport.Runner(bundle, spin=spin).logits([2, 3]) for spin in (None, False, True)]
+    assert told == ["0", "0", "1"]
+    assert np.array_equal(logits[0], logits[2])

@@ -199,6 +199,7 @@ class Backend(Protocol):
         *,
         context: int,
         threads: int,
+        spin: bool = True,
         packed_weights: Path | None,
         checksums: Checksums | None,
     ) -> Session:
@@ -207,6 +208,7 @@ class Backend(Protocol):
         Args:
             context: largest number of positions.
             threads: 0 for one a core.
+            spin: whether threads spin while they wait; of no meaning where a runtime has no choice.
             packed_weights: a folder that keeps weights arranged for this processor.
             checksums: of the files; None to compare nothing.
         Raises:

@@ -196,6 +196,7 @@ def _build(
             calibration_tokens=len(calibration_ids),
             max_bytes=settings.max_bytes,
             target=settings.target.name,
+            spin=settings.target.spin,
             source=source,
             adapters=[AdapterRecord(a.name, a.weight, a.digest()) for a in adapters_of(opened)],
             tables_digest=tables_digest,

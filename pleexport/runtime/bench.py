@@ -34,6 +34,7 @@ class BenchResult(msgspec.Struct):
     """What `bench` measured; memory in bytes at the end, None where the system does not tell.
 
     Attributes:
+        spin: whether threads spun while they waited.
         load_to_first_token_seconds: until the first token of the first prompt length.
     """
 
@@ -41,6 +42,7 @@ class BenchResult(msgspec.Struct):
     load_to_first_token_seconds: float
     cold: bool
     threads: int
+    spin: bool
     repeat: int
     timings: list[Timing]
     anonymous_bytes: int | None
@@ -55,6 +57,7 @@ def bench(
     repeat: int,
     cold: bool,
     threads: int,
+    spin: bool | None = None,
     packed_weights: Path | None,
     verify: bool = True,
     progress: Progress,
@@ -85,7 +88,7 @@ def bench(
             hint="choose shorter prompts, or build with a larger `--context`",
         )
     started = time.perf_counter()
-    runner = Runner(opened, threads=threads, packed_weights=packed_weights)
+    runner = Runner(opened, threads=threads, spin=spin, packed_weights=packed_weights)
     load_seconds = time.perf_counter() - started
     first = _random_ids(runner, prompt_tokens[0])
     next(runner.generate(first, max_new_tokens=1, greedy=True, ignore_eos=True))
@@ -99,6 +102,7 @@ def bench(
         load_to_first_token_seconds=load_to_first_token_seconds,
         cold=cold,
         threads=threads or os.cpu_count() or 1,
+        spin=opened.manifest.spin if spin is None else spin,
         repeat=repeat,
         timings=timings,
         anonymous_bytes=runner.stats.anonymous_bytes,

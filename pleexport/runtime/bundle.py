@@ -112,6 +112,7 @@ class Manifest(
         chat_format: the chat template as data; None where there is no template, or it cannot be
             told so.
         no_chat_format: why it cannot, as a clause.
+        spin: whether threads spin while they wait, unless a runner is told otherwise.
         source: the checkpoint that it was built from.
         adapters: in the order in which they were merged.
         tables_digest: of the checkpoint's tables; the blob has it too.
@@ -139,6 +140,7 @@ class Manifest(
     activation_rounding: bool = True
     calibration_tokens: int
     target: str
+    spin: bool = True
     source: Source | None = None
     adapters: list[AdapterRecord] = []
     tables_digest: str

@@ -35,6 +35,8 @@ class Runner:
     Args:
         bundle: a folder, or an open `Bundle`.
         threads: of the runtime; by default as many as there are cores.
+        spin: whether threads of ONNX Runtime spin while they wait for work. That is fast where
+            nothing else runs, and slow beside another busy process; by default as the target says.
         packed_weights: a folder that keeps weights as this processor wants them. They are written
             at the first use, which takes memory and time once; from then on they are mapped, which
             takes next to none.
@@ -54,6 +56,7 @@ class Runner:
         bundle: Bundle | str | Path,
         *,
         threads: int = 0,
+        spin: bool | None = None,
         packed_weights: str | Path | None = None,
         verify: bool = True,
     ) -> None:
@@ -78,6 +81,7 @@ class Runner:
             graph,
             context=self.context,
             threads=threads,
+            spin=self.bundle.manifest.spin if spin is None else spin,
             packed_weights=None if packed_weights is None else Path(packed_weights),
             checksums=checksums,
         )

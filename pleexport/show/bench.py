@@ -24,8 +24,9 @@ def describe_bench(result: BenchResult) -> str:
     ]
     lines = aligned(rows, align=">>>>>")
     state = "blob dropped from the page cache" if result.cold else "warm"
+    waiting = "spinning" if result.spin else "waiting"
     lines.append(
-        f"\n{state}, {result.threads} threads, median of {result.repeat}; "
+        f"\n{state}, {result.threads} {waiting} threads, median of {result.repeat}; "
         f"loaded in {result.load_seconds:.2f} s, "
         f"first token after {result.load_to_first_token_seconds:.2f} s"
     )

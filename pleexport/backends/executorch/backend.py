@@ -154,6 +154,7 @@ class ExecutorchBackend:
         *,
         context: int,
         threads: int,
+        spin: bool = True,
         packed_weights: Path | None,
         checksums: Checksums | None,
     ) -> ExecutorchSession:

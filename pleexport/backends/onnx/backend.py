@@ -97,6 +97,7 @@ class OnnxBackend:
         *,
         context: int,
         threads: int,
+        spin: bool = True,
         packed_weights: Path | None,
         checksums: Checksums | None,
     ) -> OnnxSession:
@@ -116,7 +117,7 @@ class OnnxBackend:
             path = packed_graph(folder, artifact, packed_weights, checksums=checksums)
             checked = checked_packed(path, check=checksums is not None)
         with checked:
-            session = open_graph(path, session_options(threads))
+            session = open_graph(path, session_options(threads, spin=spin))
         check_graph(session, artifact.contract, where=str(path))
         return OnnxSession(session, artifact.contract, context=context)
 

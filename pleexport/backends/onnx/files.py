@@ -24,12 +24,18 @@ NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
-def session_options(threads: int) -> ort.SessionOptions:
-    """Options of a session that generates text; 0 threads for one a core."""
+def session_options(threads: int, *, spin: bool) -> ort.SessionOptions:
+    """Options of a session that generates text.
+
+    Args:
+        threads: 0 for one a core.
+        spin: see `Runner`.
+    """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Smaller pieces of work at the end of an operator: threads wait less for each other.
     options.add_session_config_entry("session.dynamic_block_base", "4")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     return options
 
 

@@ -1,0 +1,199 @@
+"""The Kotlin library against the Python one: logits, texts, and what it refuses.
+
+Maven builds the jar once. Where there is no Maven the tests are skipped, but not in CI.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import kotlin_cases
+import numpy as np
+import pytest
+from conftest import TOLERANCE, relative_error
+from numpy.typing import NDArray
+from resealed import change_manifest
+
+import pleexport
+from pleexport.runtime.conversation import Conversation
+
+CONFORMANCE = Path(__file__).parents[1] / "conformance"
+BUNDLES = sorted(path for path in CONFORMANCE.iterdir() if path.is_dir())
+# Bundles in which nothing is rounded but tables.
+EXACT = ("gemma4-fp32", "rwkv8-fp32", "embformer-bf16", "llama-value-embeddings-bf16")
+PROJECT = Path(__file__).parents[1] / "android-demo" / "runtime"
+JAR = PROJECT / "target" / "pleexport-runtime.jar"
+# Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX
+# Runtime in its own way; one version moves as much when it reads a prompt in other pieces.
+ROUNDED = 0.05
+REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_JVM"))
+
+
+@pytest.fixture(scope="session")
+def jar() -> Path:
+    """The jar, built by Maven where a source has changed."""
+    if not (shutil.which("mvn") and shutil.which("java")):
+        why = "the Kotlin library needs a JDK 17 and Maven: `apt-get install openjdk-17-jdk maven`"
+        assert not REQUIRED, why
+        pytest.skip(why)
+    sources = sorted([PROJECT / "pom.xml", *(PROJECT / "src").rglob("*.kt")])
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
+    stamp = PROJECT / "target" / "built"
+    (PROJECT / "target").mkdir(exist_ok=True)
+    with (PROJECT / "target" / "lock").open("w") as lock:  # other workers build too
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not stamp.exists() or stamp.read_text() != state or not JAR.exists():
+            maven("package", "-DskipTests")
+            stamp.write_text(state)
+    return JAR
+
+
+def maven(*arguments: str) -> None:
+    done = subprocess.run(
+        ["mvn", "-q", "-B", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def java(jar: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    options = ["-Xmx512m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1"]
+    command = ["java", *options, "-jar", jar, *arguments, "--threads", "1"]
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, encoding="utf-8", check=False
+    )
+
+
+def logits(jar: Path, bundle: Path, ids: list[int], out: Path) -> NDArray[np.float32]:
+    done = java(jar, "logits", bundle, "--ids", ",".join(map(str, ids)), "--out", out)
+    assert done.returncode == 0, done.stderr
+    found: NDArray[np.float32] = np.load(out)
+    assert found.dtype == np.float32
+    return found
+
+
+def check_logits(jar: Path, bundle: Path, tolerance: float) -> None:
+    runner = pleexport.Runner(bundle, threads=1)
+    ids = np.random.default_rng(3).integers(0, runner.blob.num_rows, 300).tolist()
+    expected, out = runner.logits(ids), bundle.parent / "logits.npy"
+    assert relative_error(expected, logits(jar, bundle, ids, out)) < tolerance
+    # The control: one id is another.
+    ids[150] = (ids[150] + 1) % runner.blob.num_rows
+    assert relative_error(expected, runner.logits(ids)) > tolerance
+
+
+@pytest.fixture(scope="session")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tokenizers and answers of the Python library, for the library's own tests."""
+    folder = tmp_path_factory.mktemp("kotlin")
+    (folder / "tokenizers").mkdir()
+    kotlin_cases.write_tokenizers(folder / "tokenizers")
+    kotlin_cases.write_sampling(folder / "sampling.json")
+    kotlin_cases.write_rules(folder / "rules.json")
+    return folder
+
+
+def test_its_own_tests_pass(jar: Path, cases: Path) -> None:
+    """Among them are the conformance vectors."""
+    maven("surefire:test", f"-Dpleexport.cases={cases}")
+    reports = [p.read_text() for p in (PROJECT / "target" / "surefire-reports").glob("*.txt")]
+    assert len(reports) >= 8
+    assert all("Failures: 0, Errors: 0, Skipped: 0" in report for report in reports), reports
+
+
+@pytest.mark.parametrize("bundle", BUNDLES, ids=lambda path: path.name)
+def test_logits_are_those_of_python(bundle: Path, jar: Path, tmp_path: Path) -> None:
+    tolerance = TOLERANCE if bundle.name in EXACT else ROUNDED
+    runner = pleexport.Runner(bundle, threads=1)
+    ids = np.random.default_rng(3).integers(0, runner.blob.num_rows, 300).tolist()
+    expected = runner.logits(ids)
+    assert relative_error(expected, logits(jar, bundle, ids, tmp_path / "logits.npy")) < tolerance
+    # The control: one id is another.
+    ids[150] = (ids[150] + 1) % runner.blob.num_rows
+    assert relative_error(expected, runner.logits(ids)) > tolerance
+
+
+def test_text_is_that_of_python(jar: Path) -> None:
+    bundle = CONFORMANCE / "gemma4-fp32"
+    runner = pleexport.Runner(bundle, threads=1)
+    expected = "".join(t.text for t in runner.generate("ab é", max_new_tokens=40, greedy=True))
+    options = ("--max-new-tokens", 40, "--greedy")
+    done = java(jar, "run", bundle, "--prompt", "ab é", "--no-chat", *options)
+    assert (done.returncode, done.stdout) == (0, expected + "\n"), done.stderr
+    assert len(set(expected)) > 3
+    end = expected[3:5]
+    done = java(jar, "run", bundle, "--prompt", "ab é", "--no-chat", *options, "--stop", end)
+    assert done.stdout == expected[: expected.index(end)] + "\n"
+    conversation = Conversation(runner, max_new_tokens=40, greedy=True)
+    done = java(jar, "run", bundle, "--prompt", "ab", *options)
+    assert done.stdout == "".join(conversation.ask("ab")) + "\n"
+    timed = java(
+        jar, "bench", bundle, "--prompt-tokens", 8, "--decode-tokens", 4, "--repeat", 1, "--json"
+    )
+    assert json.loads(timed.stdout)["timings"][0]["decode_tokens_per_second"] > 0
+
+
+def test_no_cache_is_copied(jar: Path) -> None:
+    """ONNX Runtime says so when it copies one."""
+    folders = (PROJECT / "target" / name for name in ("test-classes", "classes", "lib/*"))
+    command = ["java", "-cp", ":".join(map(str, folders)), "io.pleexport.CacheWarnings"]
+    for name in ("lckv-fp16", "gemma4-int4"):
+        bundle = str(CONFORMANCE / name)
+        said = subprocess.run([*command, bundle], capture_output=True, text=True, check=True)
+        assert "in-place optimization not activated" not in said.stderr
+    apart = subprocess.run([*command, bundle, "apart"], capture_output=True, text=True, check=True)
+    assert "in-place optimization not activated" in apart.stderr
+
+
+def refusal(jar: Path, bundle: Path, ids: list[int]) -> str:
+    """The one sentence that is said of a bundle that cannot be used."""
+    out = bundle.parent / "refused.npy"
+    done = java(jar, "logits", bundle, "--ids", ",".join(map(str, ids)), "--out", out)
+    assert done.returncode == 2, done.stdout + done.stderr
+    sentence, empty, hint = done.stderr.strip().split("\n")
+    assert (sentence[:7], empty, hint[:6]) == ("error: ", "", "hint: ")
+    return sentence
+
+
+def test_a_flipped_byte_in_any_file_is_told(jar: Path, tmp_path: Path) -> None:
+    whole = CONFORMANCE / "gemma4-int4"
+    names = {path.name for path in whole.iterdir()}
+    assert {"tied.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
+    rows = pleexport.Bundle(whole).open_blob()
+    for name in sorted(names - {"generation_config.json"}):  # that is not read
+        bundle = shutil.copytree(whole, tmp_path / "damaged", dirs_exist_ok=True)
+        data = bytearray((bundle / name).read_bytes())
+        # A row that is looked up; other rows of a blob are compared when they are.
+        place = rows.rows_offset + 5 * rows.row_stride + 9 if "embed" in name else len(data) - 9
+        data[place] ^= 1
+        (bundle / name).write_bytes(data)
+        sentence = refusal(jar, bundle, [2, 5])
+        assert f"{name}`" in sentence
+        assert "damaged" in sentence
+
+
+def test_a_bundle_that_is_none_is_refused(jar: Path, tmp_path: Path) -> None:
+    def changed(change: Callable[[dict[str, Any]], Any]) -> str:
+        bundle = shutil.copytree(CONFORMANCE / "gemma4-fp32", tmp_path / "b", dirs_exist_ok=True)
+        change_manifest(bundle, change)
+        return refusal(jar, bundle, [2])
+
+    def executorch(manifest: dict[str, Any]) -> None:
+        graph = manifest["graphs"]["decoder"]
+        graph["backend"], graph["contract"]["id"] = "executorch", "pleexport.executorch/1"
+
+    assert "has schema 9; this version reads 2" in changed(lambda m: m.update(schema=9))
+    assert "unknown field `surprise`" in changed(lambda m: m.update(surprise=1))
+    assert "points outside the bundle" in changed(lambda m: m["files"][0].update(name="../x"))
+    assert "for the backend `executorch`" in changed(executorch)
+    assert "blob of another bundle" in changed(lambda m: m.update(tables_digest="other"))
+    other = changed(lambda m: m["graphs"]["decoder"]["contract"].update(vocab_size=7))
+    assert "and the manifest disagree about logits" in other
+    assert "is not a bundle" in refusal(jar, tmp_path / "nowhere", [2])
