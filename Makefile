@@ -8,20 +8,24 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow lint format clean
+.PHONY: help demo test slow audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
 	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
 	@echo "make test               lint, type check and tests, as CI runs them"
 	@echo "make slow               more tests of kinds that make test has one of"
+	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
+	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
-# The environment is made once, and again when the dependencies change.
-$(VENV)/.installed: pyproject.toml
+# The environment is made once, and again when the dependencies change. What is installed is locked
+# with its checksums, so that everybody tests the same.
+$(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on --editable '.[export,executorch,dev]'
+	$(BIN)/pip install --progress-bar on --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
 demo: $(VENV)/.installed
@@ -35,6 +39,16 @@ test: $(VENV)/.installed lint
 
 slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 -m slow
+
+# A package that cannot be asked about is a failure too.
+audit: requirements.lock
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/pip install --quiet pip-audit
+	build/audit/bin/pip-audit --strict --require-hashes --disable-pip --requirement requirements.lock
+
+lock:
+	uv pip compile pyproject.toml --all-extras --universal --generate-hashes --upgrade \
+		--no-emit-index-url --custom-compile-command "make lock" --quiet --output-file requirements.lock
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

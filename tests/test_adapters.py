@@ -391,7 +391,8 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
     assert "note: `adapter` merged into `base`: 12 tensors change" in said.getvalue()
     manifest = bundle.manifest
     assert [(a.name, a.weight) for a in manifest.adapters] == [("adapter", 1.0)]
-    assert manifest.base_digest is not None
+    assert manifest.source is not None
+    assert [file.name for file in manifest.source.files] == ["config.json", "model.safetensors"]
     assert "adapters merged: adapter\n" in describe_bundle(bundle)
 
     report = pleexport.verify(bundle, checkpoint=base, adapters=[adapter])

@@ -13,6 +13,7 @@ from typing import Any, get_args, get_origin
 import msgspec
 import onnxruntime as ort
 import pytest
+import xxhash
 from checkpoints import gemma4
 from conftest import SAMPLES, check_every_way_to_feed
 from family_checkpoints import embformer, lckv
@@ -356,6 +357,8 @@ STRUCTS = (
     bundle_module.ParitySummary,
     bundle_module.FileRecord,
     bundle_module.AdapterRecord,
+    bundle_module.Source,
+    bundle_module.SourceFile,
 )
 
 
@@ -380,6 +383,11 @@ def test_the_manifest_of_the_bundle_format_is_that_of_the_sample() -> None:
     shown = msgspec.json.decode(block, type=bundle_module.Manifest)
     assert shown.schema == bundle_module.SCHEMA
     assert shown.target in targets.names()
+    assert shown.source is not None
+    for file in shown.source.files:
+        content = (SAMPLES / "gemma4-kjv" / file.name).read_bytes()
+        assert file.size == len(content)
+        assert file.digest == f"xxh3-128:{xxhash.xxh3_128_hexdigest(content)}"
     graph = shown.graphs[bundle_module.DECODER]
     model = families.resolve(Checkpoint(SAMPLES / "gemma4-kjv")).with_cache(shown.cache_dtype)
     real = describe(model, registry.load(graph.backend), context=shown.context)

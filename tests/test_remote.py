@@ -12,6 +12,7 @@ import fsspec
 import huggingface_hub.constants as hub_constants
 import pytest
 import torch
+import xxhash
 from adapter_folders import MLP, rewrite_config, save_adapter
 from checkpoints import gemma4, gemma4_multimodal
 from hub_server import COMMIT, Hub, serve
@@ -23,6 +24,8 @@ from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.remote import find_remote
 from pleexport.errors import CheckpointError, MissingDependencyError, UnsupportedError
 from pleexport.progress import Progress
+from pleexport.runtime.bundle import SourceFile
+from pleexport.show.bundle import describe_bundle
 
 QUIET = Progress(quiet=True)
 NEEDED = {"config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "model.safetensors"}
@@ -245,11 +248,25 @@ def test_a_build_by_id_needs_no_tower_and_passes_parity(
     hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.models["org/gemma"] = gemma4_multimodal(tmp_path / "gemma")
+    (hub.models["org/gemma"] / "LICENSE").write_text("Do good.")
+    (hub.models["org/gemma"] / "NOTICE.md").write_text("By us.")
     assert split_by_tower(hub.models["org/gemma"])
     exact = {"weight_dtype": "fp32", "table_dtype": "source"}
     bundle = pleexport.build("org/gemma", progress=Progress(), **exact)  # type: ignore[arg-type]
     assert bundle.path.name == "gemma-laptop"
     assert bundle.manifest.parity.passed
+    assert (bundle.path / "LICENSE").read_text() == "Do good."
+    assert (bundle.path / "NOTICE.md").read_text() == "By us."
+    source = bundle.manifest.source
+    assert source is not None
+    assert (source.repository, source.commit) == ("org/gemma", COMMIT)
+    shard = hub.models["org/gemma"] / "text.safetensors"
+    assert source.files[-1] == SourceFile(
+        "text.safetensors",
+        shard.stat().st_size,
+        f"xxh3-128:{xxhash.xxh3_128_hexdigest(shard.read_bytes())}",
+    )
+    assert f"built from org/gemma at {COMMIT}" in describe_bundle(bundle)
     assert [r for r in hub.requests if "api/models" in r] == [
         "GET api/models/org/gemma/revision/main"
     ]
@@ -261,6 +278,8 @@ def test_a_build_by_id_needs_no_tower_and_passes_parity(
     report = pleexport.verify(bundle, checkpoint="org/gemma", offline=True)
     assert report is not None
     assert report.passed
+    again = pleexport.build("org/gemma", "again", offline=True, verify=False, **exact)  # type: ignore[arg-type]
+    assert again.manifest.source == source
 
 
 def test_a_shard_of_the_language_model_has_to_be_there(tmp_path: Path) -> None:

@@ -125,6 +125,31 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_compressed_archive_is_refused_before_it_unpacks(tmp_path: Path) -> None:
+    path = rwkv(tmp_path / "model.pth", "7a", **UNEVEN)
+    Checkpoint(path)  # the control
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    first = next(name for name in parts if "/data/" in name)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in parts.items():
+            packed = zipfile.ZIP_DEFLATED if name == first else zipfile.ZIP_STORED
+            archive.writestr(name, content, packed)
+    with pytest.raises(CheckpointError, match=f"`{first}` in it is compressed, so it cannot be"):
+        Checkpoint(path)
+
+
+def test_a_tensor_that_is_larger_than_what_is_stored_is_refused(tmp_path: Path) -> None:
+    tensors = rwkv_tensors("7a", **UNEVEN)
+    huge = torch.zeros(1, 1).expand(1 << 20, 1 << 20)
+    torch.save(tensors | {"head.weight": huge}, tmp_path / "model.pth")
+    with pytest.raises(
+        CheckpointError,
+        match=r"`head\.weight` of shape .* needs 4,398,046,511,104 bytes, and 4 are",
+    ):
+        Checkpoint(tmp_path / "model.pth")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch calls some of its layouts new
 def test_odd_tensors_get_one_sentence(tmp_path: Path) -> None:
     tensors = rwkv_tensors("7a", **UNEVEN)

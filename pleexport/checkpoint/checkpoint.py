@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from copy import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,14 @@ GENERATION_CONFIG = "generation_config.json"
 _CONFIG_DTYPES = {torch_name(name): name for name in COMPUTED}
 
 
+@dataclass(frozen=True)
+class Repository:
+    """Where on the Hugging Face hub a checkpoint comes from: `owner/name`, and a commit."""
+
+    name: str
+    commit: str
+
+
 class WeightFile(Protocol):
     """A file of tensors."""
 
@@ -49,6 +57,7 @@ class Checkpoint:
     Args:
         weights: otherwise only the config is opened.
         name: what a bundle is called after; that of the folder or file by default.
+        repository: where it was fetched from, if it was.
     Attributes:
         notes: what contradicts itself in the folder, and what is read; for people.
         read_by_transformers: `from_pretrained` finds the same tensors in the folder, by the same
@@ -59,9 +68,17 @@ class Checkpoint:
         UnsupportedError: weights in a format that is not read.
     """
 
-    def __init__(self, path: str | Path, *, weights: bool = True, name: str | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        weights: bool = True,
+        name: str | None = None,
+        repository: Repository | None = None,
+    ) -> None:
         self.path = Path(path)
         self._name = name
+        self.repository = repository
         self.config: dict[str, Any] = {}
         if self.path.is_file():
             self.folder, contents = self.path.parent, Contents((self.path.name,))

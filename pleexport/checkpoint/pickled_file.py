@@ -6,6 +6,7 @@ torch's restricted unpickler knows tensors and containers only; see `torch.load(
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class PickledFile:
             raise MissingDependencyError(
                 f"reading `{self.path.name}` needs torch", hint="pip install 'pleexport[export]'"
             ) from err
+        self._refuse_compressed()
         try:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except OSError as err:
@@ -80,6 +82,22 @@ class PickledFile:
             )
         return loaded
 
+    def _refuse_compressed(self) -> None:
+        """Refuse an archive with compressed parts, which torch never writes and maps all the same.
+
+        Tensors would be read out of compressed bytes, and a small part may unpack to any size.
+        """
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                packed = [p.filename for p in archive.infolist() if p.compress_type]
+        except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):
+            return  # torch says what is wrong
+        if packed:
+            raise CheckpointError(
+                f"`{self.path}`: `{packed[0]}` in it is compressed, so it cannot be mapped",
+                hint="load it and save it again with `torch.save`, which compresses nothing",
+            )
+
     def _entry(self, name: str, tensor: Any) -> TensorEntry:
         import torch
 
@@ -97,4 +115,10 @@ class PickledFile:
                 hint="save dense tensors of fp32, fp16, bf16 or fp64 on the CPU",
             )
         size = tensor.numel() * dtype.bits // 8
+        if size > (stored := tensor.untyped_storage().nbytes()):
+            raise CheckpointError(
+                f"`{self.path}`: tensor `{name}` of shape {list(tensor.shape)} needs {size:,} "
+                f"bytes, and {stored:,} are stored",
+                hint="save `tensor.contiguous()` in place of an expanded view",
+            )
         return TensorEntry(name, dtype.name, tuple(tensor.shape), tensor.storage_offset(), size)

@@ -6,7 +6,6 @@ there already is not fetched again, and what was broken off goes on where it end
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import json
 import os
@@ -20,9 +19,10 @@ from typing import Protocol
 
 from pleexport.checkpoint.adapters.adapter import ADAPTER_WEIGHTS
 from pleexport.checkpoint.adapters.config import ADAPTER_CONFIG
-from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.checkpoint import Checkpoint, Repository
 from pleexport.checkpoint.folder import WHOLE
 from pleexport.checkpoint.index import INDEX, read_index
+from pleexport.checkpoint.text_files import is_text_file, matches
 from pleexport.errors import CheckpointError, MissingDependencyError
 from pleexport.progress import Progress
 from pleexport.sizes import size_text
@@ -30,12 +30,8 @@ from pleexport.staging import is_of_disk, is_partial, staged_file
 
 # The form of a model's id on the hub, maybe with a revision.
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_PAGE = re.compile(r"https://huggingface\.co/([^/]+/[^/]+)(?:/tree/([^/]+))?/?")
-# Everything beside weights that says how a model or its tokenizer works, and licences.
-_SMALL = (
-    *("*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model"),
-    *("*vocab*.txt", "merges.txt", "LICENSE*", "NOTICE*"),
-)
 _SPARE_BYTES = 64 << 20
 
 
@@ -44,6 +40,11 @@ class Store(Protocol):
 
     url: str
     cache: Path
+
+    @property
+    def repository(self) -> Repository | None:
+        """Which one of the hub it is, once it was listed."""
+        ...
 
     def listing(self) -> Mapping[str, int]:
         """Size in bytes of every file, by its name in the folder."""
@@ -138,7 +139,10 @@ def open_checkpoint(
     config = Checkpoint(remote.fetch(progress, weights=False), weights=False, name=remote.name)
     if config.config:
         check(config)
-    return Checkpoint(remote.fetch(progress), name=remote.name) if weights else config
+    if not weights:
+        return config
+    folder = remote.fetch(progress)
+    return Checkpoint(folder, name=remote.name, repository=remote.store.repository)
 
 
 def find_remote(
@@ -224,6 +228,12 @@ class HubStore:
         self._listed: Mapping[str, int] | None = None
         self.cache = Path(constants.HF_HUB_CACHE)
 
+    @property
+    def repository(self) -> Repository | None:
+        """See `Store`."""
+        commit = self._commit or self._cached_commit()
+        return Repository(self.repo, commit) if _COMMIT.fullmatch(commit) else None
+
     def listing(self) -> Mapping[str, int]:
         """See `Store`; what is cached where the hub cannot be asked, if there is something."""
         if self._listed is None:
@@ -265,12 +275,18 @@ class HubStore:
             )
         return Path(path)
 
+    @property
+    def _folder(self) -> Path:
+        return self.cache / f"models--{self.repo.replace('/', '--')}"
+
+    def _cached_commit(self) -> str:
+        """What a branch or tag stands for in the cache; a commit stands for itself."""
+        ref = self._folder / "refs" / self._revision
+        return ref.read_text().strip() if ref.is_file() else self._revision
+
     def _cached_files(self, cause: Exception | None = None) -> Mapping[str, int]:
         """The files of the newest cached commit of the revision."""
-        folder = self.cache / f"models--{self.repo.replace('/', '--')}"
-        ref = folder / "refs" / self._revision
-        commit = ref.read_text().strip() if ref.is_file() else self._revision
-        snapshot = folder / "snapshots" / commit
+        snapshot = self._folder / "snapshots" / self._cached_commit()
         if snapshot.is_dir():
             return _sizes_below(snapshot)
         why = (
@@ -324,6 +340,10 @@ class FsspecStore:
             import fsspec
 
             self._files, self._root = fsspec.core.url_to_fs(self.url)
+
+    @property
+    def repository(self) -> None:
+        """See `Store`."""
 
     def listing(self) -> Mapping[str, int]:
         """See `Store`."""
@@ -405,17 +425,11 @@ def _sizes_below(folder: Path) -> dict[str, int]:
 
 def _small_files(names: Collection[str]) -> list[str]:
     """What says how a model works; an index of shards says only where weights are."""
-    found = [n for n in names if any(_matches(n, pattern) for pattern in _SMALL)]
-    return sorted(n for n in found if not n.endswith(".index.json"))
+    return sorted(n for n in names if is_text_file(n) and not n.endswith(".index.json"))
 
 
 def _is_adapter(names: Collection[str]) -> bool:
     return {ADAPTER_CONFIG, ADAPTER_WEIGHTS} <= set(names) and not {WHOLE, INDEX} & set(names)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    """As in a shell: a star passes no slash."""
-    return name.count("/") == pattern.count("/") and fnmatch.fnmatch(name, pattern)
 
 
 def _weight_files(names: Collection[str], store: Store) -> list[str]:
@@ -433,7 +447,7 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
         ("*.safetensors", "name one of them as in `hf://owner/model/file.safetensors`"),
         ("*.pth", "name one of them as in `hf://owner/model/file.pth`"),
     ):
-        found = sorted(name for name in names if _matches(name, pattern))
+        found = sorted(name for name in names if matches(name, pattern))
         if len(found) > 1:
             listed = ", ".join(f"`{name}`" for name in found[:5])
             raise CheckpointError(

@@ -5,20 +5,20 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import shutil
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
 
 import msgspec
 
-from pleexport.checkpoint.adapters.adapted import (
-    adapters_of,
-    digest_of_base,
-    tokenizer_folder,
-)
+from pleexport.checkpoint.adapters.adapted import adapters_of, tokenizer_folder
+from pleexport.checkpoint.checkpoint import Checkpoint
+from pleexport.checkpoint.digests import source_bytes, source_files
 from pleexport.checkpoint.finite import bytes_to_check, check_finite
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.checkpoint.text_files import refuse_links_out
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.contract import Artifact
 from pleexport.dtypes import QUANTIZED
@@ -53,6 +53,8 @@ from pleexport.runtime.bundle import (
     Bundle,
     Manifest,
     ParitySummary,
+    Source,
+    SourceFile,
 )
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
@@ -127,6 +129,8 @@ def _build(
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     place = Path(given or tokenizer_folder(opened))
+    for folder in {opened.folder, place if place.is_dir() else opened.folder}:
+        refuse_links_out(folder)
     for file in (tokenizer_files(place) | copied_files(opened)).values():
         refuse_foreign(file)
     text = text_files(place, scratch)
@@ -158,8 +162,10 @@ def _build(
         destination, error=BundleError, elsewhere=_ELSEWHERE, check=check
     ) as staging:
         _check_disk(staging, plan)
-        with progress.bytes("Checking weights", bytes_to_check(matched)) as update:
+        to_read = bytes_to_check(matched) + source_bytes(opened)
+        with progress.bytes("Checking weights", to_read) as update:
             check_finite(matched, progress=update)
+            source = _source(opened, update)
         _say_what_is_special(matched, plan, has_tokenizer, progress, given=given is not None)
         for note in (*text.notes, *generation_notes):
             progress.note(f"note: {note}")
@@ -186,7 +192,7 @@ def _build(
             calibration_tokens=len(calibration_ids),
             max_bytes=settings.max_bytes,
             target=settings.target.name,
-            base_digest=digest_of_base(opened),
+            source=source,
             adapters=[AdapterRecord(a.name, a.weight, a.digest()) for a in adapters_of(opened)],
             tables_digest=tables_digest,
             versions=_versions(),
@@ -351,9 +357,20 @@ def _eos_token_ids(matched: MatchedModel) -> list[int]:
     return [i for i in ids if type(i) is int] or list(matched.model.eos_token_ids)
 
 
+def _source(checkpoint: Checkpoint, progress: Callable[[int], object]) -> Source:
+    """What the manifest says of a checkpoint; nothing of where it lies on this machine."""
+    files = source_files(checkpoint, progress=progress)
+    origin = checkpoint.repository
+    return Source(
+        repository=origin.name if origin else None,
+        commit=origin.commit if origin else None,
+        files=[SourceFile(file.name, file.size, file.digest) for file in files],
+    )
+
+
 def _versions() -> dict[str, str]:
     """Of what every build uses; those of its packages a backend tells with its graph."""
-    names = ("pleexport", "numpy")
+    names = ("pleexport", "numpy", "tokenizers", "transformers")
     versions = {name: importlib.metadata.version(name) for name in names}
     return versions | {"python": platform.python_version()}
 

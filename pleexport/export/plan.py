@@ -12,6 +12,7 @@ from pleexport.backends import registry
 from pleexport.backends.base import Backend, WeightStorage
 from pleexport.backends.describe import describe
 from pleexport.checkpoint.checkpoint import GENERATION_CONFIG, Checkpoint
+from pleexport.checkpoint.text_files import licences
 from pleexport.contract import GraphContract
 from pleexport.dtypes import QUANTIZED, packed_bytes
 from pleexport.errors import TargetError
@@ -187,7 +188,10 @@ def make_plan(
 def copied_files(checkpoint: Checkpoint) -> dict[str, Path]:
     """What a bundle gets beside its tokenizer as it is, by the names that it has there."""
     generation = checkpoint.folder / GENERATION_CONFIG
-    return {GENERATION_CONFIG: generation} if generation.is_file() else {}
+    found = {GENERATION_CONFIG: generation} if generation.is_file() else {}
+    # What lies beside a single file may be of something else.
+    own = checkpoint.path.is_dir() or checkpoint.repository
+    return found | licences(checkpoint.folder) if own else found
 
 
 def _structure_bytes(model: Model) -> int:

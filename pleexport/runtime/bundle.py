@@ -62,6 +62,30 @@ class AdapterRecord(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     digest: str
 
 
+class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A file of the checkpoint; size in bytes."""
+
+    name: str
+    size: int
+    digest: str
+
+
+class Source(
+    msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
+):
+    """What a bundle was built from.
+
+    Attributes:
+        repository: its name on the Hugging Face hub; None where it was not fetched from there.
+        commit: of the repository.
+        files: the config and the weights; those of the base where adapters were merged.
+    """
+
+    repository: str | None = None
+    commit: str | None = None
+    files: list[SourceFile]
+
+
 class Manifest(
     msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
@@ -79,7 +103,7 @@ class Manifest(
             rounds them; true where it rounds none.
         calibration_tokens: length of the text that weights were rounded for; 0 for none.
         generation: how the checkpoint wants texts generated; None where it says nothing.
-        base_digest: of the weights that adapters were merged into; None without adapters.
+        source: the checkpoint that it was built from.
         adapters: in the order in which they were merged.
         tables_digest: of the checkpoint's tables; the blob has it too.
         versions: of the tools that wrote the bundle.
@@ -104,7 +128,7 @@ class Manifest(
     activation_rounding: bool = True
     calibration_tokens: int
     target: str
-    base_digest: str | None = None
+    source: Source | None = None
     adapters: list[AdapterRecord] = []
     tables_digest: str
     versions: dict[str, str]

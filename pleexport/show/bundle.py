@@ -36,6 +36,13 @@ def _merged(manifest: Manifest) -> list[str]:
     return [f"adapters merged: {', '.join(named)}"] if manifest.adapters else []
 
 
+def _fetched(manifest: Manifest) -> list[str]:
+    """Where the checkpoint was fetched from, if it was."""
+    if manifest.source is None or manifest.source.commit is None:
+        return []
+    return [f"built from {manifest.source.repository} at {manifest.source.commit}"]
+
+
 def describe_bundle(bundle: Bundle) -> str:
     """Where the bytes of a bundle went."""
     manifest, total = bundle.manifest, bundle.nbytes
@@ -45,6 +52,7 @@ def describe_bundle(bundle: Bundle) -> str:
         f"{manifest.cache_dtype} cache, context {manifest.context:,}",
         *_chosen(manifest),
         *_merged(manifest),
+        *_fetched(manifest),
         "",
     ]
     records = sorted(manifest.files, key=lambda record: -record.size)

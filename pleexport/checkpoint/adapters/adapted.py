@@ -15,7 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from pleexport.checkpoint.adapters.adapter import Adapter, digest_of
+from pleexport.checkpoint.adapters.adapter import Adapter
 from pleexport.checkpoint.adapters.changes import Change, changes_of
 from pleexport.checkpoint.adapters.merging import (
     MergedTensor,
@@ -61,7 +61,7 @@ class AdaptedCheckpoint(Checkpoint):
         notes: Sequence[str],
     ) -> None:
         self.path, self.folder, self.config = base.path, base.folder, config
-        self.files, self._name = base.files, name
+        self.files, self._name, self.repository = base.files, name, base.repository
         self.base, self.adapters, self.merged = base, list(adapters), dict(merged)
         named = ", ".join(f"`{a.name}`" + _share(a.weight) for a in adapters)
         changed = f"{named} merged into `{base.name}`: {len(merged)} tensors change"
@@ -125,13 +125,6 @@ def adapters_of(checkpoint: Checkpoint) -> list[Adapter]:
 
 def _share(weight: float) -> str:
     return "" if weight == 1.0 else f" times {weight:g}"
-
-
-def digest_of_base(checkpoint: Checkpoint) -> str | None:
-    """A digest of the weights that adapters are merged into; None where there are no adapters."""
-    if not isinstance(checkpoint, AdaptedCheckpoint):
-        return None
-    return digest_of([file.path for file in checkpoint.files])
 
 
 def _refuse_base(checkpoint: Checkpoint, model: Model) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from pleexport.checkpoint.adapters.config import (
@@ -20,6 +19,7 @@ from pleexport.checkpoint.adapters.config import (
 )
 from pleexport.checkpoint.adapters.names import Role, TensorName, read_name
 from pleexport.checkpoint.checkpoint import WeightFile
+from pleexport.checkpoint.digests import digest_of
 from pleexport.checkpoint.pickled_file import PickledFile
 from pleexport.dtypes import FLOATS
 from pleexport.errors import CheckpointError, InputError, UnsupportedError
@@ -28,7 +28,6 @@ from pleexport.safetensors_file import SafetensorsFile
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _PICKLED_WEIGHTS = "adapter_model.bin"
 _MODEL_CONFIG = "config.json"
-_READ_BYTES = 1 << 20
 AdapterChoice = str | Path | tuple[str | Path, float]
 
 
@@ -194,13 +193,3 @@ class Adapter:
                 hint=AS_SAVED,
             )
         return name
-
-
-def digest_of(files: Sequence[Path]) -> str:
-    """A digest of the contents of files, one after the other."""
-    digest = xxhash.xxh3_128()
-    for path in files:
-        with path.open("rb") as file:
-            while part := file.read(_READ_BYTES):
-                digest.update(part)
-    return f"xxh3-128:{digest.hexdigest()}"
