@@ -4,11 +4,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   ?= .venv
 FAMILY ?= gemma4
 PROMPT ?= In the beginning
+MINUTES ?= 60
 BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow fuzz audit lock lint format clean
+.PHONY: help demo test slow fuzz kills soak audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
@@ -16,6 +17,8 @@ help:
 	@echo "make test               lint, type check and tests, as CI runs them"
 	@echo "make slow               more tests of kinds that make test has one of"
 	@echo "make fuzz MINUTES=10    open mutated checkpoints and bundles; JOBS=, SEED= too"
+	@echo "make kills              kill builds, fill their disk and let it fail, 300 times; needs cc"
+	@echo "make soak MINUTES=60    generate in one process, and watch its memory"
 	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
@@ -43,6 +46,12 @@ slow: $(VENV)/.installed
 
 fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
+
+kills: $(VENV)/.installed
+	$(BIN)/python tests/kills.py
+
+soak: $(VENV)/.installed
+	$(BIN)/python tests/soak.py --minutes $(MINUTES)
 
 # A package that cannot be asked about is a failure too.
 audit: requirements.lock

@@ -295,7 +295,10 @@ def lose_power(folder: Path, log: list[list[str]], chance: random.Random) -> Non
 
 def troubles(kind: str, usual: Done, chance: random.Random) -> Trouble:
     """Trouble at a random moment of a run that usually goes so."""
-    at = chance.randint(1, len(usual.log))
+    calls = len(usual.log)
+    # Half of them at the end, where all is synced and takes its place, or just behind it.
+    late = kind == "killed" and chance.random() < 0.5
+    at = chance.randint(max(1, calls - 20), calls + 5) if late else chance.randint(1, calls)
     if kind == "killed" and chance.random() < 0.4:
         return Trouble(kind, seconds=chance.uniform(0, usual.seconds))
     if kind == "killed":
@@ -336,16 +339,14 @@ def try_once(
         resize(used(folder) + chance.randint(1, size // 4096) * 4096)
         done = run(task, folder, trouble)
         resize(1 << 30)
-        if trouble.loses_power and done.code == -signal.SIGKILL:
+        if trouble.loses_power:
             lose_power(folder, done.log, chance)
         if wrong := task.check(folder):
             yield f"not whole: {wrong}"
         after = contents(folder / "out")
         if done.code not in (0, -signal.SIGKILL):
-            if before and after != before:
-                yield "the older bundle is not what it was"
-            if not before and after:
-                yield "there is a bundle although the build failed"
+            if after != before and not cannot_go_back(trouble, done, folder):
+                yield "what was there before is not what is there now"
             if done.code != 2 or "Traceback" in done.words:
                 yield f"exit code {done.code}: {done.words[-400:]}"
             if "error: " not in done.words:
@@ -366,6 +367,12 @@ def try_once(
         found = [p.name for p in (folder / task.left).iterdir() if p.name != "tmp"]
         if len(found) != 1:
             yield f"the next one leaves {sorted(found)}"
+
+
+def cannot_go_back(trouble: Trouble, done: Done, folder: Path) -> bool:
+    """Whether a disk took a new name, and failed for good when this was to be synced."""
+    failed = [(call, path) for call, _, fails, path in done.log if fails == "1"]
+    return trouble.mode == FAIL_FROM and failed[:1] == [("fsync", str(folder.resolve()))]
 
 
 def failed_calls(done: Done) -> list[str]:

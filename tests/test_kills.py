@@ -39,7 +39,7 @@ def test_trouble_at_any_moment_leaves_nothing_half_written(tmp_path: Path) -> No
     [("staging", "not whole: "), ("sync", "not whole: "), ("cleaning", "leaves")],
 )
 def test_what_is_written_without_care_is_found(broken: str, finds: str, tmp_path: Path) -> None:
-    options = ("--killed", "40", "--full", "0", "--failing", "0", "--break", broken)
+    options = ("--killed", "60", "--full", "0", "--failing", "0", "--break", broken)
     done = kills(tmp_path, *options)
     assert done.returncode == 1, done.stdout + done.stderr
     assert finds in done.stdout

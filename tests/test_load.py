@@ -7,13 +7,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import onnxruntime as ort
 import pytest
 import soak
 from crowd import answer, runner
 
-from pleexport.errors import BundleError
+from pleexport.backends.onnx import packing
+from pleexport.errors import BundleError, InputError
 from pleexport.runtime.blob import Blob
 from pleexport.staging import staged_folder
 
@@ -57,7 +60,8 @@ def test_many_runners_answer_as_one_and_share_the_files(
     for file in mapped:
         once = file.stat().st_size + (4096 * processes)
         for held in (shares, [found["one"]["share"]]):
-            assert 0 < sum(share[file.name] for share in held) <= once, file.name
+            # A file that is not mapped has no share; many small shares are rounded to none.
+            assert sum(share[file.name] for share in held) <= once
     warm, closed, all_open = (found["one"][name] for name in ("warm", "closed", "open"))
     assert closed["anonymous"] <= warm["anonymous"] + SLACK
     assert (closed["files"], closed["threads"]) == (warm["files"], warm["threads"])
@@ -84,6 +88,27 @@ def test_a_bundle_that_is_replaced_while_it_is_open_keeps_serving_the_old_one(
     assert answer(first) == expected  # with rows that nobody read before
     # Who opens it now gets the new one.
     assert answer(runner(place, packed)) == answer(runner(gemma3n_bundle, packed)) != expected
+
+
+@pytest.mark.parametrize(
+    ("free", "said"), [(0, "no space left on device"), (1 << 40, "output error")]
+)
+def test_packed_weights_that_cannot_be_written_are_no_damaged_bundle(
+    free: int, said: str, gemma4_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_graph, rooms = packing.open_graph, iter([1 << 40, free])
+
+    def fail(graph: Path, options: ort.SessionOptions) -> object:
+        if options.optimized_model_filepath:  # as ONNX Runtime does it on a disk that fails
+            raise BundleError(f"`{graph}` cannot be loaded: serialization failed")
+        return open_graph(graph, options)
+
+    monkeypatch.setattr(packing, "open_graph", fail)
+    room = lambda _: SimpleNamespace(free=next(rooms))  # noqa: E731
+    monkeypatch.setattr(packing.shutil, "disk_usage", room)
+    with pytest.raises(InputError, match=f"cannot be written: .*{said}"):
+        runner(gemma4_bundle, tmp_path / "packed")
+    assert list((tmp_path / "packed").iterdir()) == []
 
 
 def test_a_soak_notices_what_grows() -> None:

@@ -17,7 +17,7 @@ from test_world_tokenizer import published_vocabulary
 from tokenizers_in_code import byte_fallback, save
 from transformers import AutoTokenizer
 
-from pleexport.errors import InputError
+from pleexport.errors import InputError, PleexportError
 from pleexport.export.text_files import text_files
 from pleexport.parity import original_text
 from pleexport.parity import text as text_parity
@@ -314,3 +314,13 @@ def test_the_vocabulary_of_rwkv_gives_every_text_back(monkeypatch: pytest.Monkey
     assert found.differences == ()
     monkeypatch.setattr(Tokenizer, "decode", lambda *_, **__: "")
     assert "comes back as ''" in check_text(ours, None).differences[0]
+
+
+def test_a_disk_that_takes_no_tokenizer_is_no_tokenizer_that_cannot_be_opened(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(PleexportError) as caught:
+        original_text.read_original_text(save(byte_fallback(), tmp_path), tmp_path / "gone")
+    gone = tmp_path / "gone"
+    assert caught.value.message == f"`{gone}` cannot be written: no such file or directory"
+    assert caught.value.hint

@@ -128,7 +128,7 @@ def read_original_text(source: Path, folder: Path) -> OriginalText:
         return OriginalText({}, None, f"it takes longer than {_SECONDS} s")
     if done.returncode == _DISK_FAILED:
         raise PleexportError(
-            f"`{folder}` cannot be written: {done.stderr.strip().lower()}",
+            f"`{folder}` cannot be written: {done.stderr.splitlines()[-1].lower()}",
             hint="free some space or check the disk, or set `TMPDIR` to another folder",
         )
     return _collect(folder, done.stderr.strip() or f"exit code {done.returncode}")

@@ -30,7 +30,8 @@ class Runner:
     """Generates text with a bundle, one text at a time.
 
     A call from another thread is refused while one is at work, and a text whose runner was used for
-    another meanwhile does not go on. Any number of runners may be open on one bundle.
+    another meanwhile does not go on. Any number of runners may be open on one bundle. A bundle that
+    is replaced meanwhile, as a build with `overwrite` does it, goes on being the old one here.
 
     Args:
         bundle: a folder, or an open `Bundle`.
