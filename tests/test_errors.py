@@ -45,9 +45,9 @@ def test_an_error_without_a_hint_is_found() -> None:
 
 
 def test_a_message_shows_what_a_file_holds_as_escapes() -> None:
-    error = errors.BundleError("no `a\0\x1b[31m\ud800é`:\n\nat\n  - b", hint="x\u2028")
+    error = errors.BundleError("no `a\0\x1b[31m\ud800é`:\n\nat\n  - b", hint="x\u2028y")
     assert error.message == str(error) == r"no `a\x00\x1b[31m\ud800é`: at" + "\n  - b"
-    assert error.hint == r"x\u2028"
+    assert error.hint == r"x\u2028y"
 
 
 def test_a_message_shows_both_ends_of_what_is_very_long() -> None:

@@ -85,7 +85,7 @@ def edit_toml(data: bytes, random: Random) -> bytes:
     """A target with a value, a name or a line changed."""
     if random.random() < 0.2:
         return edit_bytes(data, random)
-    lines = data.decode("utf-8", "replace").splitlines()
+    lines = data.decode("utf-8", "replace").splitlines() or [""]
     for _ in range(random.choice((1, 1, 2, 3))):
         i = random.randrange(len(lines))
         name, equals, _ = lines[i].partition("=")
