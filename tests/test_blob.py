@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ def segments(change: Any) -> Any:
         header["__metadata__"]["segments"] = json.dumps(listed)
 
     return apply
+
+
+def test_what_float32_cannot_hold_is_infinite(blob_path: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copy(blob_path, tmp_path / "blob.safetensors"))
+    change_header(path, segments(lambda listed: listed[0].update(multiplier=3e38)))
+    table = Blob(path).segments[0].table
+    vectors = Blob(path).lookup(np.arange(120))[table]  # warnings are errors in tests
+    assert np.isinf(vectors).any()
+    assert not np.isinf(Blob(blob_path).lookup(np.arange(120))[table]).any()
 
 
 def metadata(**values: str | None) -> Any:

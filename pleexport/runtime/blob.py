@@ -160,9 +160,11 @@ class Blob:
         gathered = self.rows[row_ids]
         self._check_rows(row_ids, gathered)
         wanted = self.shapes if tables is None else tables
-        found = {n: _decode(gathered, self._runs[n]) for n in wanted if n in self._runs}
-        if self._tied and self.tied_table in wanted:
-            found[self._tied.segment.table] = self._tied.lookup(row_ids)
+        # What float32 cannot hold is infinite, in every language; whoever samples refuses it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            found = {n: _decode(gathered, self._runs[n]) for n in wanted if n in self._runs}
+            if self._tied and self.tied_table in wanted:
+                found[self._tied.segment.table] = self._tied.lookup(row_ids)
         return found
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
