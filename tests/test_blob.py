@@ -89,7 +89,7 @@ def segments(change: Any) -> Any:
 
 
 def test_what_float32_cannot_hold_is_infinite(blob_path: Path, tmp_path: Path) -> None:
-    path = Path(shutil.copy(blob_path, tmp_path / "blob.safetensors"))
+    path = Path(shutil.copy(blob_path, tmp_path / "beyond.safetensors"))
     change_header(path, segments(lambda listed: listed[0].update(multiplier=3e38)))
     table = Blob(path).segments[0].table
     vectors = Blob(path).lookup(np.arange(120))[table]  # warnings are errors in tests
