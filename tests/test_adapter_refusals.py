@@ -62,7 +62,7 @@ def refusal(*args: Any, **options: Any) -> PleexportError:
         ({"lora_alpha": "x"}, "has `lora_alpha` 'x'; expected a number"),
         ({"modules_to_save": "x"}, "has `modules_to_save` 'x'; expected a list of names"),
         ({"rank_pattern": {"q": 0.5}}, "expected a map from names of modules to numbers"),
-        ({"rank_pattern": {"(": 3}}, "`(` in `rank_pattern` is no regular expression"),
+        ({"rank_pattern": {"(": 3}}, "`rank_pattern`: `(` is no regular expression"),
         ({"trainable_token_indices": ["x"]}, "trained token indices that are no list of token ids"),
         ({"base_model_name_or_path": 3}, "has `base_model_name_or_path` 3; expected a name"),
         ({"r": 8}, f"`{A}` has shape [4, 32], and adapter_config.json gives it rank 8"),
@@ -242,3 +242,17 @@ def test_what_peft_itself_loses_is_refused(base: Path, tmp_path: Path) -> None:
     folder = save_adapter(base, tmp_path / "adapter", **fields)
     said = refusal(base, adapters=[folder]).message
     assert "has both LoRA and trained tokens for a head that is tied" in said
+
+
+def test_a_pattern_that_would_never_end_is_refused(base: Path, tmp_path: Path) -> None:
+    folder = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    never = "(?:(?P<a>.)|(?P<b>.)|(?P<c>..))*(?P=a)(?P=b)(?P=c)[A-Z]"
+    rewrite_config(folder, rank_pattern={never: 3})
+    said = refusal(base, adapters=[folder]).message
+    assert "of the config takes more than 0.25 s on `model.layers.0.self_attn.q_proj`" in said
+    rewrite_config(folder, rank_pattern={r"(.)(.)\2": 3})
+    said = refusal(base, adapters=[folder]).message
+    assert r"the pattern `(.*\.)?((.)(.)\2)$` of the config is no regular expression: " in said
+    # The control: what `re` takes seconds for on half of this name is nothing here.
+    rewrite_config(folder, rank_pattern={r"(\w+\.?)+[A-Z]": 3})
+    open_model(base, adapters=[folder])

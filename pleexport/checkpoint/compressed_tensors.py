@@ -11,11 +11,11 @@ Source: the package compressed-tensors 0.20: `quantization/quant_config.py`, `qu
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pleexport.checkpoint.patterns import match
 from pleexport.checkpoint.quantization_fields import (
     FULL_PRECISION,
     check_fields,
@@ -339,7 +339,7 @@ def _are_names(value: Any) -> bool:
 def _names(target: str, module: str) -> bool:
     """Source: `match_name`."""
     if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), module) is not None
+        return match(target.removeprefix("re:"), module) is not None
     return target == module
 
 

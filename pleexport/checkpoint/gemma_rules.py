@@ -5,11 +5,11 @@ Source: transformers `integrations/gemma_quant.py`, `quantizer_gemma.py`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pleexport.checkpoint.patterns import match, search
 from pleexport.checkpoint.quantization_fields import (
     FULL_PRECISION,
     check_fields,
@@ -62,17 +62,16 @@ class GemmaRules:
         """
         boundary = r"(?:(?<=\.)|(?=\.|$))"
         if any(
-            re.match(f"(?:{name}){boundary}", module) or module.endswith(name)
-            for name in self.plain
+            match(f"(?:{name}){boundary}", module) or module.endswith(name) for name in self.plain
         ):
             return None
         if not self.rules:
             return self.num_bits
         joined = "|".join(f"(?P<g{i}>{pattern})" for i, pattern in enumerate(self.rules))
-        match = re.search(joined, module)
-        if match is None:
+        found = search(joined, module)
+        if found is None:
             return self.num_bits
-        groups = match.groupdict()
+        groups = found.groupdict()
         first = next(i for i in range(len(self.rules)) if groups[f"g{i}"] is not None)
         return list(self.rules.values())[first]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pleexport.errors import CheckpointError, UnsupportedError
+from pleexport.checkpoint.patterns import check_pattern
+from pleexport.errors import UnsupportedError
 
 BITS = (2, 4, 8)
 FULL_PRECISION = "start from the full-precision checkpoint that it was made from"
@@ -33,12 +33,7 @@ def check_patterns(patterns: Iterable[str], where: str) -> None:
         CheckpointError: names it.
     """
     for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as err:
-            raise CheckpointError(
-                f"{where}: `{pattern}` is no regular expression: {err}", hint=FULL_PRECISION
-            ) from err
+        check_pattern(pattern, where, hint=FULL_PRECISION)
 
 
 def check_fields(values: Mapping[str, Any], known: Iterable[str], where: str) -> None:

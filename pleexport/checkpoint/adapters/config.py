@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pleexport.checkpoint.patterns import check_pattern, match
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.whole_file import read_whole
 
@@ -242,13 +242,7 @@ class _Fields:
         ):
             raise self.malformed(name, "a map from names of modules to numbers")
         for key in value:
-            try:
-                re.compile(key)
-            except re.error as err:
-                raise CheckpointError(
-                    f"{self._where}: `{key}` in `{name}` is no regular expression: {err}",
-                    hint=AS_SAVED,
-                ) from err
+            check_pattern(key, f"{self._where}, `{name}`", hint=AS_SAVED)
         return value
 
     def token_indices(self, value: Any) -> dict[str, list[int]]:
@@ -271,7 +265,7 @@ def _is_number(value: Any) -> bool:
 
 def _pattern_of(module: str, patterns: Mapping[str, object]) -> str:
     """The first pattern that a module's name ends with; source: peft `get_pattern_key`."""
-    found = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
+    found = (key for key in patterns if match(rf"(.*\.)?({key})$", module))
     return next(found, module)
 
 
