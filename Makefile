@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow fuzz kills soak audit lock lint format clean
+.PHONY: help demo test slow fuzz kills soak runtimes audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
@@ -19,6 +19,7 @@ help:
 	@echo "make fuzz MINUTES=10    open mutated checkpoints and bundles; JOBS=, SEED= too"
 	@echo "make kills              kill builds, fill their disk and let it fail, 300 times; needs cc"
 	@echo "make soak MINUTES=60    generate in one process, and watch its memory"
+	@echo "make runtimes           run the conformance vectors with older runtimes"
 	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
@@ -52,6 +53,15 @@ kills: $(VENV)/.installed
 
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)
+
+# PYTHONPATH comes before the environment: the oldest of all that a runner needs, then single runtimes.
+runtimes: $(VENV)/.installed
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest --requirement tests/oldest.txt
+	PYTHONPATH=build/oldest $(BIN)/pytest -q tests/test_conformance.py
+	for version in 1.26.0 1.29.0; do \
+		$(BIN)/pip install --quiet --no-deps --upgrade --target build/onnxruntime-$$version onnxruntime==$$version && \
+		PYTHONPATH=build/onnxruntime-$$version $(BIN)/pytest -q tests/test_conformance.py || exit 1; \
+	done
 
 # A package that cannot be asked about is a failure too.
 audit: requirements.lock

@@ -20,6 +20,9 @@ from pleexport.whole_file import read_whole
 
 _HINT = "`pleexport targets android` shows a complete target"
 _COLUMNS = 92
+# Packages of ONNX Runtime have this in their names. The first to have all operators that graphs
+# use has `TensorScatter`.
+_ONNX_RUNTIME, _OLDEST_ONNX_RUNTIME = "onnxruntime", (1, 25)
 
 Backend = Literal["onnx", "executorch"]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -101,12 +104,24 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     def __post_init__(self) -> None:
         if self.page_size & (self.page_size - 1):
             raise ValueError(f"`page_size` is {self.page_size}; expected a power of two")
+        for name, version in self.runtime.items():
+            if _ONNX_RUNTIME in name and not _is_at_least(version, _OLDEST_ONNX_RUNTIME):
+                raise ValueError(
+                    f"`{name}` is {version}; graphs of opset {self.opset} need "
+                    f"{'.'.join(map(str, _OLDEST_ONNX_RUNTIME))} or newer"
+                )
 
     def with_backend(self, backend: str) -> Target:
         """The target as it is with one backend, its overrides in place."""
         own = next((o for name, o in self.backends.items() if name == backend), Overrides())
         wanted = {n: v for n, v in msgspec.structs.asdict(own).items() if v is not None}
         return msgspec.structs.replace(self, backend=cast(Backend, backend), **wanted)
+
+
+def _is_at_least(version: str, oldest: tuple[int, int]) -> bool:
+    """Whether a version is no older; what is no version is not."""
+    found = re.match(r"(\d{1,9})\.(\d{1,9})", version)
+    return found is not None and (int(found[1]), int(found[2])) >= oldest
 
 
 def load(name_or_path: str) -> Target:

@@ -109,6 +109,13 @@ def test_the_lock_has_what_the_project_asks_for() -> None:
         assert wanted.specifier.contains(version), line
 
 
+def test_the_oldest_packages_are_those_that_the_project_names() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = [re.split("[><=]=|,", line)[:2] for line in project["dependencies"]]
+    listed = (ROOT / "tests" / "oldest.txt").read_text().splitlines()
+    assert listed[1:] == [f"{name}=={version}" for name, version in oldest]
+
+
 def test_every_locked_package_has_checksums_and_no_address() -> None:
     assert len(locked()) > 100
     assert [name for name, (_, checksums) in locked().items() if not checksums] == []

@@ -158,6 +158,16 @@ def test_load_malformed_toml_names_the_file(tmp_path: Path, content: bytes) -> N
         ("opset = 24", "opset = 23", "field `opset`: got `23`, expected one of 24"),
         ("opset = 24", "opset = 24\nname = 'a/b'", "field `name`: expected `str` matching regex"),
         (
+            'onnxruntime = "1.32"',
+            'onnxruntime-android = "1.24.3"',
+            "`onnxruntime-android` is 1.24.3; graphs of opset 24 need 1.25 or newer",
+        ),
+        (
+            'onnxruntime = "1.32"',
+            'onnxruntime = "new"',
+            "`onnxruntime` is new; graphs of opset 24 need 1.25 or newer",
+        ),
+        (
             "[runtime]",
             "[limits]\nlargest = 1\n[runtime]",
             "field `limits`: unknown field `largest`",
