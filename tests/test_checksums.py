@@ -63,7 +63,7 @@ def places(path: Path, count: int) -> list[int]:
 
 FILES = [
     *("manifest.json", "checksums.json", "model.onnx", "model.onnx.data", "tied.safetensors"),
-    *("tokenizer.json", "tokenizer_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
 ]
 
 

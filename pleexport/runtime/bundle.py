@@ -11,8 +11,10 @@ import msgspec
 from pleexport.backends.registry import NAMES, load
 from pleexport.checksums import (
     CHECKSUMS,
+    CHUNK_BYTES,
     Checksums,
     check_bytes,
+    check_files,
     read_checksums,
     sha256_and_checksums,
 )
@@ -160,7 +162,8 @@ class Bundle:
         checksums: of its files; None where nothing is compared.
     Raises:
         BundleError: no bundle, another schema, a malformed manifest, or a missing file.
-        CheckFailed: the manifest is damaged, or a file has another size than it says.
+        CheckFailed: the manifest is damaged, a file has another size than it says, or a small one
+            does not match its checksum.
     """
 
     def __init__(
@@ -190,6 +193,17 @@ class Bundle:
                     f"`{file}` has {file.stat().st_size} bytes; the manifest says {record.size}",
                     hint="the copy is incomplete; copy the bundle again, or rebuild it",
                 )
+        if self.checksums:
+            check_files(self._small_files(), self.checksums)
+
+    def _small_files(self) -> list[Path]:
+        """What is small and no part of the model; nothing else would compare most of it."""
+        own = {BLOB, *(name for graph in self.manifest.graphs.values() for name in graph.files)}
+        return [
+            self.path / record.name
+            for record in self.manifest.files
+            if record.name not in own and record.size <= CHUNK_BYTES
+        ]
 
     @property
     def decoder(self) -> Artifact:

@@ -9,7 +9,8 @@ import java.io.File
  * @param path its folder.
  * @param verify compare with its checksums what is read, now and when weights are loaded.
  * @throws BundleError no bundle, another schema, a malformed manifest, or a missing file.
- * @throws CheckFailed the manifest is damaged, or a file has another size than it says.
+ * @throws CheckFailed the manifest is damaged, a file has another size than it says, or a small one
+ *   does not match its checksum.
  */
 class Bundle(val path: File, verify: Boolean = true) {
     val manifest: Manifest
@@ -27,6 +28,15 @@ class Bundle(val path: File, verify: Boolean = true) {
             checksums = if (verify) readChecksums(path) else null // says that there are none
         }
         manifest.files.forEach(::checkSize)
+        checksums?.let { checkFiles(smallFiles(), it) }
+    }
+
+    /** What is small and no part of the model; nothing else would compare most of it. */
+    private fun smallFiles(): List<File> {
+        val own = manifest.graphs.values.flatMap { it.files } + BLOB
+        return manifest.files
+            .filter { it.name !in own && it.size <= CHUNK_BYTES }
+            .map { File(path, it.name) }
     }
 
     /** The graph that computes logits. */
