@@ -387,8 +387,16 @@ def one_group(**changes: Any) -> dict[str, Any]:
             "`transform_config` of compressed-tensors",
         ),
         (quantization(new=1), UnsupportedError, "unknown fields `new`"),
-        (quantization(config_groups=None), CheckpointError, "malformed groups"),
-        (quantization(ignore=[1]), CheckpointError, "malformed groups"),
+        (
+            quantization(config_groups=None),
+            CheckpointError,
+            "`config_groups` is None and",
+        ),
+        (
+            quantization(ignore=[1]),
+            CheckpointError,
+            r"`ignore` \[1\]; expected an object",
+        ),
         (quantization(config_groups={"W4A16": ["Linear"]}), CheckpointError, "`W4A16` is"),
         (quantization(ignore=["re:("]), CheckpointError, "no regular expression"),
         (one_group(new=1), UnsupportedError, "group `group_0`: unknown fields `new`"),

@@ -191,7 +191,11 @@ def read_compressed_tensors(values: Mapping[str, Any], where: str) -> Compressed
     _refuse_other_states(values, where)
     groups, ignored = values.get("config_groups"), values.get("ignore") or []
     if not isinstance(groups, dict) or not groups or not _are_names(ignored):
-        raise CheckpointError(f"{where} has malformed groups", hint=FULL_PRECISION)
+        raise CheckpointError(
+            f"{where}: `config_groups` is {groups!r} and `ignore` {ignored!r}; expected an object "
+            "of groups and a list of names",
+            hint=FULL_PRECISION,
+        )
     schemes: dict[str, Scheme | None] = {}
     for name, group in groups.items():
         named = f"{where}, group `{name}`"

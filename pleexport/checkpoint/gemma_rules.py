@@ -115,7 +115,11 @@ def read_gemma_rules(values: Mapping[str, Any], where: str) -> GemmaRules:
     rules = values.get("module_quant_configs") or {}
     plain = values.get("modules_to_not_convert") or []
     if not isinstance(rules, dict) or not isinstance(plain, list):
-        raise CheckpointError(f"{where} has malformed rules", hint=FULL_PRECISION)
+        raise CheckpointError(
+            f"{where}: `module_quant_configs` is {rules!r} and `modules_to_not_convert` {plain!r}; "
+            "expected an object and a list",
+            hint=FULL_PRECISION,
+        )
     by_pattern = {}
     for pattern, rule in rules.items():
         if not isinstance(rule, dict) or rule.keys() - {"num_bits"}:

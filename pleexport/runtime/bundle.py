@@ -334,7 +334,9 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
     needed = [BLOB, *(name for graph in manifest.graphs.values() for name in graph.files)]
     for name in needed:
         if name not in listed:
-            raise BundleError(f"`{path}` does not list `{name}`", hint="rebuild the bundle")
+            raise BundleError(
+                f"`{path}` does not list `{name}` among its files", hint="rebuild the bundle"
+            )
 
 
 def _check_names(path: Path, manifest: Manifest, checksums: Checksums) -> None:

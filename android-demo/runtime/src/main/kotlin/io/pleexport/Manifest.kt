@@ -183,7 +183,7 @@ private fun checkManifest(manifest: Manifest, path: File) {
     }
     for (name in listOf(BLOB) + manifest.graphs.values.flatMap { it.files }) {
         if (name !in listed)
-            throw BundleError("`$path` does not list `$name`", "rebuild the bundle")
+            throw BundleError("`$path` does not list `$name` among its files", "rebuild the bundle")
     }
 }
 
