@@ -307,11 +307,11 @@ def test_the_steps_of_the_design_are_functions_that_exist() -> None:
 @pytest.mark.parametrize(
     ("make", "options"),
     [
-        (gemma4, {"table_dtype": "source"}),
+        pytest.param(gemma4, {"table_dtype": "source"}, marks=pytest.mark.slow),
         (gemma4, {"table_dtype": "int8", "cache_dtype": "int8"}),
         (gemma4, {"table_dtype": "int8", "weight_dtype": "int8"}),
         (lambda folder: rwkv(folder / "model.pth", "7b", **RWKV_SIZES), {}),
-        (lckv, {}),
+        pytest.param(lckv, {}, marks=pytest.mark.slow),
         (embformer, {"cache_dtype": "none"}),
     ],
     ids=["gemma4", "gemma4 int8", "gemma4 tied", "rwkv7b", "lckv", "embformer without a cache"],

@@ -95,6 +95,8 @@ SLOW = {
     "gemma4, windows of 1, biases, no sharing",
     "gemma4, odd widths, windows beyond the text, silu",
     "gemma3n, odd widths",
+    "llama_value_embeddings",
+    "lckv, a token at a time",
 }
 EACH = [pytest.param(name, marks=pytest.mark.slow if name in SLOW else ()) for name in FAMILIES]
 
@@ -138,9 +140,8 @@ def test_hidden_values_of_large_bundles_are_looked_at_where_logits_differ(
     assert "<h2>Layers</h2>" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.parametrize(
-    ("weight_dtype", "most"), [pytest.param("int8", 4e-4, marks=pytest.mark.slow), ("int4", 4e-3)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("weight_dtype", "most"), [("int8", 4e-4), ("int4", 4e-3)])
 def test_rounded_weights_cost_little_and_have_the_planned_size(
     weight_dtype: str, most: float, tmp_path: Path
 ) -> None:
@@ -171,6 +172,7 @@ def test_logits_and_text_are_those_of_onnx(bundle: Path, gemma4_bundle: Path) ->
     assert 0 < relative_error(*logits) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_two_builds_are_the_same_bytes(
     bundle: Path, gemma4_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -140,6 +140,7 @@ def test_two_builds_are_the_same_bytes(
     assert programs[0] != programs[2]
 
 
+@pytest.mark.slow
 def test_activations_are_rounded_as_the_original_rounds_them(tmp_path: Path) -> None:
     folder = mobile_gemma4(tmp_path / "checkpoint", activations=True, **ODD)
     want = original_of(folder).logits(IDS)

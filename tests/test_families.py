@@ -109,7 +109,10 @@ def test_only_embformer_goes_without_a_cache(tmp_path: Path) -> None:
     assert bundle.manifest.parity.passed
 
 
-@pytest.mark.parametrize("make", [embformer, lckv, llama_value_embeddings])
+@pytest.mark.parametrize(
+    "make",
+    [embformer, *(pytest.param(m, marks=pytest.mark.slow) for m in (lckv, llama_value_embeddings))],
+)
 def test_a_build_passes_parity_also_when_rounded(make: Any, tmp_path: Path) -> None:
     folder = make(tmp_path / "checkpoint")
     for options in (

@@ -39,7 +39,10 @@ UNEVEN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("sizes", [{}, UNEVEN], ids=["published", "uneven"])
+PUBLISHED = pytest.param({}, id="published", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("sizes", [PUBLISHED, pytest.param(UNEVEN, id="uneven")])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_logits_agree_with_the_reference(variant: Any, sizes: Any, tmp_path: Path) -> None:
     path = rwkv(tmp_path / "model.pth", variant, **sizes)
@@ -48,7 +51,10 @@ def test_logits_agree_with_the_reference(variant: Any, sizes: Any, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [v if v in ("7a", "8") else pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS],
+)
 def test_half_precision_is_widened_before_anything_is_computed(
     variant: Any, dtype: torch.dtype, tmp_path: Path
 ) -> None:
