@@ -58,10 +58,10 @@ soak: $(VENV)/.installed
 # What builds bundles wants newer ones, so nothing of that is loaded.
 runtimes: $(VENV)/.installed
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest --requirement tests/oldest.txt
-	PYTHONPATH=build/oldest $(BIN)/pytest -q --noconftest -k 'not made_again' tests/test_conformance.py
-	for version in 1.26.0 1.29.0; do \
-		$(BIN)/pip install --quiet --no-deps --upgrade --target build/onnxruntime-$$version onnxruntime==$$version && \
-		PYTHONPATH=build/onnxruntime-$$version $(BIN)/pytest -q --noconftest -k 'not made_again' tests/test_conformance.py || exit 1; \
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/onnxruntime-1.26 onnxruntime==1.26.0
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/onnxruntime-1.29 onnxruntime==1.29.0
+	for packages in oldest onnxruntime-1.26 onnxruntime-1.29; do \
+		PYTHONPATH=build/$$packages $(BIN)/pytest -q --noconftest -k 'not made_again' tests/test_conformance.py || exit 1; \
 	done
 
 # A package that cannot be asked about is a failure too.

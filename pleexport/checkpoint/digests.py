@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import xxhash
@@ -15,34 +14,24 @@ from pleexport.parallel import map_in_order
 _READ_BYTES = 1 << 20
 
 
-@dataclass(frozen=True)
-class SourceFile:
-    """A file that a model was read from; its name is that below the checkpoint's folder."""
-
-    name: str
-    size: int
-    digest: str
-
-
-def source_files(
-    checkpoint: Checkpoint, *, progress: Callable[[int], object] = lambda _: None
-) -> list[SourceFile]:
+def source_files(checkpoint: Checkpoint) -> list[Path]:
     """The config and the weights of a checkpoint, or of the base that adapters are merged into.
+
+    A family without a config has none.
+    """
+    config = [checkpoint.folder / CONFIG] if checkpoint.config else []
+    return config + sorted(file.path for file in checkpoint.files)
+
+
+def digests_of(
+    files: Sequence[Path], *, progress: Callable[[int], object] = lambda _: None
+) -> list[str]:
+    """A digest of each file.
 
     Args:
         progress: called with the number of bytes read since its last call.
     """
-
-    def record(path: Path) -> SourceFile:
-        name = path.relative_to(checkpoint.folder).as_posix()
-        return SourceFile(name, path.stat().st_size, digest_of([path], progress=progress))
-
-    return list(map_in_order(record, _paths(checkpoint)))
-
-
-def source_bytes(checkpoint: Checkpoint) -> int:
-    """How much `source_files` reads."""
-    return sum(path.stat().st_size for path in _paths(checkpoint))
+    return list(map_in_order(lambda path: digest_of([path], progress=progress), files))
 
 
 def digest_of(files: Sequence[Path], *, progress: Callable[[int], object] = lambda _: None) -> str:
@@ -54,9 +43,3 @@ def digest_of(files: Sequence[Path], *, progress: Callable[[int], object] = lamb
                 digest.update(part)
                 progress(len(part))
     return f"xxh3-128:{digest.hexdigest()}"
-
-
-def _paths(checkpoint: Checkpoint) -> list[Path]:
-    """A family without a config has none, and a file that is named alone has none to read."""
-    config = [checkpoint.folder / CONFIG] if checkpoint.config else []
-    return config + sorted(file.path for file in checkpoint.files)

@@ -93,9 +93,7 @@ class PickledFile:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 packed = [p.filename for p in archive.infolist() if p.compress_type]
-        except (
-            Exception
-        ):  # zipfile raises many kinds for damaged archives; torch says what is wrong
+        except Exception:  # of many kinds for damaged archives; torch says what is wrong
             return
         if packed:
             raise CheckpointError(

@@ -12,9 +12,10 @@ from pathlib import Path
 from pleexport.errors import CheckpointError
 
 LICENCES = ("LICENSE*", "NOTICE*")
-_MORE_TEMPLATES = "additional_chat_templates"
+# Where a checkpoint has templates beside its own.
+MORE_TEMPLATES = "additional_chat_templates"
 _PATTERNS = (
-    *("*.json", "*.jinja", f"{_MORE_TEMPLATES}/*.jinja", "*.model"),
+    *("*.json", "*.jinja", f"{MORE_TEMPLATES}/*.jinja", "*.model"),
     *("*vocab*.txt", "merges.txt", *LICENCES),
 )
 # Where the cache of the hub has the files that its snapshots link to.
@@ -40,7 +41,7 @@ def refuse_links_out(folder: Path) -> None:
     """
     # Looked for where `folder` really is, since it may be a link itself.
     folder = folder.resolve()
-    for path in sorted([*folder.glob("*"), *folder.glob(f"{_MORE_TEMPLATES}/*")]):
+    for path in sorted([*folder.glob("*"), *folder.glob(f"{MORE_TEMPLATES}/*")]):
         if not is_text_file(path.relative_to(folder).as_posix()):
             continue
         target = path.resolve()

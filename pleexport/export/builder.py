@@ -14,7 +14,7 @@ import msgspec
 
 from pleexport.checkpoint.adapters.adapted import adapters_of, tokenizer_folder
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.digests import source_bytes, source_files
+from pleexport.checkpoint.digests import digests_of, source_files
 from pleexport.checkpoint.finite import bytes_to_check, check_finite
 from pleexport.checkpoint.foreign import refuse_foreign
 from pleexport.checkpoint.matching import MatchedModel
@@ -130,8 +130,9 @@ def _build(
     generation, generation_notes = read_generation_config(opened.generation_config)
     given = options.get("tokenizer")
     place = Path(given or tokenizer_folder(opened))
-    for folder in {opened.folder, place if place.is_dir() else opened.folder}:
-        refuse_links_out(folder)
+    refuse_links_out(opened.folder)
+    if place.is_dir():
+        refuse_links_out(place)
     for file in (tokenizer_files(place) | copied_files(opened)).values():
         refuse_foreign(file)
     text = text_files(place, scratch)
@@ -164,8 +165,8 @@ def _build(
         destination, error=BundleError, elsewhere=_ELSEWHERE, check=check
     ) as staging:
         _check_disk(staging, plan)
-        to_read = bytes_to_check(matched) + source_bytes(opened)
-        with progress.bytes("Checking weights", to_read) as update:
+        to_read = sum(path.stat().st_size for path in source_files(opened))
+        with progress.bytes("Checking weights", bytes_to_check(matched) + to_read) as update:
             check_finite(matched, progress=update)
             source = _source(opened, update)
         _say_what_is_special(matched, plan, has_tokenizer, progress, given=given is not None)
@@ -365,12 +366,15 @@ def _eos_token_ids(matched: MatchedModel) -> list[int]:
 
 def _source(checkpoint: Checkpoint, progress: Callable[[int], object]) -> Source:
     """What the manifest says of a checkpoint; nothing of where it lies on this machine."""
-    files = source_files(checkpoint, progress=progress)
-    origin = checkpoint.repository
+    paths, origin = source_files(checkpoint), checkpoint.repository
+    digests = digests_of(paths, progress=progress)
     return Source(
         repository=origin.name if origin else None,
         commit=origin.commit if origin else None,
-        files=[SourceFile(file.name, file.size, file.digest) for file in files],
+        files=[
+            SourceFile(path.relative_to(checkpoint.folder).as_posix(), path.stat().st_size, digest)
+            for path, digest in zip(paths, digests, strict=True)
+        ],
     )
 
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 
 from pleexport.errors import InputError
-from pleexport.parity.chat_format import SECONDS, Render, first_difference
+from pleexport.parity.chat_format import SECONDS, THEN, Render, first_difference, template_of
 from pleexport.runtime.chat_format import After, Before, ChatFormat, Joint, Role, Thoughts
 from pleexport.runtime.thoughts import MARKERS
 from pleexport.runtime.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from pleexport.runtime.tokenizer import Tokenizer
 # What Python's `str.strip` takes off: each of them is tried.
 WHITESPACE = "".join(filter(str.isspace, map(chr, range(1 << 16))))
 _LONGEST = 500  # characters of a clause
-_DAYS = (datetime(2025, 1, 2, 3, 4, 5), datetime(2031, 11, 24, 21, 43, 55))
+_DAYS = (datetime(2025, 1, 2, 3, 4, 5), THEN)
 _FIRST_TRIED, _MORE_TRIED = "\n ", "\t\r\v\f"
 _TALK: list[list[str]] = [["user", "assistant", "user"]]
 _WITH_SYSTEM: list[list[str]] = [["system", "user"], ["system", "user", "assistant", "user"]]
@@ -81,12 +81,9 @@ def find_chat_format(tokenizer: Tokenizer | None) -> FoundFormat:
     template = tokenizer.chat_template if tokenizer else None
     if tokenizer is None or template is None:
         return FoundFormat(None)
-
-    def render(messages: Any, arguments: dict[str, Any], now: datetime | None) -> str:
-        return tokenizer.render_chat(messages, arguments, now=now)
-
+    render, markers = template_of(tokenizer), tokenizer.thought_markers
     try:
-        form = derive(render, template, thought_markers=tokenizer.thought_markers)
+        form = derive(render, template, thought_markers=markers)
     except _Inexpressible as err:
         # It may quote the template, which is not trusted.
         return FoundFormat(None, str(err).encode(errors="replace").decode()[:_LONGEST])

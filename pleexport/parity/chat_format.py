@@ -17,20 +17,25 @@ from jinja2 import Environment, TemplateError
 
 from pleexport.errors import InputError
 from pleexport.parity.text_cases import TEXTS
-from pleexport.runtime.chat_format import ChatFormat
+from pleexport.runtime.chat_format import ROLES, ChatFormat
+from pleexport.runtime.tokenizer import Tokenizer
 
 SECONDS = 30.0
 # Long after any template was written, and not the present.
-_THEN = datetime(2031, 11, 24, 21, 43, 55)
+THEN = datetime(2031, 11, 24, 21, 43, 55)
 _LITERALS = 60  # of a template
 _WALKS = 60
 _TURNS = 7
 _SHOWN = 60  # characters of a text in a sentence
 
-_ROLES = ("system", "user", "assistant")
 Messages = list[dict[str, str]]
 # A conversation, what a template may ask for, and the present, as a text.
 Render = Callable[[Messages, dict[str, Any], datetime | None], str]
+
+
+def template_of(tokenizer: Tokenizer) -> Render:
+    """What a tokenizer's chat template makes of conversations."""
+    return lambda messages, asked, now: tokenizer.render_chat(messages, asked, now=now)
 
 
 def first_difference(
@@ -53,7 +58,7 @@ def first_difference(
             asked = {"add_generation_prompt": True}
             asked |= {} if switch is None else {"enable_thinking": switch}
             # Once in a while, at another date.
-            now = _THEN if nth % 8 == 0 else None
+            now = THEN if nth % 8 == 0 else None
             try:
                 ours = form.render(messages, thinking=switch)
             except InputError:
@@ -87,7 +92,7 @@ def conversations(form: ChatFormat, template: str) -> Iterator[Messages]:
     generator.shuffle(texts)
     paths = [_as_said(form, path) for path in _paths(form) if path]
     # Every text in every role, packed into as few conversations as that takes.
-    waiting = {role: list(texts) for role in _ROLES}
+    waiting = {role: list(texts) for role in ROLES}
     while any(waiting[role] for path in paths for role in path):
         path = max(paths, key=lambda p: sum(bool(waiting[role]) for role in set(p)))
         yield [
@@ -118,12 +123,12 @@ def _paths(form: ChatFormat) -> Iterator[list[str]]:
     """Short ways through the joints: each joint is on one of them."""
     pairs = [(joint.previous, joint.next) for joint in form.joints]
     reached: dict[str, list[str]] = {"start": []}
-    for _ in _ROLES:
+    for _ in ROLES:
         for previous, following in pairs:
             if previous in reached and following != "answer":
                 reached.setdefault(following, [*reached[previous], following])
     leaves: dict[str, list[str]] = {}
-    for _ in _ROLES:
+    for _ in ROLES:
         for previous, following in reversed(pairs):
             if following == "answer":
                 leaves[previous] = []

@@ -22,6 +22,7 @@ from typing import Any
 
 import msgspec
 
+from pleexport.checkpoint.text_files import MORE_TEMPLATES
 from pleexport.errors import PleexportError
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences, texts_around
 from pleexport.runtime.chat import limited
@@ -37,7 +38,6 @@ _DISK_FAILED = 74
 _MEMORY_BYTES = 6 << 30
 # Where a processor keeps a chat template, the first first; transformers reads them in this order.
 PROCESSOR_TEMPLATES = ("processor_config.json", "chat_template.json")
-_MORE = "additional_chat_templates"
 _PASSED_ON = (
     "clean_up_tokenization_spaces",
     "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output",
@@ -194,7 +194,7 @@ def _templates(tokenizer: Any, source: Path, notes: list[str]) -> tuple[str | No
     place = None
     if named:
         place = TOKENIZER_CONFIG
-        if (source / CHAT_TEMPLATE).is_file() or (source / _MORE).is_dir():
+        if (source / CHAT_TEMPLATE).is_file() or (source / MORE_TEMPLATES).is_dir():
             place = CHAT_TEMPLATE
     for name in PROCESSOR_TEMPLATES:
         try:

@@ -7,12 +7,10 @@ than it was given. Every text and id sequence is also streamed, and compared wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from pleexport.errors import InputError
-from pleexport.parity.chat_format import Messages, first_difference
+from pleexport.parity.chat_format import first_difference, template_of
 from pleexport.parity.original_text import (
     NOW,
     OriginalText,
@@ -180,11 +178,7 @@ def _chat_format(tokenizer: Tokenizer, form: ChatFormat | None) -> tuple[int | N
     template = tokenizer.chat_template
     if template is None:
         return 0, ["there is a chat format, and no chat template"]
-
-    def render(messages: Messages, asked: dict[str, Any], now: datetime | None) -> str:
-        return tokenizer.render_chat(messages, asked, now=now)
-
-    count, problem = first_difference(form, render, template)
+    count, problem = first_difference(form, template_of(tokenizer), template)
     return count, [f"the chat format differs from the template: {problem}"] if problem else []
 
 

@@ -10,7 +10,7 @@ from pleexport.backends.registry import load
 from pleexport.checkpoint.adapters.adapted import adapters_of, tokenizer_folder
 from pleexport.checkpoint.adapters.adapter import AdapterChoice
 from pleexport.checkpoint.checkpoint import Checkpoint
-from pleexport.checkpoint.digests import source_files
+from pleexport.checkpoint.digests import digests_of, source_files
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids
 from pleexport.errors import CheckpointError, InputError
@@ -108,7 +108,7 @@ def _check_adapters(bundle: Bundle, source: Checkpoint) -> None:
         )
     built_from = bundle.manifest.source
     digests = {file.digest for file in built_from.files} if built_from else set()
-    if recorded and {file.digest for file in source_files(source)} != digests:
+    if recorded and set(digests_of(source_files(source))) != digests:
         raise CheckpointError(
             f"`{bundle.path}` was built from another base than `{source.path}`: its digest differs",
             hint="pass the base that the bundle was built from",

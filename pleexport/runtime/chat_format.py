@@ -7,7 +7,7 @@ template renders. `ChatFormat.render` is all that another language has to repeat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -21,7 +21,7 @@ After = Literal["system", "user", "assistant", "answer"]
 Text = Annotated[str, msgspec.Meta(max_length=1 << 16)]
 Characters = Annotated[str, msgspec.Meta(max_length=64)]
 Marker = Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
-_ROLES = ("system", "user", "assistant")
+ROLES: tuple[str, ...] = get_args(Role)
 
 
 class Joint(
@@ -162,10 +162,10 @@ def strip(text: str, *, start: str, end: str) -> str:
 
 def _role_and_content(message: Mapping[str, Any]) -> tuple[str, str]:
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES or not isinstance(content, str):
+    if role not in ROLES or not isinstance(content, str):
         raise InputError(
             "a message is not of a role that the bundle's chat format knows, or holds no text",
-            hint=f"roles are {', '.join(_ROLES)}, and `content` is a string",
+            hint=f"roles are {', '.join(ROLES)}, and `content` is a string",
         )
     if other := sorted(name for name in message if name not in ("role", "content")):
         raise InputError(
