@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from unrounded import unrounded
 
 import pleexport
 from pleexport.errors import InputError, PleexportError
@@ -262,6 +263,24 @@ def test_tolerances_tell_wrong_logits(name: str) -> None:
     assert case["range"] > 20 * case["tolerance"]
     least = min(greedy["least_margin"] for greedy in asked["greedy"])
     assert least > 2 * case["tolerance"]
+
+
+ROUNDED = [name for name, asked in VECTORS.items() if "unrounded" in asked["logits"][0]]
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_logits_without_rounding_are_those_of_such_a_graph(name: str, tmp_path: Path) -> None:
+    copy = unrounded(FOLDER / name, tmp_path / "copy")
+    assert copy is not None
+    (case,) = VECTORS[name]["logits"]
+    asked = {"logits": [_without_rounding(case)]}
+    runner = pleexport.Runner(copy, threads=1)
+    assert [*wrong_logits(runner, asked)] == []
+    assert [*wrong_logits(runner_of(name), asked, cuts=CUTS[:1])] != []  # it rounds
+
+
+def _without_rounding(case: dict[str, Any]) -> dict[str, Any]:
+    return case | {"logits": case["unrounded"], "tolerance": case["unrounded_tolerance"]}
 
 
 def test_vectors_are_of_every_family_and_dtype() -> None:
