@@ -139,7 +139,7 @@ function generationOptions(options: Options): GenerationOptions {
 
 const timed: Command = async (words, output) => {
   const options = new Options(words, ["prompt-tokens", "decode-tokens", "repeat"], ["json"]);
-  const result = await bench(async () => Runner.open(await open(options, output), threadsOf(options)), {
+  const result = await bench(() => open(options), {
     promptTokens: options.ids("prompt-tokens") ?? [128, 512],
     decodeTokens: options.integer("decode-tokens") ?? 64,
     repeat: options.integer("repeat") ?? 3,
@@ -175,11 +175,14 @@ const verify: Command = async (words, output) => {
   output.data("Files are intact.\n");
 };
 
-async function open(options: Options, output: Output): Promise<Bundle> {
+async function open(options: Options): Promise<Runner> {
   const bundle = await openBundle(options.place, { verify: !options.has("no-verify") });
-  const slow = slowFormOf(bundle);
-  if (slow !== null) output.note(`note: ${slow}\n`);
-  return bundle;
+  try {
+    return await Runner.open(bundle, { threads: options.integer("threads") ?? 0 });
+  } catch (err) {
+    bundle.close();
+    throw err;
+  }
 }
 
 async function withRunner(
@@ -187,21 +190,16 @@ async function withRunner(
   output: Output,
   use: (runner: Runner) => Promise<void>,
 ): Promise<void> {
-  const bundle = await open(options, output);
+  const runner = await open(options);
   try {
-    const runner = await Runner.open(bundle, threadsOf(options));
-    try {
-      await use(runner);
-    } finally {
-      await runner.close();
-    }
+    await use(runner);
+    // At the end, so that an error stands alone.
+    const slow = slowFormOf(runner.bundle);
+    if (slow !== null) output.note(`note: ${slow}\n`);
   } finally {
-    bundle.close();
+    await runner.close();
+    runner.bundle.close();
   }
-}
-
-function threadsOf(options: Options): { threads: number } {
-  return { threads: options.integer("threads") ?? 0 };
 }
 
 /** What is said of a bundle whose weights have a form that WebAssembly is slow with; null of others. */

@@ -1,6 +1,7 @@
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 
 import { AS_PUBLISHED, TokenizerError, wordsOf } from "./errors.js";
+import { correct, stepsOf, unknownPart } from "./library-parts.js";
 import { clean, CleanedStream, DecodedStream, type Decoding, type TextStream } from "./text-stream.js";
 import { checkUnicode, isObject, type Tokenizer, type TokenizerConfig } from "./tokenizer.js";
 
@@ -35,6 +36,13 @@ export class JsonTokenizer implements Tokenizer, Decoding {
     const file = isObject(json) ? json : {};
     const problem = problemOf(file);
     if (problem !== null) throw this.malformed(problem);
+    const unknown = unknownPart(file);
+    if (unknown !== null) {
+      throw new TokenizerError(
+        `\`${path}\` has ${unknown}, which this library does not know`,
+        "pass token ids instead of text, or run the bundle with the Python library",
+      );
+    }
     this.library = this.opened(file);
     this.encoder =
       config["split_special_tokens"] === true ? this.opened(withoutSpecials(file)) : this.library;
@@ -43,9 +51,7 @@ export class JsonTokenizer implements Tokenizer, Decoding {
     this.size = maximum(this.library.get_vocab(true).values()) + 1;
     this.hasByteFallback = stepsOf(file["decoder"]).some(({ type }) => type === "ByteFallback");
     // transformers does not clean what BPE decodes, if it is not forced to.
-    const { model } = file;
-    const isBpe = isObject(model) && (model["type"] ?? "BPE") === "BPE";
-    this.cleans = config[CLEANS] === true && (!isBpe || config[CLEANS_BPE] === true);
+    this.cleans = config[CLEANS] === true && config[CLEANS_BPE] === true;
     this.thoughtMarkers = markersOf(config);
   }
 
@@ -94,7 +100,7 @@ export class JsonTokenizer implements Tokenizer, Decoding {
     return this.readable(() => {
       const parts = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null };
       const opened = new Library({ ...parts, added_tokens: [], ...file }, {});
-      decodeBytesExactly(opened.decoder as LibraryDecoder | null);
+      correct(opened, file);
       return opened;
     });
   }
@@ -156,13 +162,6 @@ function halves(merge: string): string[] {
   return at < 0 ? [merge] : [merge.slice(0, at), merge.slice(at + 1)];
 }
 
-/** The steps of a part, those of a sequence one by one. */
-function stepsOf(part: unknown): Record<string, unknown>[] {
-  if (!isObject(part)) return [];
-  const lists = ["decoders", "processors"].map((name) => part[name]).filter(Array.isArray);
-  return [part, ...lists.flat().flatMap(stepsOf)];
-}
-
 function withoutSpecials(file: Record<string, unknown>): Record<string, unknown> {
   const added = Array.isArray(file["added_tokens"]) ? file["added_tokens"] : [];
   return { ...file, added_tokens: added.filter((token) => !isObject(token) || token["special"] !== true) };
@@ -172,44 +171,6 @@ function maximum(values: Iterable<number>): number {
   let most = -1;
   for (const value of values) most = Math.max(most, value);
   return most;
-}
-
-/** What this file knows of the library's decoders. */
-interface LibraryDecoder {
-  readonly config?: { readonly type?: unknown };
-  readonly decoders?: readonly LibraryDecoder[];
-  /** Of byte-level tokens, by character. */
-  readonly byte_decoder?: Readonly<Record<string, number | undefined>>;
-  text_decoder?: { decode(bytes: Uint8Array): string };
-  decode_chain(tokens: string[]): string[];
-}
-
-/**
- * Makes decoders of bytes do what the original does. The library drops a byte-order mark and takes the
- * text of added tokens as it is, where the original takes a character for the byte that it stands for.
- * And of a run of byte-fallback tokens that is not UTF-8 as a whole, each byte has to be one U+FFFD.
- */
-function decodeBytesExactly(decoder: LibraryDecoder | null): void {
-  decoder?.decoders?.forEach(decodeBytesExactly);
-  if (decoder?.config?.type === "ByteFallback") decoder.text_decoder = { decode: allOrNothing };
-  if (decoder?.config?.type === "ByteLevel") {
-    const bytesOf = (token: string): number[] | Uint8Array => {
-      const bytes = [...token].map((character) => decoder.byte_decoder?.[character]);
-      return bytes.every((byte) => byte !== undefined) ? bytes.map(Number) : new TextEncoder().encode(token);
-    };
-    decoder.decode_chain = (tokens) => [LOSSY.decode(Uint8Array.from(tokens.flatMap((own) => [...bytesOf(own)])))];
-  }
-}
-
-const LOSSY = new TextDecoder("utf-8", { ignoreBOM: true });
-const STRICT = new TextDecoder("utf-8", { ignoreBOM: true, fatal: true });
-
-function allOrNothing(bytes: Uint8Array): string {
-  try {
-    return STRICT.decode(bytes);
-  } catch {
-    return "\uFFFD".repeat(bytes.length);
-  }
 }
 
 function markersOf(config: TokenizerConfig): [string, string][] {

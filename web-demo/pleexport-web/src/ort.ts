@@ -42,7 +42,6 @@ export type HeapType = keyof typeof TYPES;
 const ON_CPU = 1;
 const ALIGNMENT = 64;
 const ERRORS_ONLY = 3;
-export const WARNINGS_TOO = 2;
 
 /** Where ONNX Runtime's files are; a page sets its own before the first session. */
 export const runtimeFiles = {
@@ -106,9 +105,8 @@ export class Graph {
   private constructor(
     private readonly session: ort.InferenceSession,
     private readonly module: OrtModule,
-    severity: number,
   ) {
-    this.options = module._OrtCreateRunOptions(severity, 0, false, 0);
+    this.options = module._OrtCreateRunOptions(ERRORS_ONLY, 0, false, 0);
   }
 
   /**
@@ -123,20 +121,19 @@ export class Graph {
     model: Uint8Array,
     weights: ReadonlyMap<string, LocalFile>,
     threads: number,
-    severity = ERRORS_ONLY,
   ): Promise<Graph> {
     const lazy = [...weights].map(([path, file]) => ({ path, data: new LazyBytes(file) as Uint8Array }));
-    ort.env.logLevel = severity === ERRORS_ONLY ? "error" : "warning";
+    ort.env.logLevel = "error";
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.wasmPaths = { mjs: runtimeFiles.module(), wasm: runtimeFiles.wasm() };
     try {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["wasm"],
-        logSeverityLevel: severity as 2 | 3,
+        logSeverityLevel: ERRORS_ONLY,
         externalData: lazy,
       });
       const { instance } = (await import(runtimeFiles.module())) as { instance: OrtModule };
-      return new Graph(session, instance, severity);
+      return new Graph(session, instance);
     } catch (err) {
       for (const { data } of lazy) if ((data as LazyBytes).failure !== null) throw (data as LazyBytes).failure;
       throw new OrtFailure(err instanceof Error ? err.message : String(err), { cause: err });

@@ -29,7 +29,7 @@ export type Fill = (into: ReadonlyMap<string, HeapTensor>) => Promise<void>;
  * @throws BundleError the files cannot be loaded, or contradict the contract.
  * @throws CheckFailed a file does not match its checksums.
  */
-export async function openSession(bundle: Bundle, threads: number, severity?: number): Promise<Session> {
+export async function openSession(bundle: Bundle, threads: number): Promise<Session> {
   if (!Number.isInteger(threads) || threads < 0 || threads > MOST_THREADS) {
     throw new InputError(
       `threads is ${threads}; it must be 0 to ${MOST_THREADS}`,
@@ -48,7 +48,7 @@ export async function openSession(bundle: Bundle, threads: number, severity?: nu
       weights.set(name, file);
       bundle.check(name, file);
     }
-    const graph = await Graph.open(model, weights, threads || defaultThreads(), severity);
+    const graph = await Graph.open(model, weights, threads || defaultThreads());
     try {
       checkGraph(graph, contract, path);
       return new Session(graph, contract, bundle.manifest.context);

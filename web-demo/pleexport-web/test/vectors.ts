@@ -39,7 +39,7 @@ export function floatsOf(text: string): Float32Array {
 
 /** The words of an error that is to come; it has a hint. */
 export async function refusal(
-  kind: typeof PleexportError | (new (...args: never[]) => PleexportError),
+  kind: typeof PleexportError,
   act: () => unknown,
 ): Promise<string> {
   try {
