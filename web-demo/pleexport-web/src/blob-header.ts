@@ -41,12 +41,16 @@ const TENSORS: readonly (readonly [string, string, number])[] = [
   ["checksums", "uint64", 1],
 ];
 
-/** What the header of a blob says, checked. */
+/** What the header of a blob, or of a shard of one, says, checked. */
 export interface BlobHeader {
+  /** Token id of the file's first row. */
+  readonly firstRow: number;
   readonly numRows: number;
+  /** Rows of the whole blob. */
+  readonly numRowsTotal: number;
   /** Bytes of a row. */
   readonly rowStride: number;
-  /** Byte of the file at which row 0 begins. */
+  /** Byte of the file at which its first row begins. */
   readonly rowsOffset: number;
   /** Byte of the file at which the checksums of chunks begin. */
   readonly checksumsOffset: number;
@@ -86,16 +90,18 @@ class BlobHeaderReader {
     this.checkVersion();
     this.checkNames();
     const [numRows, rowStride] = this.checkTensors();
-    this.checkWhole(numRows);
+    const [firstRow, numRowsTotal] = this.checkRange(numRows);
     const segments = this.readSegments();
     this.checkPlaces(segments, rowStride);
     return {
+      firstRow,
       numRows,
+      numRowsTotal,
       rowStride,
       rowsOffset: entries.get("rows")!.offset,
       checksumsOffset: entries.get("checksums")!.offset,
       segments,
-      rowAliases: this.readAliases(numRows),
+      rowAliases: this.readAliases(numRowsTotal),
       runs: this.planRuns(segments),
       sourceDigest: metadata.get("source_digest")!,
     };
@@ -162,19 +168,13 @@ class BlobHeaderReader {
     return [numRows, stride];
   }
 
-  private checkWhole(numRows: number): void {
+  private checkRange(numRows: number): [number, number] {
     const first = this.whole("first_row");
     const total = this.whole("num_rows_total");
     if (first > total - numRows) {
       throw this.broken(`says that it has ${numRows} rows from ${first} of ${total} (B-12)`);
     }
-    if (numRows !== total) {
-      throw this.broken(
-        `is a shard, rows ${first} to ${first + numRows - 1} of ${total}; this reader takes ` +
-          "whole blobs (B-12)",
-        "build the bundle again from its checkpoint",
-      );
-    }
+    return [first, total];
   }
 
   private json(name: string): Json {

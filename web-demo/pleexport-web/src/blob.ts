@@ -1,12 +1,10 @@
-import { readHeader, type BlobHeader } from "./blob-header.js";
+import type { BlobHeader } from "./blob-header.js";
 import { shapeOf, type Segment } from "./blob-layout.js";
-import { CHUNK_BYTES } from "./checksums.js";
+import { openShards, type Shard } from "./blob-shard.js";
 import { SegmentDecoder } from "./codes.js";
-import { BlobError, BundleError, CheckFailed, COPY_AGAIN, InputError, MIXED } from "./errors.js";
-import { FileFailure, readRange, type BundleFile } from "./files.js";
-import { CHECKSUM_BYTES, readSafetensors } from "./safetensors.js";
-import { TiedRows } from "./tied.js";
-import { isChecksum } from "./xxh3.js";
+import { BlobError, BundleError, COPY_AGAIN, InputError, MIXED } from "./errors.js";
+import { FileFailure, type BundleFile } from "./files.js";
+import type { TiedRows } from "./tied.js";
 
 /** Rows that were looked up are kept up to so many bytes: a text says the same words again. */
 const KEPT_BYTES = 32 << 20;
@@ -37,11 +35,14 @@ export class Blob {
   private readonly kept = new Map<number, CheckedRow>();
   private readonly mostKept: number;
 
+  private readonly header: BlobHeader;
+
   private constructor(
-    readonly file: BundleFile,
-    private readonly header: BlobHeader,
+    private readonly shards: readonly Shard[],
     private readonly tied: TiedRows | null,
   ) {
+    const { header } = shards[0]!;
+    this.header = header;
     const segments = tied === null ? [] : [tied.segment];
     this.segments = [...header.segments, ...segments];
     this.shapes = new Map<string, readonly number[]>([
@@ -55,18 +56,24 @@ export class Blob {
   /**
    * Opens a blob.
    *
+   * @param files the file, or all shards in any order.
    * @param tied of the tied head, where a table is in its file.
    * @throws BlobError the file breaks a rule of docs/blob-format.md.
    * @throws CheckFailed its header does not match its checksum.
    */
-  static async open(file: BundleFile, tied: TiedRows | null = null): Promise<Blob> {
-    const header = readHeader(await readSafetensors(file));
-    if (tied !== null) checkTied(file, header, tied);
-    return new Blob(file, header, tied);
+  static async open(files: readonly BundleFile[], tied: TiedRows | null = null): Promise<Blob> {
+    const shards = await openShards(files);
+    if (tied !== null) checkTied(shards[0]!, tied);
+    return new Blob(shards, tied);
+  }
+
+  /** Path or URL of the file, or of the shard with the first rows. */
+  get path(): string {
+    return this.shards[0]!.file.path;
   }
 
   get numRows(): number {
-    return this.header.numRows;
+    return this.header.numRowsTotal;
   }
 
   /** Bytes of a row. */
@@ -135,35 +142,7 @@ export class Blob {
    * @throws CheckFailed names the first damaged row.
    */
   async verify(): Promise<void> {
-    const { numRows, rowStride, checksumsOffset } = this.header;
-    const bytes = numRows * rowStride;
-    const checksums = await readRange(
-      this.file,
-      checksumsOffset,
-      CHECKSUM_BYTES * Math.ceil(bytes / CHUNK_BYTES),
-    );
-    const row = new Uint8Array(rowStride);
-    let filled = 0;
-    for (let chunk = 0, begin = 0; begin < bytes; chunk++, begin += CHUNK_BYTES) {
-      const length = Math.min(CHUNK_BYTES, bytes - begin);
-      const part = await readRange(this.file, this.header.rowsOffset + begin, length);
-      for (let at = 0; at < length; ) {
-        const taken = Math.min(rowStride - filled, length - at);
-        row.set(part.subarray(at, at + taken), filled);
-        filled = (filled + taken) % rowStride;
-        at += taken;
-        if (filled === 0) this.checkRow((begin + at) / rowStride - 1, row);
-      }
-      const stored = checksums.subarray(CHECKSUM_BYTES * chunk, CHECKSUM_BYTES * (chunk + 1));
-      if (!isChecksum(stored, part)) {
-        const [first, last] = [begin, begin + length - 1].map((at) => Math.floor(at / rowStride));
-        throw new CheckFailed(
-          `\`${this.file.path}\` is damaged: the rows of token ids ${first} to ${last} lie in ` +
-            "other places, or the checksum of their chunk is wrong (B-19)",
-          COPY_AGAIN,
-        );
-      }
-    }
+    for (const shard of this.shards) await shard.verify();
     const { tied } = this;
     for (let rowId = 0; tied !== null && rowId < tied.numRows; rowId++) {
       tied.checked(rowId, await tied.file.read(tied.rangesOf(rowId)));
@@ -172,7 +151,7 @@ export class Blob {
 
   close(): void {
     this.kept.clear();
-    this.file.close();
+    for (const { file } of this.shards) file.close();
     this.tied?.file.close();
   }
 
@@ -200,51 +179,48 @@ export class Blob {
   }
 
   private async fetch(rowIds: readonly number[]): Promise<Map<number, CheckedRow>> {
-    const { rowsOffset, rowStride } = this.header;
     const { tied } = this;
-    if (rowIds.length === 0) return new Map();
-    try {
-      const [rows, tiedParts] = await Promise.all([
-        this.file.read(rowIds.map((id) => ({ offset: rowsOffset + id * rowStride, length: rowStride }))),
-        tied === null ? [] : tied.file.read(rowIds.flatMap((id) => tied.rangesOf(id))),
-      ]);
-      this.rowsFetched += rowIds.length;
-      return new Map(
-        rowIds.map((id, i) => {
-          this.checkRow(id, rows[i]!);
+    const found = new Map<number, CheckedRow>();
+    await Promise.all(
+      this.shards.map(async (shard) => {
+        const own = rowIds.filter((id) => id >= shard.first && id < shard.end);
+        if (own.length === 0) return;
+        const [rows, tiedParts] = await orError(shard.file, () =>
+          Promise.all([
+            shard.file.read(own.map((id) => shard.rangeOf(id))),
+            tied === null ? [] : tied.file.read(own.flatMap((id) => tied.rangesOf(id))),
+          ]),
+        );
+        own.forEach((id, i) => {
+          const row = rows[i]!;
+          shard.check(id, row);
           const parts = tiedParts.slice(3 * i, 3 * i + 3);
-          return [id, { row: rows[i]!, tied: tied?.checked(id, parts) ?? null }];
-        }),
-      );
-    } catch (err) {
-      if (!(err instanceof FileFailure)) throw err;
-      throw new BundleError(
-        `rows of \`${this.file.path}\` cannot be read: ${err.reason}`,
-        err.hint ?? COPY_AGAIN,
-        { cause: err },
-      );
-    }
-  }
-
-  private checkRow(rowId: number, row: Uint8Array): void {
-    const end = row.length - CHECKSUM_BYTES;
-    if (!isChecksum(row.subarray(end), row.subarray(0, end))) {
-      throw new CheckFailed(
-        `\`${this.file.path}\` is damaged: the row of token id ${rowId} does not match its ` +
-          "checksum (B-16)",
-        COPY_AGAIN,
-      );
-    }
+          found.set(id, { row, tied: tied?.checked(id, parts) ?? null });
+        });
+        this.rowsFetched += own.length;
+      }),
+    );
+    return found;
   }
 }
 
-function checkTied(file: BundleFile, header: BlobHeader, tied: TiedRows): void {
+async function orError<T>(file: BundleFile, read: () => Promise<T>): Promise<T> {
+  try {
+    return await read();
+  } catch (err) {
+    if (!(err instanceof FileFailure)) throw err;
+    const what = `rows of \`${file.path}\` cannot be read: ${err.reason}`;
+    throw new BundleError(what, err.hint ?? COPY_AGAIN, { cause: err });
+  }
+}
+
+function checkTied({ file, header }: Shard, tied: TiedRows): void {
   const { table } = tied.segment;
   const twice = header.runs.has(table);
-  if (!twice && tied.numRows >= header.numRows) return;
+  if (!twice && tied.numRows >= header.numRowsTotal) return;
   const problem = twice ? "both have" : `it has ${tied.numRows} rows of`;
   throw new BlobError(
-    `\`${tied.file.path}\` does not go with \`${file.path}\`, which has ${header.numRows} rows: ` +
+    `\`${tied.file.path}\` does not go with \`${file.path}\`, which has ${header.numRowsTotal} rows: ` +
       `${problem} table \`${table}\` (T-07)`,
     MIXED,
   );

@@ -11,7 +11,7 @@ import {
 import type { Artifact } from "./contract.js";
 import { BundleError, CheckFailed, COPY_AGAIN, type PleexportError } from "./errors.js";
 import { FileFailure, type BundleFile, type BundleFiles, type LocalFile } from "./files.js";
-import { BLOB, DECODER, MANIFEST, readManifest, type FileRecord, type Manifest } from "./manifest.js";
+import { blobFiles, DECODER, MANIFEST, modelFiles, readManifest, type FileRecord, type Manifest } from "./manifest.js";
 import { TIED, TiedRows } from "./tied.js";
 
 const INCOMPLETE = "the copy is incomplete; copy the bundle again, or rebuild it";
@@ -97,10 +97,11 @@ export class Bundle {
         COPY_AGAIN,
       );
     }
-    const blob = await Blob.open(await this.openFile(BLOB), tied);
+    const files = await Promise.all(blobFiles(this.manifest).map((name) => this.openFile(name)));
+    const blob = await Blob.open(files, tied);
     if (blob.sourceDigest !== this.manifest.tablesDigest) {
       throw new BundleError(
-        `\`${blob.file.path}\` is the blob of another bundle: its tables are not those of the manifest`,
+        `\`${blob.path}\` is the blob of another bundle: its tables are not those of the manifest`,
         COPY_AGAIN,
       );
     }
@@ -169,7 +170,7 @@ export class Bundle {
 
   /** What is small and no part of the model; nothing else would compare most of it. */
   private smallFiles(): FileRecord[] {
-    const own = new Set([BLOB, ...[...this.manifest.graphs.values()].flatMap(({ files }) => files)]);
+    const own = new Set(modelFiles(this.manifest));
     return this.manifest.files.filter(({ name, size }) => !own.has(name) && size <= CHUNK_BYTES);
   }
 

@@ -58,7 +58,19 @@ export interface Manifest {
   readonly target: string;
   /** Of the checkpoint's tables; the blob has it too. */
   readonly tablesDigest: string;
+  /** Names of the blob's files where it lies in several. */
+  readonly blobShards: readonly string[];
   readonly files: readonly FileRecord[];
+}
+
+/** Names of the blob's files. */
+export function blobFiles({ blobShards }: Manifest): readonly string[] {
+  return blobShards.length === 0 ? [BLOB] : blobShards;
+}
+
+/** Names of the files of blob and graphs, without which there is no model. */
+export function modelFiles(manifest: Manifest): string[] {
+  return [...blobFiles(manifest), ...[...manifest.graphs.values()].flatMap(({ files }) => files)];
 }
 
 /**
@@ -128,6 +140,7 @@ const fieldsOfManifest = object<Manifest>((fields) => {
   fields.required("block_size", integer);
   fields.required("symmetric", boolean);
   fields.orElse("trained_grid", false, boolean);
+  fields.orElse("per_channel", false, boolean);
   fields.orElse("activation_rounding", true, boolean);
   fields.required("calibration_tokens", integer);
   fields.orElse("spin", true, boolean);
@@ -148,6 +161,7 @@ const fieldsOfManifest = object<Manifest>((fields) => {
     cacheDtype: fields.required("cache_dtype", oneOf("fp32", "fp16", "int8", "none")),
     target: fields.required("target", string),
     tablesDigest: fields.required("tables_digest", string),
+    blobShards: fields.orElse("blob_shards", [], list(string)),
     files: fields.required("files", list(fileRecord)),
   };
 });
@@ -174,7 +188,7 @@ function checkManifest(manifest: Manifest, path: string): void {
   if (contrary !== null) {
     throw new BundleError(`\`${path}\` has an impossible chat format: ${contrary}`, COPY_AGAIN);
   }
-  for (const name of [BLOB, ...[...manifest.graphs.values()].flatMap(({ files }) => files)]) {
+  for (const name of modelFiles(manifest)) {
     if (!listed.has(name)) {
       throw new BundleError(`\`${path}\` does not list \`${name}\` among its files`, "rebuild the bundle");
     }

@@ -29,7 +29,7 @@ export class Reader {
     for (const { table, shape } of contract.lookupInputs) {
       const wanted = shape.slice(2).join(", ");
       if (blob.shapes.get(table)?.join(", ") !== wanted) {
-        throw new BundleError(`\`${blob.file.path}\` has no table \`${table}\` of shape [${wanted}]`, MIXED);
+        throw new BundleError(`\`${blob.path}\` has no table \`${table}\` of shape [${wanted}]`, MIXED);
       }
     }
   }

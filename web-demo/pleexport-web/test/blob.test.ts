@@ -1,9 +1,11 @@
 import assert from "node:assert/strict";
 import * as fs from "node:fs";
-import { describe, test } from "node:test";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, describe, test } from "node:test";
 
 import { Blob } from "../src/blob.js";
-import { InputError } from "../src/errors.js";
+import { BlobError, CheckFailed, InputError } from "../src/errors.js";
 import { NodeFile } from "../src/node-files.js";
 import { TiedRows } from "../src/tied.js";
 import { xxh3, xxh3Hex } from "../src/xxh3.js";
@@ -19,7 +21,7 @@ describe("vectors of blobs are matched exactly", () => {
   for (const file of fs.readdirSync(VECTORS).filter((name) => name.endsWith(".safetensors"))) {
     test(file, async () => {
       const expected = readJson(`${VECTORS}/${file.replace(".safetensors", ".json")}`);
-      const blob = await Blob.open(new NodeFile(`${VECTORS}/${file}`));
+      const blob = await Blob.open([new NodeFile(`${VECTORS}/${file}`)]);
       const ids = Array.from({ length: blob.numRows }, (_, id) => id);
       for (const [table, rows] of Object.entries(expected.tables as Record<string, unknown>)) {
         const vectors = Float32Array.from(flat(rows));
@@ -64,7 +66,7 @@ test("hashes of all kinds of lengths", () => {
 });
 
 test("rows that are kept are few, and the same", async () => {
-  const blob = await Blob.open(new NodeFile(`${VECTORS}/int8.safetensors`));
+  const blob = await Blob.open([new NodeFile(`${VECTORS}/int8.safetensors`)]);
   const [table] = [...blob.shapes.keys()] as [string];
   const elements = blob.shapes.get(table)!.reduce((a, b) => a * b, 1);
   const [first, again] = [new Float32Array(elements), new Float32Array(elements)];
@@ -75,4 +77,69 @@ test("rows that are kept are few, and the same", async () => {
   await blob.lookup([row], [{ table, out: () => again }]);
   assert.equal(blob.rowsFetched, 1);
   assert.deepEqual(first, again);
+});
+
+/** A shard of a blob, written as docs/blob-format.md says; small enough for one chunk. */
+function shardOf(whole: Buffer, begin: number, end: number, change: (metadata: Record<string, string>) => void = () => {}): Buffer {
+  const size = Number(whole.readBigUInt64LE(0));
+  const header = JSON.parse(whole.toString("utf8", 8, 8 + size));
+  const stride = header.rows.shape[1] as number;
+  const start = 8 + size + (header.rows.data_offsets[0] as number);
+  const rows = whole.subarray(start + begin * stride, start + end * stride);
+  header.rows = { dtype: "U8", shape: [end - begin, stride], data_offsets: [8, 8 + rows.length] };
+  header.checksums = { dtype: "U64", shape: [1], data_offsets: [8 + rows.length, 16 + rows.length] };
+  header.__metadata__.first_row = String(begin);
+  change(header.__metadata__);
+  const head = Buffer.concat([whole.subarray(0, 8), Buffer.from(JSON.stringify(header).padEnd(size))]);
+  assert.equal(head.length, 8 + size);
+  return Buffer.concat([head, xxh3(head), rows, xxh3(rows)]);
+}
+
+describe("shards", () => {
+  const whole = fs.readFileSync(`${VECTORS}/int8.safetensors`);
+  const folder = fs.mkdtempSync(join(tmpdir(), "pleexport-shards-"));
+  after(() => fs.rmSync(folder, { recursive: true }));
+  const opened = (...shards: Buffer[]): Promise<Blob> => {
+    const files = shards.map((data, i) => {
+      fs.writeFileSync(join(folder, `${i}`), data);
+      return new NodeFile(join(folder, `${i}`));
+    });
+    return Blob.open(files);
+  };
+
+  test("in any order give the rows of the whole", async () => {
+    const one = await Blob.open([new NodeFile(`${VECTORS}/int8.safetensors`)]);
+    const all = one.numRows;
+    const several = await opened(shardOf(whole, 2, all), shardOf(whole, 0, 2));
+    assert.equal(several.numRows, all);
+    await several.verify();
+    const rows = Array.from({ length: all }, (_, id) => id);
+    for (const [table, shape] of one.shapes) {
+      const [a, b] = [one, several].map(() => new Float32Array(all * shape.reduce((x, y) => x * y, 1)));
+      await one.lookup(rows, [{ table, out: () => a! }]);
+      await several.lookup(rows, [{ table, out: () => b! }]);
+      assert.deepEqual(a, b);
+    }
+    several.close();
+  });
+
+  test("that are no blob together are refused", async () => {
+    const all = (await Blob.open([new NodeFile(`${VECTORS}/int8.safetensors`)])).numRows;
+    const words = (...shards: Buffer[]): Promise<string> => refusal(BlobError, () => opened(...shards));
+    assert.match(await words(shardOf(whole, 0, 2)), /is a shard, rows 0 to 1 of \d+; .* \(B-12\)$/);
+    assert.match(await words(shardOf(whole, 0, 2), shardOf(whole, 3, all)), /begins at row 3, and the shards before it end at 2 \(B-12\)$/);
+    assert.match(await words(shardOf(whole, 0, 2), shardOf(whole, 2, 3)), /is the last shard and ends at row 3 of \d+ \(B-12\)$/);
+    const other = shardOf(whole, 2, all, (metadata) => (metadata["source_digest"] = "other"));
+    assert.match(await words(shardOf(whole, 0, 2), other), /they disagree about `source_digest` \(B-12\)$/);
+  });
+
+  test("that are damaged name their token ids", async () => {
+    const second = shardOf(whole, 2, 3);
+    const size = Number(second.readBigUInt64LE(0));
+    second[16 + size + 1]! ^= 1;
+    const all = (await Blob.open([new NodeFile(`${VECTORS}/int8.safetensors`)])).numRows;
+    const blob = await opened(shardOf(whole, 0, 2), second, shardOf(whole, 3, all));
+    assert.match(await refusal(CheckFailed, () => blob.verify()), /the row of token id 2 does not match/);
+    blob.close();
+  });
 });
