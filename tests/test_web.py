@@ -40,6 +40,7 @@ SOME = ("gemma4-int4", "gemma3n-int8", "rwkv7a-int8", "embformer-bf16")
 PROJECT = ROOT / "web-demo" / "pleexport-web"
 REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_NODE"))
 OLDEST_NODE = (20, 10)
+CHROMIUM = Path("/usr/bin/chromium")
 
 
 def node_is_there() -> bool:
@@ -56,7 +57,7 @@ def program() -> Path:
         why = "the npm package needs Node 20.10 or newer, with npm: https://nodejs.org"
         assert not REQUIRED, why
         pytest.skip(why)
-    files = [*PROJECT.glob("*.json"), *PROJECT.glob("*/*.json"), *PROJECT.glob("*/*.ts")]
+    files = [*PROJECT.glob("*.json"), PROJECT / "bundle.mjs", *PROJECT.glob("*/*.json"), *PROJECT.glob("*/*.ts")]
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
     build = PROJECT / "build"
     build.mkdir(exist_ok=True)
@@ -105,6 +106,24 @@ def test_its_own_tests_pass(program: Path, tmp_path: Path) -> None:
     counts = dict(re.findall(r"^# (\w+) (\d+)$", done.stdout, re.MULTILINE))
     assert int(counts["pass"]) > 150
     assert (counts["skipped"], counts["fail"]) == ("0", "0")
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: `apt-get install chromium`")
+@pytest.mark.slow
+def test_it_runs_in_a_browser(program: Path) -> None:
+    """Vectors, threads, what is kept, a second tab, and servers that fail, in Chromium."""
+    tests = program.parents[1] / "build" / "test" / "test" / "browser.test.js"
+    done = subprocess.run(
+        ["node", "--test", "--test-reporter=tap", tests],
+        env=os.environ | {"PLEEXPORT_CHROMIUM": str(CHROMIUM)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    failed = [line for line in done.stdout.splitlines() if "not ok" in line or "error:" in line]
+    assert done.returncode == 0, "\n".join(failed)
+    assert "# fail 0" in done.stdout
 
 
 def logits(program: Path, bundle: Path, ids: list[int], out: Path) -> NDArray[np.float32]:
@@ -253,14 +272,17 @@ export const files = HttpFiles;
 def test_the_package_holds_what_a_user_needs(program: Path, tmp_path: Path) -> None:
     npm("pack", "--ignore-scripts", "--pack-destination", str(tmp_path))
     (packed,) = tmp_path.glob("*.tgz")
-    assert packed.stat().st_size < 150_000
+    assert packed.stat().st_size < 4_500_000  # nearly all of it is what a page loads of the runtime
     with tarfile.open(packed) as archive:
         archive.extractall(tmp_path, filter="data")
     package = tmp_path / "package"
     described = json.loads((package / "package.json").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert described["version"] == project["version"]
-    names = {path.name for path in (package / "dist").iterdir()}
+    names = {path.name for path in (package / "dist").iterdir()} - {"browser"}
+    runtime = {"ort-module.js", "ort-wasm-simd-threaded.wasm"}
+    loaded = {path.name for path in (package / "dist" / "browser").iterdir()}
+    assert loaded == {"client.js", "worker.js"} | runtime
     sources = {path.stem for path in (PROJECT / "src").glob("*.ts") if ".d" not in path.name}
     assert names == {f"{name}{ending}" for name in sources for ending in (".js", ".d.ts")}
     beside = {path.name for path in package.iterdir()}

@@ -2,7 +2,7 @@ import type { BlobHeader } from "./blob-header.js";
 import { shapeOf, type Segment } from "./blob-layout.js";
 import { openShards, type Shard } from "./blob-shard.js";
 import { SegmentDecoder } from "./codes.js";
-import { BlobError, BundleError, COPY_AGAIN, InputError, MIXED } from "./errors.js";
+import { BlobError, BundleError, CheckFailed, COPY_AGAIN, InputError, MIXED } from "./errors.js";
 import { FileFailure, type BundleFile } from "./files.js";
 import type { TiedRows } from "./tied.js";
 
@@ -191,16 +191,32 @@ export class Blob {
             tied === null ? [] : tied.file.read(own.flatMap((id) => tied.rangesOf(id))),
           ]),
         );
-        own.forEach((id, i) => {
-          const row = rows[i]!;
-          shard.check(id, row);
+        for (const [i, id] of own.entries()) {
           const parts = tiedParts.slice(3 * i, 3 * i + 3);
-          found.set(id, { row, tied: tied?.checked(id, parts) ?? null });
-        });
+          found.set(id, {
+            row: await checkedRow(shard, id, rows[i]!),
+            tied: tied?.checked(id, parts) ?? null,
+          });
+        }
         this.rowsFetched += own.length;
       }),
     );
     return found;
+  }
+}
+
+/** A row that matches its checksum. One that was kept and is damaged is read from its source once more. */
+async function checkedRow(shard: Shard, id: number, row: Uint8Array): Promise<Uint8Array> {
+  try {
+    shard.check(id, row);
+    return row;
+  } catch (err) {
+    const ranges = [shard.rangeOf(id)];
+    if (!(err instanceof CheckFailed) || shard.file.forget === undefined) throw err;
+    shard.file.forget(ranges);
+    const [again] = await orError(shard.file, () => shard.file.read(ranges));
+    shard.check(id, again!);
+    return again!;
   }
 }
 

@@ -23,6 +23,9 @@ export interface BundleOptions {
 
 /** A bundle: the folder that ships, or its copy on a server. */
 export class Bundle {
+  /** Files of a server that were compared since they came here. */
+  private readonly checked = new Set<string>();
+
   private constructor(
     private readonly files: BundleFiles,
     readonly manifest: Manifest,
@@ -89,7 +92,7 @@ export class Bundle {
    */
   async openBlob(): Promise<Blob> {
     const tied = this.decoder.files.includes(TIED)
-      ? await TiedRows.open(await this.openLocal(TIED))
+      ? await TiedRows.open(await this.openTied())
       : null;
     if (tied !== null && tied.weightsDigest !== this.decoder.weightsDigest) {
       throw new BundleError(
@@ -108,6 +111,11 @@ export class Bundle {
     return blob;
   }
 
+  /** Rows have checksums of their own; of a server's file, all that was brought here is compared first. */
+  private openTied(): Promise<LocalFile> {
+    return this.files.forget === undefined ? this.openLocal(TIED) : this.openChecked(TIED);
+  }
+
   /** A file to read parts of, which have checksums of their own. */
   async openFile(name: string): Promise<BundleFile> {
     return this.sized(name, await this.orError(name, this.files.open(name)));
@@ -119,12 +127,33 @@ export class Bundle {
   }
 
   /**
-   * Compares a file with its checksums.
+   * A file that is here as a whole, compared with its checksums. One that was kept and is damaged is
+   * brought here once more.
    *
    * @throws CheckFailed names the first chunk that differs.
    */
-  check(name: string, file: LocalFile): void {
-    if (this.checksums !== null) this.orErrorNow(name, () => checkFile(file, this.checksums!.get(name) ?? []));
+  async openChecked(name: string): Promise<LocalFile> {
+    try {
+      return await this.openCheckedOnce(name);
+    } catch (err) {
+      if (!(err instanceof CheckFailed) || this.files.forget === undefined) throw err;
+      await this.files.forget(name);
+      return this.openCheckedOnce(name);
+    }
+  }
+
+  private async openCheckedOnce(name: string): Promise<LocalFile> {
+    const file = await this.openLocal(name);
+    const expected = this.checksums?.get(name);
+    if (this.checksums === null || this.checked.has(name)) return file;
+    try {
+      this.orErrorNow(name, () => checkFile(file, expected ?? []));
+      if (this.files.forget !== undefined) this.checked.add(name);
+      return file;
+    } catch (err) {
+      file.close();
+      throw err;
+    }
   }
 
   /**

@@ -2,28 +2,39 @@
 export class PleexportError extends Error {
   /** What to do about it. */
   readonly hint: string;
+  /** Not that of the class, which has another in a program that was made smaller. */
+  override readonly name: string = "PleexportError";
 
   constructor(message: string, hint: string, options?: ErrorOptions) {
     super(message, options);
-    this.name = new.target.name;
     this.hint = hint;
   }
 }
 
 /** The folder is not a bundle, or not one that this version reads. */
-export class BundleError extends PleexportError {}
+export class BundleError extends PleexportError {
+  override readonly name = "BundleError";
+}
 
 /** The blob breaks a rule of docs/blob-format.md. */
-export class BlobError extends PleexportError {}
+export class BlobError extends PleexportError {
+  override readonly name = "BlobError";
+}
 
 /** A tokenizer's files are malformed, or have parts that are not known here. */
-export class TokenizerError extends PleexportError {}
+export class TokenizerError extends PleexportError {
+  override readonly name = "TokenizerError";
+}
 
 /** A prompt, id, text or option that cannot be used. */
-export class InputError extends PleexportError {}
+export class InputError extends PleexportError {
+  override readonly name = "InputError";
+}
 
 /** A file does not match its checksum or its size. */
-export class CheckFailed extends PleexportError {}
+export class CheckFailed extends PleexportError {
+  override readonly name = "CheckFailed";
+}
 
 export const COPY_AGAIN = "copy the bundle again, or rebuild it";
 export const MIXED = "files of two bundles may be mixed; copy the bundle again, or rebuild it";

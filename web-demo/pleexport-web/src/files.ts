@@ -18,6 +18,9 @@ export interface BundleFile {
    */
   read(ranges: readonly Range[]): Promise<Uint8Array[]>;
 
+  /** Reads these parts from their source again, where they were kept elsewhere: they are damaged. */
+  forget?(ranges: readonly Range[]): void;
+
   close(): void;
 }
 
@@ -45,6 +48,9 @@ export interface BundleFiles {
 
   /** A file that is here as a whole; one on a server is brought here first. */
   openLocal(name: string): Promise<LocalFile>;
+
+  /** Brings a file here again when it is opened next; it is damaged. */
+  forget?(name: string): Promise<void>;
 
   /** All bytes of a small file. */
   readWhole(name: string): Promise<Uint8Array>;

@@ -12,6 +12,12 @@ const NO_RANGES = "serve the bundle from a server that answers requests for part
 
 /** Keeps whole files of a server where parts of them can be read at once. */
 export interface FileStore {
+  /** A file that was kept before; null where it was not. */
+  find(path: string): Promise<LocalFile | null>;
+  /** Keeps a file no longer. */
+  forget(path: string): Promise<void>;
+  /** A file of which single parts are asked for, and may be kept. */
+  keepParts(file: BundleFile): Promise<BundleFile>;
   /** Takes a file's bytes as they come. */
   keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile>;
   close(): void;
@@ -39,12 +45,19 @@ export class HttpFiles implements BundleFiles {
   }
 
   async open(name: string): Promise<BundleFile> {
-    return HttpFile.open(`${this.path}/${name}`, this.traffic);
+    return this.store.keepParts(await HttpFile.open(`${this.path}/${name}`, this.traffic));
+  }
+
+  async forget(name: string): Promise<void> {
+    this.locals.delete(name);
+    await this.store.forget(`${this.path}/${name}`);
   }
 
   openLocal(name: string): Promise<LocalFile> {
     const path = `${this.path}/${name}`;
     return remembered(this.locals, name, async () => {
+      const kept = await this.store.find(path);
+      if (kept !== null) return shared(kept);
       const response = await answered(path, {}, this.traffic);
       return shared(await this.store.keep(path, counted(response, this.traffic)));
     });
@@ -120,6 +133,9 @@ class HttpFile implements BundleFile {
       return part.bytes.slice(offset - part.offset, offset - part.offset + length);
     });
   }
+
+  /** Nothing of it is kept but the header: a request is made again. */
+  forget(): void {}
 
   close(): void {}
 

@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { getSystemErrorMap } from "node:util";
 
-import { FileFailure, type BundleFiles, type LocalFile, type Range } from "./files.js";
+import { FileFailure, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
 import { cutOff, type FileStore } from "./http-files.js";
 
 /** A folder of this computer. */
@@ -89,6 +89,16 @@ export function orFailure<T>(read: () => T): T {
 /** Keeps files of a server in the system's folder for what is temporary; they end with the process. */
 export class TemporaryFiles implements FileStore {
   private readonly kept: NodeFile[] = [];
+
+  async find(): Promise<null> {
+    return null;
+  }
+
+  async forget(): Promise<void> {}
+
+  async keepParts(file: BundleFile): Promise<BundleFile> {
+    return file;
+  }
 
   async keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile> {
     const folder = orFailure(() => fs.mkdtempSync(join(tmpdir(), "pleexport-web-")));

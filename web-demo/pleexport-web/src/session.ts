@@ -44,9 +44,7 @@ export async function openSession(bundle: Bundle, threads: number): Promise<Sess
   const weights = new Map<string, LocalFile>();
   try {
     for (const name of weightNames) {
-      const file = await bundle.openLocal(name);
-      weights.set(name, file);
-      bundle.check(name, file);
+      weights.set(name, await bundle.openChecked(name));
     }
     const graph = await Graph.open(model, weights, threads || defaultThreads());
     try {

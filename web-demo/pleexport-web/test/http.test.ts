@@ -92,7 +92,12 @@ describe("what goes wrong is said", () => {
     served({}, async (url, server) => {
       const runner = await Runner.open(await openBundle(url), { threads: 1 });
       Object.assign(server.manners, { damages: () => true } satisfies Manners);
+      const before = server.asked.length;
       assert.match(await refusal(CheckFailed, () => runner.feed([250])), /the row of token id 250 does not match/);
+      assert.equal(server.asked.length, before + 2, "it was asked for twice");
+      Object.assign(server.manners, { damages: () => server.asked.length === before + 3 } satisfies Manners);
+      await runner.feed([250]);
+      assert.equal(server.asked.length, before + 4, "the second answer is sound");
       await runner.close();
     }));
 

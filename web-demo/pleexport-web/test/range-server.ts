@@ -1,7 +1,9 @@
 import * as fs from "node:fs";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
-import { join, normalize } from "node:path";
+import { extname, join, normalize } from "node:path";
+
+const TYPES: Record<string, string> = { ".html": "text/html", ".js": "text/javascript", ".wasm": "application/wasm" };
 
 /** What a server does otherwise than it should. */
 export interface Manners {
@@ -14,6 +16,8 @@ export interface Manners {
   /** Ends connections within the body. */
   cutsOff?: (name: string) => boolean;
   status?: (name: string) => number | undefined;
+  /** Lets pages have threads. */
+  isolates?: boolean;
 }
 
 export interface RangeServer {
@@ -70,7 +74,13 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       sent = Buffer.from(body);
       sent[sent.length >> 1]! ^= 1;
     }
-    response.writeHead(status, { ...headers, "content-length": String(sent.length) });
+    const isolated = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
+    response.writeHead(status, {
+      "content-type": TYPES[extname(name)] ?? "application/octet-stream",
+      "content-length": String(sent.length),
+      ...(manners.isolates === true ? isolated : {}),
+      ...headers,
+    });
     if (manners.cutsOff?.(name) === true) {
       response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
     } else {
