@@ -112,14 +112,30 @@ class ConformanceTest {
     }
 
     private fun checkLogits(case: JsonObject, logits: FloatArray, vocab: Int) {
-        val expected = decoded(case["logits"].asString)
         val tolerance = case["tolerance"].asFloat
+        // Those of products whose inputs are not rounded are right too, where there are such.
+        val differences =
+            listOf("logits", "unrounded").mapNotNull { case[it] }.map { expected ->
+                largestDifference(case, decoded(expected.asString), logits, vocab)
+            }
+        assertTrue(differences.any { it <= tolerance }, "$differences, more than $tolerance")
+    }
+
+    private fun largestDifference(
+        case: JsonObject,
+        expected: FloatArray,
+        logits: FloatArray,
+        vocab: Int,
+    ): Float {
+        var largest = 0f
         ids(case.getAsJsonArray("positions")).forEachIndexed { i, position ->
             for (id in 0 until vocab) {
                 val difference = Math.abs(expected[i * vocab + id] - logits[position * vocab + id])
-                assertTrue(difference <= tolerance, "position $position, id $id: $difference")
+                // Math.max keeps what is no number, which is never within a tolerance.
+                largest = Math.max(largest, difference)
             }
         }
+        return largest
     }
 
     @TestFactory
