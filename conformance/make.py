@@ -19,9 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -32,9 +32,9 @@ from checkpoints import FULL, SLIDING, gemma3n, gemma4
 from family_checkpoints import embformer, lckv, llama_value_embeddings
 from malformed import malformed
 from quantized_checkpoints import mobile_gemma4
-from resealed import fit_manifest
 from rwkv_checkpoints import rwkv
 from tokenizers_in_code import byte_fallback, byte_level, save
+from unrounded import unrounded
 
 import pleexport
 from pleexport.checkpoint.matching import MatchedModel
@@ -257,7 +257,16 @@ def _logits(made: Made) -> Iterator[dict[str, Any]]:
     spread = float(original.max() - original.min())
     expected = original if made.exact else ours
     positions = [p for p in _POSITIONS if p < len(ids)]
-    case = {
+    floats = _unrounded(made, ids)
+    more = (
+        {}
+        if floats is None
+        else {
+            "unrounded": _base64(floats[positions]),
+            "unrounded_tolerance": _rounded(EXACT * spread),
+        }
+    )
+    yield more | {
         "ids": ids,
         "positions": positions,
         "logits": _base64(expected[positions]),
@@ -266,30 +275,13 @@ def _logits(made: Made) -> Iterator[dict[str, Any]]:
         "range": _rounded(spread),
         "from_the_original": _rounded(float(np.abs(ours - original).max())),
     }
-    if _share(made) == CODES:
-        with TemporaryDirectory() as scratch:
-            unrounded = _without_rounding(made.runner.bundle.path, Path(scratch) / "bundle")
-            case["unrounded"] = _base64(unrounded.logits(ids)[positions])
-    yield case
 
 
-def _without_rounding(bundle: Path, copy: Path) -> pleexport.Runner:
-    """A runner whose products take their inputs as they are.
-
-    So do the kernels for processors that cannot multiply bytes fast, whatever is asked for.
-    """
-    shutil.copytree(bundle, copy)
-    model = onnx.load(copy / "model.onnx", load_external_data=False)
-    graphs = [model.graph, *model.functions]
-    for graph in graphs:
-        for attribute in (a for node in graph.node for a in node.attribute):
-            if attribute.name == "accuracy_level":
-                attribute.i = 1
-            if attribute.HasField("g"):
-                graphs.append(attribute.g)
-    onnx.save(model, copy / "model.onnx")
-    fit_manifest(copy)
-    return pleexport.Runner(copy, threads=1)
+def _unrounded(made: Made, ids: list[int]) -> NDArray[np.float32] | None:
+    """Logits where inputs of matrices are not rounded to codes; None where they never are."""
+    with TemporaryDirectory() as scratch:
+        copy = unrounded(made.runner.bundle.path, Path(scratch) / "copy")
+        return copy and pleexport.Runner(copy, threads=1).logits(ids)
 
 
 def _share(made: Made) -> float:

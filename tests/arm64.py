@@ -217,7 +217,7 @@ def passes(command: Iterable[object], folder: Path = HERE, **environment: object
     return (said.strip().splitlines() or [""])[-1]
 
 
-def pytest(python: Path | str, test: Path, select: str = "not made_again") -> list[object]:
+def pytest(python: Path | str, test: Path, select: str) -> list[object]:
     options = ["-q", "--tb=short", "-p", "no:cacheprovider"]
     return [python, "-m", "pytest", *options, "-k", select, test]
 
@@ -259,7 +259,9 @@ def fails(command: Iterable[object], because: str, folder: Path, **environment: 
 
 def check_python(cpu: str) -> Iterable[tuple[str, object]]:
     test = HERE / "tests/test_conformance.py"
-    yield "Python, all vectors", passes([*pytest(python(cpu), test), "--noconftest"])
+    # What is left out needs packages that build bundles.
+    every = pytest(python(cpu), test, "not made_again and not such_a_graph")
+    yield "Python, all vectors", passes([*every, "--noconftest"])
     # Texts and malformed files do not depend on ONNX Runtime.
     older = pytest(python(cpu, OLDER_ONNXRUNTIME), test, "answers_the_vectors")
     name = f"Python with onnxruntime {OLDER_ONNXRUNTIME}, answers"
@@ -279,7 +281,7 @@ def check_kotlin(cpu: str) -> Iterable[tuple[str, object]]:
     yield "Kotlin, all vectors", counted and "Skipped: 0" in counted[0] and counted[0]
     control = surefire(cpu, "ConformanceTest#logits*")
     folder = changed_logit(cpu) / "android-demo/runtime"
-    found = fails(control, "more than", project, ARM64_FOLDER=folder)
+    found = fails(control, "times the tolerance, more than 1", project, ARM64_FOLDER=folder)
     yield "Kotlin, a changed logit is found", found
 
 
