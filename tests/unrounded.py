@@ -1,7 +1,7 @@
 """A copy of a bundle whose graph does not round the inputs of matrices to 8 bits.
 
-WebAssembly leaves them as they are, whatever a graph asks for. On other processors this is how to see
-what it computes.
+WebAssembly leaves them as they are, whatever a graph asks for. On other processors this is how to
+see what it computes.
 """
 
 from __future__ import annotations
