@@ -38,7 +38,7 @@ BUNDLES = sorted(path.stem for path in CONFORMANCE.glob("*.json"))
 # A process for each takes seconds to start; its own tests have the vectors of all of them.
 SOME = ("gemma4-int4", "gemma3n-int8", "rwkv7a-int8", "embformer-bf16")
 PROJECT = ROOT / "web-demo" / "pleexport-web"
-REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_NODE"))
+REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_TOOLS"))
 OLDEST_NODE = (20, 10)
 CHROMIUM = Path("/usr/bin/chromium")
 
