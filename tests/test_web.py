@@ -57,7 +57,12 @@ def program() -> Path:
         why = "the npm package needs Node 20.10 or newer, with npm: https://nodejs.org"
         assert not REQUIRED, why
         pytest.skip(why)
-    files = [*PROJECT.glob("*.json"), PROJECT / "bundle.mjs", *PROJECT.glob("*/*.json"), *PROJECT.glob("*/*.ts")]
+    files = [
+        *PROJECT.glob("*.json"),
+        PROJECT / "bundle.mjs",
+        *PROJECT.glob("*/*.json"),
+        *PROJECT.glob("*/*.ts"),
+    ]
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
     build = PROJECT / "build"
     build.mkdir(exist_ok=True)
