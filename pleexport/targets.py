@@ -63,6 +63,18 @@ class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     runtime: dict[str, str] | None = None
 
 
+class Packs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How `pleexport package` lays a bundle out.
+
+    Attributes:
+        form: `play` for asset packs of Google Play.
+        delivery: when the store brings them to a device.
+    """
+
+    form: Literal["play"]
+    delivery: Literal["on-demand", "fast-follow"] = "on-demand"
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A device profile.
 
@@ -81,6 +93,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         spin: whether threads spin while they wait for work, unless a runner is told otherwise.
         runtime: packages that execute a bundle there, with the oldest version to use.
         packaging: what to do with a bundle's files on that platform.
+        packs: how a package of a bundle is laid out; None where there are none.
         backends: by backend, what the target wants otherwise.
     """
 
@@ -98,6 +111,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     spin: bool = True
     runtime: dict[str, str]
     packaging: list[Text]
+    packs: Packs | None = None
     limits: Limits = Limits()
     backends: dict[Backend, Overrides] = {}
 

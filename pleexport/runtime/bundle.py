@@ -263,15 +263,25 @@ class Bundle:
         Raises:
             CheckFailed: names the first file that differs.
         """
-        checksums = self.checksums or read_checksums(self.path)
         for record in self.manifest.files:
-            digest, found = sha256_and_checksums(self.path / record.name, progress)
-            if digest != record.sha256 or found != checksums.files.get(record.name):
-                where = "the manifest" if digest != record.sha256 else f"`{CHECKSUMS}`"
-                raise CheckFailed(
-                    f"`{self.path / record.name}` does not match its digest in {where}",
-                    hint="copy the bundle again, or rebuild it",
-                )
+            self.compare(record, *sha256_and_checksums(self.path / record.name, progress))
+
+    def compare(self, record: FileRecord, digest: str, found: list[str]) -> None:
+        """Compare what was computed of a file's content with what the bundle says of it.
+
+        Args:
+            digest: its SHA-256.
+            found: its checksums.
+        Raises:
+            CheckFailed: they differ.
+        """
+        checksums = self.checksums or read_checksums(self.path)
+        if digest != record.sha256 or found != checksums.files.get(record.name):
+            where = "the manifest" if digest != record.sha256 else f"`{CHECKSUMS}`"
+            raise CheckFailed(
+                f"`{self.path / record.name}` does not match its digest in {where}",
+                hint="copy the bundle again, or rebuild it",
+            )
 
 
 def read_manifest(path: Path, checksums: Checksums | None = None) -> Manifest:
