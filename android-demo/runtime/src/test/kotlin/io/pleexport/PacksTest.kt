@@ -3,6 +3,9 @@ package io.pleexport
 import java.io.File
 import java.nio.file.Files
 import java.nio.file.Path
+import java.security.KeyFactory
+import java.security.Signature
+import java.security.spec.X509EncodedKeySpec
 import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertFalse
 import org.junit.jupiter.api.Assertions.assertTrue
@@ -39,6 +42,24 @@ class PacksTest {
             "`$into` exists already",
             refusal<BundleError> { Packs.join(packs, into) },
         )
+    }
+
+    /** As docs/packaging.md tells apps to. */
+    @Test
+    fun `the signature of an index is confirmed by the platform`() {
+        val signed = Cases.of("signature")
+        val index = File(signed, "index.json").readBytes()
+        val key =
+            KeyFactory.getInstance("EC")
+                .generatePublic(X509EncodedKeySpec(File(signed, "public.der").readBytes()))
+        fun confirmed(data: ByteArray): Boolean =
+            Signature.getInstance("SHA256withECDSA").run {
+                initVerify(key)
+                update(data)
+                verify(File(signed, "index.json.sig").readBytes())
+            }
+        assertTrue(confirmed(index))
+        assertFalse(confirmed(index + 10))
     }
 
     @Test
