@@ -19,6 +19,7 @@ from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
 from pleexport.whole_file import read_whole
 
 _HINT = "`pleexport targets android` shows a complete target"
+_OWN = "check the path; `pleexport targets` lists those that need no file"
 _COLUMNS = 92
 # Packages of ONNX Runtime have this in their names. The first to have all operators that graphs
 # use has `TensorScatter`.
@@ -219,7 +220,7 @@ def _read(path: Path) -> Target:
     try:
         values = tomllib.loads(read_whole(path).decode())
     except FileNotFoundError as err:
-        raise TargetError(f"target file `{path}` does not exist", hint=_HINT) from err
+        raise TargetError(f"target file `{path}` does not exist", hint=_OWN) from err
     except OSError as err:
         raise TargetError(
             f"target file `{path}` cannot be read: {err.strerror}",

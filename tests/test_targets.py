@@ -123,8 +123,9 @@ def test_load_name_like_nothing_has_no_nearest() -> None:
 
 
 def test_load_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"none\.toml` does not exist"):
+    with pytest.raises(TargetError, match=r"none\.toml` does not exist") as raised:
         targets.load(str(tmp_path / "none.toml"))
+    assert str(raised.value.hint).startswith("check the path;")
 
 
 def test_load_folder_cannot_be_read(tmp_path: Path) -> None:

@@ -27,6 +27,10 @@ _JOIN = (
     "gathered: remove the file where the shards of an index lie beside it, or join the parts with "
     "`zero_to_fp32.py`"
 )
+_ANOTHER = (
+    "config.json and weights may be of two models, or a file may be incomplete: fetch the model "
+    "again, or save it again with the code that trained it"
+)
 _MERGE = (
     "an adapter was saved inside the model: save `model.merge_and_unload()`, or the adapter alone"
 )
@@ -258,7 +262,9 @@ class MatchedModel:
                 name = self.full_name(codes.shape)
                 said = self.checkpoint.array(name).tolist()
                 if said != list(shape):
-                    problems.append(f"tensor `{name}` says {said}; the model has {list(shape)}")
+                    problems.append(
+                        f"tensor `{name}` gives shape {said}; the model has {list(shape)}"
+                    )
         return problems
 
     def _check(self) -> tuple[list[LeftOut], list[str]]:
@@ -295,7 +301,7 @@ class MatchedModel:
         problems += self._lying_shapes() if not problems else []
         if problems:
             empty = [n for n in expected if n in entries and entries[n].shape == (0,)]
-            raise _everything(self.checkpoint, problems, hint=_JOIN if empty else None)
+            raise _everything(self.checkpoint, problems, hint=_JOIN if empty else _ANOTHER)
         left_out = [
             LeftOut(name, len(es), sum(e.size for e in es), sum(e.nbytes for e in es))
             for name, es in towers.items()
@@ -379,9 +385,7 @@ def _nearest(name: str, candidates: list[str]) -> str:
     return f" (the nearest name is `{matches[0]}`)" if matches else ""
 
 
-def _everything(
-    checkpoint: Checkpoint, problems: list[str], *, hint: str | None
-) -> CheckpointError:
+def _everything(checkpoint: Checkpoint, problems: list[str], *, hint: str) -> CheckpointError:
     shown = problems[:_MAX_PROBLEMS_SHOWN]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")

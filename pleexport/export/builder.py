@@ -234,7 +234,7 @@ def _check_calibration(plan: Plan) -> None:
         raise TargetError(
             "calibration chooses scales of int8 and int4 weights, and these are "
             f"{', '.join(sorted(dtypes))}",
-            hint="add `--weight-dtype int4`, or leave the text out",
+            hint="add `--weight-dtype int4`, or leave `--calibrate` out",
         )
 
 

@@ -203,7 +203,7 @@ class Bundle:
             if file.stat().st_size != record.size:
                 raise CheckFailed(
                     f"`{file}` has {file.stat().st_size} bytes; the manifest says {record.size}",
-                    hint="the copy is incomplete; copy the bundle again, or rebuild it",
+                    hint="copy the bundle again, or rebuild it",
                 )
         if self.checksums:
             check_files(self._small_files(), self.checksums)
@@ -240,7 +240,7 @@ class Bundle:
         if tied.weights_digest != self.decoder.weights_digest:
             raise BundleError(
                 f"`{tied.path}` is of another bundle: its graph is not that of the manifest",
-                hint="copy the bundle again, or rebuild it",
+                hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
             )
         return Blob(self.blob_paths, tied=tied)
 
