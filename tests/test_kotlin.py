@@ -152,7 +152,7 @@ def test_a_joined_package_is_the_bundle(jar: Path, tmp_path: Path) -> None:
     made = pleexport.package(whole, tmp_path / "package", target=small)
     joined = join(made, tmp_path / "joined")
     assert len(pleexport.Bundle(joined).manifest.blob_shards) == 3
-    ids = np.random.default_rng(3).integers(0, 300, 300).tolist()
+    ids = np.random.default_rng(3).integers(0, 262, 300).tolist()
     expected = logits(jar, whole, ids, tmp_path / "whole.npy")
     assert np.array_equal(logits(jar, joined, ids, tmp_path / "joined.npy"), expected)
     assert java(jar, "verify", joined).stdout == "Files are intact.\n"
