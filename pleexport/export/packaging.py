@@ -6,7 +6,6 @@ The form is in docs/packaging.md.
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ import msgspec
 from pleexport import targets
 from pleexport.checksums import CHECKSUMS, sha256_and_checksums
 from pleexport.errors import BundleError, TargetError
+from pleexport.export.play_packs import asset_path, fill, module_files, pack_name
 from pleexport.export.replacing import check_replaceable
 from pleexport.export.sealing import seal
 from pleexport.export.shards import shard_names, shard_ranges, write_shard
@@ -32,7 +32,6 @@ from pleexport.targets import Target
 from pleexport.whole_file import read_whole
 
 INDEX, SIGNATURE = "index.json", "index.json.sig"
-_GRADLE = "build.gradle.kts"
 _ELSEWHERE = "choose another folder with `--out`"
 
 
@@ -195,23 +194,24 @@ def _write_packs(
     bundle: Bundle, manifest: Manifest, files: Path, staging: Path, target: Target, most: int
 ) -> PackageIndex:
     """Move files into the folders of packs; what there is to deliver then."""
+    assert target.packs is not None
     digests = {record.name: record.sha256 for record in manifest.files}
     for name in (MANIFEST, CHECKSUMS):
         digests[name] = sha256_and_checksums(files / name)[0]
     sizes = {name: (files / name).stat().st_size for name in digests}
     _check_fit(sizes, most)
     name_of_bundle, listed = bundle.path.resolve().name, []
-    for number, names in enumerate(_fill(sizes, most), 1):
-        pack = f"{_pack_name(name_of_bundle)}_{number}"
-        folder = staging / "packs" / pack
-        assets = folder / "src" / "main" / "assets"
-        assets.mkdir(parents=True)
-        (folder / _GRADLE).write_text(_gradle(pack, target), encoding="utf-8")
+    for number, names in enumerate(fill(sizes, most), 1):
+        pack = pack_name(name_of_bundle, number)
         for name in names:
-            path = (files / name).rename(assets / name).relative_to(staging).as_posix()
+            path = asset_path(pack, name)
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            (files / name).rename(staging / path)
             listed.append(
                 IndexFile(path=path, name=name, bytes=sizes[name], sha256=digests[name], pack=pack)
             )
+        for path, text in module_files(pack, target.packs.delivery).items():
+            (staging / path).write_text(text, encoding="utf-8")
     files.rmdir()
     return PackageIndex(
         target=target.name,
@@ -219,42 +219,6 @@ def _write_packs(
         bytes=sum(sizes.values()),
         files=sorted(listed, key=lambda file: file.name),
     )
-
-
-def _fill(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names of files by pack: the largest first, each into the first pack that has room."""
-    packs: list[list[str]] = []
-    room: list[int] = []
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        number = next((i for i, left in enumerate(room) if left >= sizes[name]), len(packs))
-        if number == len(packs):
-            packs.append([])
-            room.append(most)
-        packs[number].append(name)
-        room[number] -= sizes[name]
-    return packs
-
-
-def _pack_name(bundle: str) -> str:
-    """A bundle's name as Google Play takes it: letters, digits and underscores, a letter first."""
-    name = re.sub(r"[^A-Za-z0-9]+", "_", bundle).strip("_")
-    return name if re.match("[A-Za-z]", name) else f"bundle_{name}".rstrip("_")
-
-
-def _gradle(pack: str, target: Target) -> str:
-    """What makes a folder a module that the Android Gradle plugin builds as an asset pack."""
-    assert target.packs is not None
-    return f"""plugins {{
-    id("com.android.asset-pack")
-}}
-
-assetPack {{
-    packName.set("{pack}")
-    dynamicDelivery {{
-        deliveryType.set("{target.packs.delivery}")
-    }}
-}}
-"""
 
 
 def _notes(bundle: Bundle, index: PackageIndex, target: Target) -> list[str]:
@@ -279,5 +243,5 @@ def _files_of_package(out: Path) -> set[str]:
         index = msgspec.json.decode(read_whole(out / INDEX), type=PackageIndex)
     except (OSError, msgspec.MsgspecError, ValueError, RecursionError) as err:
         raise BundleError(f"`{out}` is not a package", hint=_ELSEWHERE) from err
-    gradle = {f"packs/{file.pack}/{_GRADLE}" for file in index.files}
-    return {INDEX, SIGNATURE, *gradle, *(file.path for file in index.files)}
+    modules = {path for file in index.files for path in module_files(file.pack, "")}
+    return {INDEX, SIGNATURE, *modules, *(file.path for file in index.files)}

@@ -173,7 +173,7 @@ def open_shards(paths: Sequence[Path]) -> list[Shard]:
     if place != total:
         raise BlobError(
             f"`{shards[-1].path}` is the last shard and ends at row {place} of {total} (B-12)",
-            hint="the copy is incomplete; copy the bundle again, or rebuild it",
+            hint=_DAMAGED,
         )
     return shards
 

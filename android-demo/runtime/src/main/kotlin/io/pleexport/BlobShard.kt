@@ -119,7 +119,7 @@ internal fun openShards(files: List<File>, mapBytes: Long): List<BlobShard> {
     if (place != total) {
         throw BlobError(
             "`${shards.last().file}` is the last shard and ends at row $place of $total (B-12)",
-            "the copy is incomplete; copy the bundle again, or rebuild it",
+            COPY_AGAIN,
         )
     }
     return shards

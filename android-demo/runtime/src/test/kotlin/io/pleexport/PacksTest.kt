@@ -44,6 +44,25 @@ class PacksTest {
         )
     }
 
+    @Test
+    fun `files are copied to another disk`() {
+        val other = File("/dev/shm")
+        if (!other.canWrite() || sameDisk(other)) return // a system with one disk
+        val place = Files.createTempDirectory(other.toPath(), "packs").toFile()
+        try {
+            val packs = packs()
+            Packs.join(packs, File(place, "bundle"))
+            Bundle(File(place, "bundle")).verify()
+            packs.forEach { it.deleteRecursively() }
+            Bundle(File(place, "bundle")).verify()
+        } finally {
+            place.deleteRecursively()
+        }
+    }
+
+    private fun sameDisk(other: File) =
+        Files.getFileStore(other.toPath()) == Files.getFileStore(folder)
+
     /** As docs/packaging.md tells apps to. */
     @Test
     fun `the signature of an index is confirmed by the platform`() {
