@@ -529,6 +529,21 @@ def package(
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder of the package.", metavar="DIR")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="For the web: a text like those that users write and read. The rows that it uses "
+            "most are what a page fetches first. May be given several times.",
+            metavar="FILE",
+        ),
+    ] = None,
+    languages: Annotated[
+        str,
+        typer.Option(
+            help="For the web, without a text: languages whose words are taken, by commas.",
+            metavar="CODES",
+        ),
+    ] = "en",
     sign: Annotated[
         Path | None,
         typer.Option(help="Private key of P-256 to sign the index with.", metavar="KEY.pem"),
@@ -547,6 +562,8 @@ def package(
         bundle,
         out,
         target=target,
+        texts=text or (),
+        languages=[code.strip() for code in languages.split(",")],
         sign=sign,
         overwrite=overwrite,
         progress=Progress(quiet=as_json),

@@ -68,12 +68,14 @@ class Packs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     """How `pleexport package` lays a bundle out.
 
     Attributes:
-        form: `play` for asset packs of Google Play.
-        delivery: when the store brings them to a device.
+        form: `play` for asset packs of Google Play, `web` for files that a page fetches.
+        delivery: when Google Play brings packs to a device.
+        starter_share: of the blob's rows, those that a page fetches before all others.
     """
 
-    form: Literal["play"]
+    form: Literal["play", "web"]
     delivery: Literal["on-demand", "fast-follow"] = "on-demand"
+    starter_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.019
 
 
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,15 +17,16 @@ from typing import Literal
 import msgspec
 
 from pleexport import targets
-from pleexport.checksums import CHECKSUMS, sha256_and_checksums
+from pleexport.checksums import sha256_and_checksums
 from pleexport.errors import BundleError, TargetError
 from pleexport.export.play_packs import asset_path, fill, module_files, pack_name
 from pleexport.export.replacing import check_replaceable
 from pleexport.export.sealing import seal
 from pleexport.export.shards import shard_names, shard_ranges, write_shard
 from pleexport.export.signing import signer
+from pleexport.export.starter import DEFAULT_LANGUAGES, STARTER, choose_rows, write_starter
 from pleexport.progress import Progress
-from pleexport.runtime.bundle import MANIFEST, Bundle, Manifest
+from pleexport.runtime.bundle import Bundle, Manifest
 from pleexport.sizes import size_text
 from pleexport.staging import staged_folder
 from pleexport.targets import Target
@@ -77,6 +78,8 @@ def package(
     out: str | Path,
     *,
     target: str,
+    texts: Sequence[str | Path] = (),
+    languages: Sequence[str] = DEFAULT_LANGUAGES,
     sign: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -87,6 +90,9 @@ def package(
         bundle: its folder. Every file is compared with its digest.
         out: folder of the package.
         target: a name, or the path of a target file; it says how large a pack may be.
+        texts: for the web, files in which tokens are counted: the rows that they use most are what
+            a page fetches first.
+        languages: for the web without texts, whose words are counted in their place: "en".
         sign: a private key in PEM; none to sign nothing.
         overwrite: replace a package at the same place.
     Raises:
@@ -117,12 +123,15 @@ def package(
         files = staging / "files"
         files.mkdir()
         manifest = _write_bundle(opened, files, most, progress)
+        notes = _notes(opened, profile)
+        if profile.packs.form == "web":
+            notes += _write_starter(opened, files, profile, [*map(Path, texts)], languages)
         index = _write_packs(opened, manifest, files, staging, profile, most)
         encoded = msgspec.json.format(msgspec.json.encode(index), indent=2) + b"\n"
         (staging / INDEX).write_bytes(encoded)
         if sign_bytes:
             (staging / SIGNATURE).write_bytes(sign_bytes(encoded))
-    return Package(out, index, sign_bytes is not None, _notes(opened, index, profile))
+    return Package(out, index, sign_bytes is not None, notes + _delivery_notes(index, profile))
 
 
 def _check_sizes(bundle: Bundle, most: int) -> None:
@@ -196,22 +205,25 @@ def _write_packs(
     """Move files into the folders of packs; what there is to deliver then."""
     assert target.packs is not None
     digests = {record.name: record.sha256 for record in manifest.files}
-    for name in (MANIFEST, CHECKSUMS):
+    for name in sorted({path.name for path in files.iterdir()} - set(digests)):
         digests[name] = sha256_and_checksums(files / name)[0]
     sizes = {name: (files / name).stat().st_size for name in digests}
     _check_fit(sizes, most)
     name_of_bundle, listed = bundle.path.resolve().name, []
+    play = target.packs.form == "play"
     for number, names in enumerate(fill(sizes, most), 1):
         pack = pack_name(name_of_bundle, number)
         for name in names:
-            path = asset_path(pack, name)
+            # A page opens the package's folder as it opens a bundle's.
+            path = asset_path(pack, name) if play else name
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             (files / name).rename(staging / path)
             listed.append(
                 IndexFile(path=path, name=name, bytes=sizes[name], sha256=digests[name], pack=pack)
             )
-        for path, text in module_files(pack, target.packs.delivery).items():
-            (staging / path).write_text(text, encoding="utf-8")
+        if play:
+            for path, text in module_files(pack, target.packs.delivery).items():
+                (staging / path).write_text(text, encoding="utf-8")
     files.rmdir()
     return PackageIndex(
         target=target.name,
@@ -221,16 +233,35 @@ def _write_packs(
     )
 
 
-def _notes(bundle: Bundle, index: PackageIndex, target: Target) -> list[str]:
-    notes, most = [], target.limits.largest_delivery_bytes
-    if bundle.manifest.target != target.name:
-        notes.append(f"note: the bundle was built for `{bundle.manifest.target}`")
-    if most is not None and index.bytes > most:
-        notes.append(
-            f"warning: the package has {size_text(index.bytes)}, and the store delivers at most "
-            f"{size_text(most)}: deliver it from a server of your own, by `{INDEX}`"
-        )
-    return notes
+def _write_starter(
+    bundle: Bundle, files: Path, target: Target, texts: Sequence[Path], languages: Sequence[str]
+) -> list[str]:
+    """Write the rows that texts use most; what whoever delivers them has to know."""
+    assert target.packs is not None
+    blob = bundle.open_blob()
+    count = max(1, int(blob.num_rows * target.packs.starter_share))
+    ids, covered = choose_rows(bundle, blob, count=count, texts=texts, languages=languages)
+    write_starter(blob, ids, files / STARTER)
+    held = f"note: {STARTER} has {len(ids):,} rows, {len(ids) / blob.num_rows:.1%} of the table"
+    if covered is None:
+        return [f"{held}, chosen by the words of {', '.join(languages)}"]
+    return [f"{held}: those of {covered:.1%} of the tokens of the text"]
+
+
+def _notes(bundle: Bundle, target: Target) -> list[str]:
+    if bundle.manifest.target == target.name:
+        return []
+    return [f"note: the bundle was built for `{bundle.manifest.target}`"]
+
+
+def _delivery_notes(index: PackageIndex, target: Target) -> list[str]:
+    most = target.limits.largest_delivery_bytes
+    if most is None or index.bytes <= most:
+        return []
+    return [
+        f"warning: the package has {size_text(index.bytes)}, and the store delivers at most "
+        f"{size_text(most)}: deliver it from a server of your own, by `{INDEX}`"
+    ]
 
 
 def _files_of_package(out: Path) -> set[str]:
