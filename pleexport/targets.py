@@ -89,6 +89,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
         block_size: how many weights may share a scale, likewise; matters to int8 and int4.
+        per_channel: int8 with one scale for each output in place of blocks, unless a build asks
+            for a block size.
         head_dtype: how the output head is stored, likewise; None for what goes with weight_dtype.
         cache_dtype: of keys and values in layers that see the whole context, likewise.
         context: positions that a bundle is built for, capped by the model's own maximum.
@@ -107,6 +109,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     table_dtype: TableDtype
     weight_dtype: WeightDtype
     block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    per_channel: bool = False
     head_dtype: WeightDtype | None = None
     cache_dtype: CacheDtype = "fp32"
     context: Positive

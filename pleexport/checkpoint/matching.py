@@ -102,10 +102,16 @@ class MatchedModel:
         group_size = min(table.codes.group_size, table.width)
         return found.values(group_size).reshape(len(found.codes), -1)
 
-    def codes(self, weight: Weight, rows: slice) -> QuantizedRows:
-        """Rows of a matrix that the checkpoint holds in codes, `[n, 1, K]`."""
+    def codes(
+        self, weight: Weight, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> QuantizedRows:
+        """A part of a matrix that the checkpoint holds in codes, `[n, 1, k]`.
+
+        Args:
+            columns: all of them, or some that begin at a multiple of 4 where a row is one group.
+        """
         assert weight.codes is not None, weight.name
-        return self._codes(weight.codes, weight.shape[1], rows)
+        return self._codes(weight.codes, weight.shape[1], rows, columns)
 
     def read(
         self, weight: Weight, rows: slice = slice(None), columns: slice = slice(None)

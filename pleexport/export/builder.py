@@ -192,6 +192,7 @@ def _build(
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
             trained_grid=any(plan.settings.weights.on_grid(w) for w in plan.model.weights),
+            per_channel=settings.weights.per_channel,
             cache_dtype=settings.cache_dtype,
             activation_rounding=settings.activation_rounding,
             calibration_tokens=len(calibration_ids),

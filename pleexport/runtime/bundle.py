@@ -102,8 +102,8 @@ class Manifest(
     Attributes:
         context: largest number of positions the bundle was built for.
         graphs: by role; `decoder` computes logits.
-        weight_dtype, head_dtype, block_size, symmetric, trained_grid: how dense weights are
-            stored; see `WeightRequest`.
+        weight_dtype, head_dtype, block_size, symmetric, trained_grid, per_channel: how dense
+            weights are stored; see `WeightRequest`.
         weight_dtypes, table_dtypes: of matrices and tables that a budget stored otherwise, by name.
         max_bytes: how large the bundle was allowed to be; None where that was not said.
         cache_dtype: of keys and values in layers that see the whole context.
@@ -139,6 +139,7 @@ class Manifest(
     block_size: int
     symmetric: bool
     trained_grid: bool = False
+    per_channel: bool = False
     cache_dtype: CacheDtype
     activation_rounding: bool = True
     calibration_tokens: int
