@@ -16,6 +16,7 @@ from pleexport import targets
 from pleexport.errors import BundleError, CheckFailed, InputError, MissingDependencyError
 from pleexport.export.packaging import package
 from pleexport.export.starter import choose_rows, write_starter
+from pleexport.runtime.blob import Blob
 from pleexport.runtime.tokenizer import open_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "conformance"
@@ -79,6 +80,13 @@ def test_the_header_of_a_starter_has_a_checksum(web: str, text: Path, tmp_path: 
     begin = 8 + int.from_bytes(data[:8], "little")
     stored = load_file(made.path / "starter.safetensors")["header_checksum"]
     assert xxhash.xxh3_64_intdigest(data[:begin]) == int(stored[0])
+
+
+def test_a_starter_is_that_of_the_vectors(tmp_path: Path) -> None:
+    vectors = Path(__file__).parent / "vectors"
+    write_starter(Blob(vectors / "int8.safetensors"), np.array([4, 2, 1]), tmp_path / "starter")
+    expected = (vectors / "starter" / "int8.safetensors").read_bytes()
+    assert (tmp_path / "starter").read_bytes() == expected
 
 
 def test_a_starter_is_the_same_when_made_again(web: str, text: Path, tmp_path: Path) -> None:
