@@ -1,6 +1,6 @@
 """Builds the app into a signed APK without Gradle, from the same sources.
 
-    python android-demo/apk/make_apk.py [--bundle DIR]
+    python android-demo/apk/make_apk.py [--bundle DIR] [--public-key FILE]
 
 Maven compiles, R8 shrinks, and tools of Debian pack, align and sign; see downloads.py for what is
 fetched.
@@ -45,8 +45,10 @@ def main() -> int:
     """Builds the APK; 2 where something is missing or fails."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
     parser.add_argument("--bundle", type=Path, help="the bundle inside; by default a sample's")
+    parser.add_argument("--public-key", type=Path, help="take only packages signed with its key")
+    arguments = parser.parse_args()
     try:
-        build(parser.parse_args().bundle)
+        build(arguments.bundle, arguments.public_key)
     except ApkError as err:
         print(f"error: {err}\n\nhint: {err.hint}", file=sys.stderr)
         return 2
@@ -54,11 +56,12 @@ def main() -> int:
     return 0
 
 
-def build(bundle: Path | None = None) -> None:
+def build(bundle: Path | None = None, public_key: Path | None = None) -> None:
     """Writes the APK.
 
     Args:
         bundle: what the app finds in its assets; by default the Gemma 4 sample is built.
+        public_key: a PEM file; the app downloads only what is signed with its private key.
     Raises:
         ApkError: something is missing, or a step failed.
     """
@@ -67,7 +70,7 @@ def build(bundle: Path | None = None) -> None:
     compile_classes()
     base, manifest_rules = link_resources()
     dex = shrink(manifest_rules)
-    pack(base, dex, bundle)
+    pack(base, dex, bundle, public_key)
 
 
 def sample() -> Path:
@@ -82,10 +85,12 @@ def sample() -> Path:
 
 
 def compile_classes() -> None:
-    """Compiles library and app; Maven puts their jars and those of others into `target`."""
-    say("compiling")
+    """Compiles library and app, and tests the app; Maven puts all jars into `target`."""
+    say("compiling and testing")
     command = [tool("mvn", "maven"), "-q", "-B", "-f", str(DEMO), "package", "-Pandroid"]
-    run([*command, "-DskipTests"], "library and app do not compile")
+    # The library's tests are those of `make test`.
+    command += ["-Dtest=io.pleexport.chat.*Test", "-Dsurefire.failIfNoSpecifiedTests=false"]
+    run(command, "library and app do not compile, or the app's tests fail")
 
 
 def link_resources() -> tuple[Path, Path]:
@@ -190,7 +195,7 @@ def shrink(manifest_rules: Path) -> Path:
     return folder / "classes.dex"
 
 
-def pack(base: Path, dex: Path, bundle: Path) -> None:
+def pack(base: Path, dex: Path, bundle: Path, public_key: Path | None = None) -> None:
     """Puts everything into the APK, aligns what is stored, and signs."""
     say("packing and signing")
     unaligned, aligned = OUT / "unaligned.apk", OUT / "aligned.apk"
@@ -202,6 +207,8 @@ def pack(base: Path, dex: Path, bundle: Path) -> None:
             add(archive, path, f"lib/{ABI}/{path.name}")
         for path in sorted(bundle.iterdir()):
             add(archive, path, f"assets/bundles/{bundle.name}/{path.name}")
+        if public_key is not None:
+            add(archive, public_key, "assets/public.pem")
     zipalign = tool("zipalign", "zipalign")
     run([zipalign, "-f", str(PAGE), str(unaligned), str(aligned)], "the APK cannot be aligned")
     sign(aligned, APK)

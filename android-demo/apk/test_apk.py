@@ -296,6 +296,9 @@ def shrunk_tests(folder: Path, rules: list[Path]) -> Path:
     entry.write_text(
         "-keep class io.pleexport.ConformanceTest { *; }\n"
         "-keepattributes RuntimeVisibleAnnotations\n"
+        # Class files keep lambdas as calls that are made at run time, whose names this R8 forgets
+        # to change; in the APK there are none.
+        "-keep class kotlin.jvm.functions.** { *; }\n"
         "-dontwarn ai.onnxruntime.**\n-dontwarn java.lang.**\n",
         encoding="utf-8",
     )
@@ -321,6 +324,7 @@ def run_vectors(shrunk: Path, folder: Path) -> subprocess.CompletedProcess[str]:
                 (folder / Path(name).name).write_bytes(archive.read(name))
     # JUnit's own command stops at the second jar, so what is shrunk goes first on the path.
     command = [tool("java", "openjdk-17-jdk-headless"), f"-Donnxruntime.native.path={folder}"]
+    command += [f"-XX:ErrorFile={folder}/error.log", "-XX:+UseSerialGC"]
     command += ["-cp", f"{shrunk}:{fetched(JUNIT)}", "org.junit.platform.console.ConsoleLauncher"]
     command += ["execute", "--select-class", "io.pleexport.ConformanceTest", "--details", "summary"]
     return subprocess.run(
@@ -344,5 +348,6 @@ def test_the_vectors_tell_rules_that_are_too_narrow(tmp_path: Path) -> None:
     narrow = tmp_path / "narrow.pro"
     narrow.write_text(re.sub(r"-keep class ai\.onnxruntime\.TensorInfo.*", "", rules), "utf-8")
     done = run_vectors(shrunk_tests(tmp_path, [narrow, *build.RULES[1:]]), tmp_path)
+    # Where native code does not find a class, it ends the process or throws.
     assert done.returncode != 0
-    assert "tests failed" in done.stdout
+    assert re.search(r"[1-9]\d* tests failed|SIGSEGV", done.stdout)
