@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import torch
+from numpy.typing import NDArray
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "tests"))
@@ -33,6 +34,7 @@ from malformed import malformed
 from quantized_checkpoints import mobile_gemma4
 from rwkv_checkpoints import rwkv
 from tokenizers_in_code import byte_fallback, byte_level, save
+from unrounded import unrounded
 
 import pleexport
 from pleexport.checkpoint.matching import MatchedModel
@@ -255,7 +257,16 @@ def _logits(made: Made) -> Iterator[dict[str, Any]]:
     spread = float(original.max() - original.min())
     expected = original if made.exact else ours
     positions = [p for p in _POSITIONS if p < len(ids)]
-    yield {
+    floats = _unrounded(made, ids)
+    more = (
+        {}
+        if floats is None
+        else {
+            "unrounded": _base64(floats[positions]),
+            "unrounded_tolerance": _rounded(EXACT * spread),
+        }
+    )
+    yield more | {
         "ids": ids,
         "positions": positions,
         "logits": _base64(expected[positions]),
@@ -264,6 +275,13 @@ def _logits(made: Made) -> Iterator[dict[str, Any]]:
         "range": _rounded(spread),
         "from_the_original": _rounded(float(np.abs(ours - original).max())),
     }
+
+
+def _unrounded(made: Made, ids: list[int]) -> NDArray[np.float32] | None:
+    """Logits where inputs of matrices are not rounded to codes; None where they never are."""
+    with TemporaryDirectory() as scratch:
+        copy = unrounded(made.runner.bundle.path, Path(scratch) / "copy")
+        return copy and pleexport.Runner(copy, threads=1).logits(ids)
 
 
 def _share(made: Made) -> float:

@@ -283,19 +283,21 @@ def verify(
     from pleexport.show.parity import describe_parity
 
     given = {
-        "a report": report,
-        "a text": text,
-        "a tokenizer": tokenizer,
-        "an adapter": adapters or base,
+        "--report": report,
+        "--text": text,
+        "--tokenizer": tokenizer,
+        "--adapter": adapters,
+        "--base": base,
     }
     what = next((name for name, value in given.items() if value), None)
     if what and not checkpoint:
         raise errors.PleexportError(
-            f"{what} compares with the original", hint="add `--checkpoint CKPT`"
+            f"`{what}` is for comparing with the original", hint="add `--checkpoint CKPT`"
         )
     if report and not report.resolve().parent.is_dir():
         raise errors.PleexportError(
-            f"`{report.resolve().parent}` is not a folder", hint="make it, or choose another place"
+            f"`--report {report}` cannot be written: `{report.resolve().parent}` is not a folder",
+            hint="make it, or choose another place",
         )
     result = verify_bundle(
         bundle,
@@ -576,6 +578,7 @@ def main() -> None:
     except OSError as err:
         where = f"`{err.filename}`: " if err.filename else ""
         typer.echo(f"error: {where}{err.strerror or err}", err=True)
+        typer.echo("\nhint: check the file or folder, its permissions and its disk", err=True)
         raise SystemExit(2) from None
     except _Interrupted:
         typer.echo("\ninterrupted; nothing half-written was left", err=True)
@@ -584,7 +587,7 @@ def main() -> None:
 
 def _interactive(answer: Callable[[str], object], *, what: str) -> None:
     if sys.stdin is None:
-        raise errors.PleexportError("there is no input", hint="pass `--prompt TEXT`")
+        raise errors.PleexportError("standard input is closed", hint="pass `--prompt TEXT`")
     typer.echo(f"Type a {what} and press Enter; end with Ctrl-D.", err=True)
     while True:
         try:
@@ -598,6 +601,8 @@ def _interactive(answer: Callable[[str], object], *, what: str) -> None:
             answer(line)
         except errors.PleexportError as err:
             typer.echo(f"error: {err.message}", err=True)
+            if err.hint:
+                typer.echo(f"\nhint: {err.hint}", err=True)
 
 
 def _template_arguments(pairs: list[str], tools: Path | None) -> dict[str, Any]:
@@ -607,7 +612,7 @@ def _template_arguments(pairs: list[str], tools: Path | None) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name.isidentifier():
             raise errors.PleexportError(
-                f"`{pair}` is not a name, an equals sign and a value",
+                f"`--template-argument` has `{pair}`; expected NAME=VALUE",
                 hint="e.g. `--template-argument enable_thinking=true`",
             )
         try:
@@ -625,11 +630,13 @@ def _read_tools(path: Path) -> list[dict[str, Any]]:
         tools = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as err:
         raise errors.PleexportError(
-            f"`{path}` is not valid JSON ({err})", hint="it is a list of tools, as JSON schemas"
+            f"`{path}` is not valid JSON ({err})",
+            hint="`--tools` takes a list of tools, as JSON schemas",
         ) from err
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise errors.PleexportError(
-            f"`{path}` is not a list of objects", hint="it is a list of tools, as JSON schemas"
+            f"`{path}` is not a list of objects",
+            hint="`--tools` takes a list of tools, as JSON schemas",
         )
     return tools
 
@@ -639,7 +646,8 @@ def _parse_ids(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise errors.PleexportError(
-            f"`{text}` is not a list of numbers separated by commas", hint="e.g. `2,651,9456`"
+            f"`--ids` has `{text}`; expected numbers separated by commas",
+            hint="e.g. `--ids 2,651,9456`",
         ) from None
 
 
@@ -656,12 +664,12 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
             found[name] = None
         if found[name] is None:
             raise errors.PleexportError(
-                f"`{pair}` is not a name, an equals sign and a value in JSON",
+                f"`--option` has `{pair}`; expected NAME=VALUE with a value in JSON",
                 hint="e.g. `--option no_repeat_ngram_size=3`",
             )
         if name not in GenerationConfig.__struct_fields__:
             raise errors.PleexportError(
-                f"`{name}` is no option of generation",
+                f"`--option` has `{name}`, which is no option of generation",
                 hint=f"known are {', '.join(GenerationConfig.__struct_fields__)}",
             )
     return found

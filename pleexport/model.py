@@ -467,8 +467,9 @@ class Model:
             return replace(self, caches=tuple(caches))
         if self.without_cache is None:
             raise UnsupportedError(
-                f"keys and values of `{self.family}` do not follow from rows alone",
-                hint="choose a cache dtype: fp32, fp16 or int8",
+                f"`--cache-dtype none` is not for `{self.family}`: its keys and values "
+                "do not follow from rows alone",
+                hint="choose fp32, fp16 or int8",
             )
         return self.without_cache
 

@@ -23,6 +23,7 @@ from pleexport.errors import PleexportError
 MAX_HEADER_BYTES = 100_000_000
 MAX_DIMENSIONS = 32  # more than NumPy needs and less than it allows
 _GIT_LFS_POINTER = b"version https://git-lfs"
+_CHECK = "check the file and its permissions"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class SafetensorsFile:
             with self.path.open("rb") as file:
                 return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as err:
-            raise self._fail(f"cannot be mapped: {err.strerror}") from err
+            raise self._fail(f"cannot be mapped: {err.strerror}", _CHECK) from err
 
     def array(self, name: str) -> NDArray[Any]:
         """A read-only view of tensor `name` in its stored dtype; nothing is copied."""
@@ -105,7 +106,7 @@ class SafetensorsFile:
                 file.seek(8)
                 raw = file.read(header_bytes)
         except OSError as err:
-            raise self._fail(f"cannot be read: {err.strerror}") from err
+            raise self._fail(f"cannot be read: {err.strerror}", _CHECK) from err
         try:
             header = json.loads(raw, object_pairs_hook=unique_pairs)
         except (ValueError, RecursionError) as err:

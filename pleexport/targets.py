@@ -19,6 +19,7 @@ from pleexport.weights import DEFAULT_BLOCK_SIZE, BlockSize
 from pleexport.whole_file import read_whole
 
 _HINT = "`pleexport targets android` shows a complete target"
+_OWN = "check the path; `pleexport targets` lists those that need no file"
 _COLUMNS = 92
 # Packages of ONNX Runtime have this in their names. The first to have all operators that graphs
 # use has `TensorScatter`.
@@ -74,6 +75,8 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
         block_size: how many weights may share a scale, likewise; matters to int8 and int4.
+        per_channel: int8 with one scale for each output in place of blocks, unless a build asks
+            for a block size.
         head_dtype: how the output head is stored, likewise; None for what goes with weight_dtype.
         cache_dtype: of keys and values in layers that see the whole context, likewise.
         context: positions that a bundle is built for, capped by the model's own maximum.
@@ -91,6 +94,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     table_dtype: TableDtype
     weight_dtype: WeightDtype
     block_size: BlockSize = DEFAULT_BLOCK_SIZE
+    per_channel: bool = False
     head_dtype: WeightDtype | None = None
     cache_dtype: CacheDtype = "fp32"
     context: Positive
@@ -205,7 +209,7 @@ def _read(path: Path) -> Target:
     try:
         values = tomllib.loads(read_whole(path).decode())
     except FileNotFoundError as err:
-        raise TargetError(f"target file `{path}` does not exist", hint=_HINT) from err
+        raise TargetError(f"target file `{path}` does not exist", hint=_OWN) from err
     except OSError as err:
         raise TargetError(
             f"target file `{path}` cannot be read: {err.strerror}",

@@ -31,6 +31,8 @@ class WeightRequest:
         head_dtype: of the output head; None for what goes with `dtype`.
         dtypes: of matrices that are stored otherwise, by name.
         trained_grid: matrices that were trained for a grid of 4 bits are stored on it.
+        per_channel: codes have one scale for each output of a matrix, for runtimes that multiply
+            such integers far faster than blocks. What is rounded has 8 bits.
     """
 
     dtype: WeightDtype
@@ -39,6 +41,7 @@ class WeightRequest:
     head_dtype: WeightDtype | None = None
     dtypes: Mapping[str, WeightDtype] = field(default_factory=dict)
     trained_grid: bool = True
+    per_channel: bool = False
 
     def on_grid(self, weight: Weight) -> bool:
         """Whether a weight is stored on the grid of 4 bits that it was trained for.
@@ -47,11 +50,14 @@ class WeightRequest:
         """
         own = weight.precision == "head" and self.head_dtype is not None
         follows = self.head_dtype == "int4" if own else self._asked_for(weight) in QUANTIZED
-        return self.trained_grid and weight.on_grid and follows
+        return self.trained_grid and not self.per_channel and weight.on_grid and follows
 
     def keeps_codes(self, weight: Weight) -> bool:
         """Whether a weight is stored with the checkpoint's own codes."""
-        return weight.codes is not None and self._asked_for(weight) == "source"
+        if weight.codes is None or self._asked_for(weight) != "source":
+            return False
+        one_scale = weight.codes.group_size >= weight.shape[1] and not weight.codes.zero_points
+        return one_scale or not self.per_channel
 
     def dtype_of(self, weight: Weight) -> str:
         """The dtype of one weight: norms and other vectors stay fp32.
@@ -62,6 +68,8 @@ class WeightRequest:
         asked = self._asked_for(weight)
         if weight.precision == "full":
             return "fp32"
+        if self.per_channel and asked in ("source", *QUANTIZED) and not self.keeps_codes(weight):
+            return "int8"
         if self.on_grid(weight):
             return "int4"
         if asked == "source":

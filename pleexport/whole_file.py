@@ -20,5 +20,9 @@ def read_whole(path: Path) -> bytes:
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise OSError(errno.EINVAL, "it is no regular file", str(path))
     if status.st_size > _MOST_BYTES:
-        raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes", str(path))
+        raise OSError(
+            errno.EFBIG,
+            f"it has {status.st_size:,} bytes, and at most {_MOST_BYTES:,} are read",
+            str(path),
+        )
     return path.read_bytes()

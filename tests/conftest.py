@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,12 +25,21 @@ from pleexport.parity.oracle import Oracle, open_oracle
 # Tests run side by side, and threads that wait for each other slow small models down tenfold.
 torch.set_num_threads(1)
 
+# Where tools of other languages are missing, tests that need them fail instead of being skipped.
+TOOLS_ARE_REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_TOOLS"))
 SAMPLES = Path(__file__).parents[1] / "samples"
 TOLERANCE = 1e-4  # of the range of the logits
 
 # The same examples in every run: a failure is one that anybody can repeat.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
+
+
+def need(*tools: str, why: str) -> None:
+    """Skip a test where one of the tools is missing, and say so; fail where tools are required."""
+    if not all(map(shutil.which, tools)):
+        assert not TOOLS_ARE_REQUIRED, why
+        pytest.skip(why)
 
 
 @pytest.fixture(scope="session", autouse=True)

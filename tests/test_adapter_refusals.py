@@ -52,7 +52,7 @@ def refusal(*args: Any, **options: Any) -> PleexportError:
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"peft_type": "IA3"}, "an adapter of type IA3; merged are LORA and TRAINABLE_TOKENS"),
+        ({"peft_type": "IA3"}, "an adapter of type IA3; only LORA and TRAINABLE_TOKENS are merged"),
         ({"peft_type": None}, "has `peft_type` None; expected a name such as LORA"),
         ({"alora_invocation_tokens": [1]}, "asks for aLoRA, which acts on some tokens"),
         ({"target_parameters": ["x"]}, "(`target_parameters`); that cannot be merged here"),
@@ -61,9 +61,12 @@ def refusal(*args: Any, **options: Any) -> PleexportError:
         ({"r": 0}, "has `r` 0; expected a whole number above 0"),
         ({"lora_alpha": "x"}, "has `lora_alpha` 'x'; expected a number"),
         ({"modules_to_save": "x"}, "has `modules_to_save` 'x'; expected a list of names"),
-        ({"rank_pattern": {"q": 0.5}}, "expected a map from names of modules to numbers"),
+        (
+            {"rank_pattern": {"q": 0.5}},
+            "expected a map from names of modules to whole numbers above 0",
+        ),
         ({"rank_pattern": {"(": 3}}, "`rank_pattern`: `(` is no regular expression"),
-        ({"trainable_token_indices": ["x"]}, "trained token indices that are no list of token ids"),
+        ({"trainable_token_indices": ["x"]}, "trained token indices ['x']; expected a list of ids"),
         ({"base_model_name_or_path": 3}, "has `base_model_name_or_path` 3; expected a name"),
         ({"r": 8}, f"`{A}` has shape [4, 32], and adapter_config.json gives it rank 8"),
         ({"use_dora": True}, "`use_dora` is true, and `model.layers.0.self_attn.q_proj` has no"),

@@ -399,9 +399,9 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
     assert report is not None
     assert report.passed
     assert report.oracle.endswith(f", adapters merged by peft {peft.__version__}")
-    with pytest.raises(CheckpointError, match=r"was built with `adapter:1`, and .* 0 adapters"):
+    with pytest.raises(CheckpointError, match=r"with `adapter:1`, and .* is given with none"):
         pleexport.verify(bundle, checkpoint=base)
-    with pytest.raises(CheckpointError, match=r"given with 1 adapters that are not the same"):
+    with pytest.raises(CheckpointError, match="is given with others"):
         pleexport.verify(bundle, checkpoint=base, adapters=[f"{adapter}:0.5"])
     other = gemma4(tmp_path / "other", torch.float32)
     rewrite_tensors(other, lambda tensors: {n: t + 1 for n, t in tensors.items()}, MODEL)
@@ -409,7 +409,7 @@ def test_a_bundle_knows_its_adapters_and_is_verified_with_them(tmp_path: Path) -
         pleexport.verify(bundle, checkpoint=other, adapters=[adapter])
     # The control: an adapter that was changed after the build is another one.
     rewrite_config(adapter, lora_alpha=9)
-    with pytest.raises(CheckpointError, match=r"adapters that are not the same"):
+    with pytest.raises(CheckpointError, match="is given with others"):
         pleexport.verify(bundle, checkpoint=base, adapters=[adapter])
 
 

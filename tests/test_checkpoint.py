@@ -99,6 +99,7 @@ def test_a_head_elsewhere_is_not_the_models(remake: Callable[..., Path]) -> None
         bind(folder)
     assert "`model.lm_head.weight` is missing" in caught.value.message
     assert "`heads.lm_head.weight` is used by nothing" in caught.value.message
+    assert "fetch the model again" in str(caught.value.hint)
 
 
 def test_where_parts_of_a_checkpoint_lie_is_the_familys_to_say(
@@ -240,7 +241,7 @@ REFUSED: dict[str, tuple[dict[str, object], str]] = {
     "a size beyond sense": ({"hidden_size": 10**400}, "expected an integer from 1"),
     "an unknown field": ({"attention_sinks": 4}, "unknown fields `attention_sinks`"),
     "quantized weights": ({"quantization_config": {"bits": 4}}, "by `None` are not read"),
-    "another family": ({"model_type": "llama"}, "model type 'llama' is not supported"),
+    "another family": ({"model_type": "llama"}, "model type `llama` is not supported"),
     "a family without tables": ({"model_type": "embedding_gemma2"}, "projections only"),
     "a per-layer override": (
         {"per_layer_config": {"1": {"intermediate_size": 7}}},

@@ -136,15 +136,19 @@ def test_targets_lists_and_shows() -> None:
         (["build", "{checkpoint}", "--out", "{occupied}"], "exists and is not a bundle"),
         (["verify", "{checkpoint}"], "is not a bundle"),
         (["run", "{bundle}", "--prompt", "hello"], "this bundle has no tokenizer"),
-        (["run", "{bundle}", "--ids", "1,x"], "is not a list of numbers"),
-        (["verify", "{bundle}", "--report", "x.html"], "a report compares with the original"),
+        (["run", "{bundle}", "--ids", "1,x"], "`--ids` has `1,x`; expected numbers"),
+        (
+            ["verify", "{bundle}", "--report", "x.html"],
+            "`--report` is for comparing with the original",
+        ),
         (["verify", "{bundle}", "--checkpoint", "{checkpoint}", "--text", "x"], "no tokenizer"),
-        (["run", "{bundle}", "--ids", "1" * 30], "a token id has no row"),
+        (["run", "{bundle}", "--ids", "1" * 30], "a token id does not fit 64 bits"),
         (["run", "{bundle}", "--ids", "1", "--seed", "-1"], "seed is -1"),
+        (["run", "{bundle}", "--ids", "1", "--tools", "nowhere"], "`nowhere`: No such file"),
         (["run", "{bundle}", "--ids", "1", "--threads", "100000"], "threads is 100000"),
         (["run", "{bundle}", "--ids", "1", "--draft", "model"], "draft `model` is not known"),
         (["bench", "{bundle}", "--prompt-tokens", "99999999"], "exceed the bundle's context"),
-        (["verify", "{bundle}", "--text", "x"], "a text compares with the original"),
+        (["verify", "{bundle}", "--text", "x"], "`--text` is for comparing with the original"),
         (["build", "{checkpoint}", "--out", "."], "the current folder cannot be replaced"),
         (["build", "{checkpoint}", "--block-size", "0"], "block size `0` is not known"),
         (["build", "{checkpoint}", "--block-size", "48"], "block size `48` is not known"),
@@ -170,6 +174,7 @@ def test_wrong_input_gets_one_sentence_and_exit_code_2(
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]
+    assert "\nhint: " in result.stderr
     assert "Traceback" not in result.stderr
     assert (tmp_path / "occupied" / "thesis.txt").read_text() == "keep me"
 
@@ -224,6 +229,7 @@ def test_an_interactive_session_goes_on_after_a_line_that_cannot_be_used(
     result = pleexport("run", gemma4_bundle, input="hello\nagain\n")
     assert result.returncode == 0
     assert result.stderr.count("error: this bundle has no tokenizer") == 2
+    assert result.stderr.count("hint: pass token ids instead of text") == 2
     assert result.stdout == ""
 
 
@@ -287,4 +293,4 @@ def test_adapters_are_given_by_option_and_by_their_own_folder(
     assert nowhere.stderr.startswith("error: ")
     alone = pleexport("verify", tmp_path, "--adapter", adapter)
     assert alone.returncode == 2
-    assert "an adapter compares with the original" in alone.stderr
+    assert "`--adapter` is for comparing with the original" in alone.stderr

@@ -362,7 +362,7 @@ def test_the_command_line_passes_arguments_to_the_template(bundle: Path, tmp_pat
     ("args", "message"),
     [
         (["--no-chat", "--system", "a"], "are for a chat template, and there is none in use"),
-        (["--template-argument", "x"], "`x` is not a name, an equals sign and a value"),
+        (["--template-argument", "x"], "`--template-argument` has `x`; expected NAME=VALUE"),
         (["--tools", "no.json"], "No such file"),
         (["--tools", __file__], "is not valid JSON"),
     ],

@@ -229,7 +229,9 @@ def test_half_precision_weights_are_refused(gemma4_checkpoint: Path) -> None:
 
 
 def test_zero_points_are_refused(gemma4_checkpoint: Path) -> None:
-    assert "no zero points" in refusal(gemma4_checkpoint, weight_dtype="int4", symmetric=False)
+    assert "`--no-symmetric` asks for zero points" in refusal(
+        gemma4_checkpoint, weight_dtype="int4", symmetric=False
+    )
 
 
 def test_a_recurrence_is_refused(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_a_recurrence_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_for_packed_weights_is_refused(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="arranges its weights each time"):
+    with pytest.raises(InputError, match="keeps no packed weights"):
         pleexport.Runner(bundle, packed_weights=tmp_path)
 
 
@@ -275,7 +277,10 @@ def test_a_missing_extra_names_its_command(
     ):
         with pytest.raises(MissingDependencyError) as raised:
             use()
-        assert raised.value.message == "this backend needs executorch 1.5.1, which is not installed"
+        assert (
+            raised.value.message
+            == "the backend `executorch` needs executorch 1.5.1, which is not installed"
+        )
         assert raised.value.hint == "pip install 'pleexport[executorch]'"
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.4.0")
     with pytest.raises(MissingDependencyError, match=r"1\.5\.1, and 1\.4\.0 is installed"):

@@ -323,10 +323,10 @@ def test_any_field_can_be_given_on_the_command_line() -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        ("top_k", "`top_k` is not a name, an equals sign and a value in JSON"),
-        ("top_k=many", "is not a name, an equals sign and a value in JSON"),
-        ("top_k=" + "[" * 100_000, "is not a name, an equals sign and a value in JSON"),
-        ("prompt=1", "`prompt` is no option of generation"),
+        ("top_k", "`--option` has `top_k`; expected NAME=VALUE with a value in JSON"),
+        ("top_k=many", "expected NAME=VALUE with a value in JSON"),
+        ("top_k=" + "[" * 100_000, "expected NAME=VALUE with a value in JSON"),
+        ("prompt=1", "`--option` has `prompt`, which is no option of generation"),
     ],
     ids=lambda text: text[:12],
 )

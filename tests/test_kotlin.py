@@ -8,7 +8,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 import kotlin_cases
 import numpy as np
 import pytest
-from conftest import TOLERANCE, relative_error
+from conftest import TOLERANCE, need, relative_error
 from numpy.typing import NDArray
 from resealed import change_manifest
 
@@ -34,16 +33,13 @@ JAR = PROJECT / "target" / "pleexport-runtime.jar"
 # Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX
 # Runtime in its own way; one version moves as much when it reads a prompt in other pieces.
 ROUNDED = 0.05
-REQUIRED = bool(os.environ.get("CI") or os.environ.get("PLEEXPORT_REQUIRE_JVM"))
 
 
 @pytest.fixture(scope="session")
 def jar() -> Path:
     """The jar, built by Maven where a source has changed."""
-    if not (shutil.which("mvn") and shutil.which("java")):
-        why = "the Kotlin library needs a JDK 17 and Maven: `apt-get install openjdk-17-jdk maven`"
-        assert not REQUIRED, why
-        pytest.skip(why)
+    why = "the Kotlin library needs a JDK 17 and Maven: `apt-get install openjdk-17-jdk maven`"
+    need("mvn", "java", why=why)
     sources = sorted([PROJECT / "pom.xml", *(PROJECT / "src").rglob("*.kt")])
     state = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
     stamp = PROJECT / "target" / "built"

@@ -193,6 +193,7 @@ class Served(NamedTuple):
         Served(
             {"config.json", "x.gguf", "y.onnx"}, "holds no safetensors weights, but .gguf, .onnx"
         ),
+        Served({"config.json", "README.md"}, "/org/odd` holds no safetensors weights"),
         Served({"a.pth", "b.pth"}, "holds 2 weight files and no index: `a.pth`, `b.pth`"),
         Served({"model.safetensors.index.json"}, "of `http"),
     ],

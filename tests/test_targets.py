@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import arm64
 import msgspec
 import pytest
 
@@ -123,8 +124,9 @@ def test_load_name_like_nothing_has_no_nearest() -> None:
 
 
 def test_load_missing_file_says_so(tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"none\.toml` does not exist"):
+    with pytest.raises(TargetError, match=r"none\.toml` does not exist") as raised:
         targets.load(str(tmp_path / "none.toml"))
+    assert str(raised.value.hint).startswith("check the path;")
 
 
 def test_load_folder_cannot_be_read(tmp_path: Path) -> None:
@@ -233,3 +235,17 @@ def test_render_shows_settings_and_steps(name: str) -> None:
     assert max(map(len, text.splitlines())) <= 100
     for step in target.packaging:
         assert " ".join(step.split()) in " ".join(text.split())
+
+
+def test_the_boards_target_names_what_is_run_for_it() -> None:
+    """And every package of Python that is run is a locked one."""
+    text = (arm64.HERE / "targets" / "raspberry-pi.toml").read_text(encoding="utf-8")
+    said = " ".join(text.replace("\n#", "\n").split())
+    named = (*arm64.CPUS, arm64.OLDER_ONNXRUNTIME)
+    assert [word for word in named if word not in said] == []
+    runtime = targets.load("raspberry-pi").runtime["onnxruntime"]
+    assert f"{runtime}.0" == arm64.OLDER_ONNXRUNTIME
+    entries = arm64.locked(arm64.WHEELS)
+    (locked,) = [line for line in entries.splitlines() if line.startswith("onnxruntime==")]
+    assert locked.removesuffix(" \\").partition("==")[2] in said
+    assert "--hash=sha256:" in entries

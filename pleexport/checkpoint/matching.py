@@ -27,6 +27,10 @@ _JOIN = (
     "gathered: remove the file where the shards of an index lie beside it, or join the parts with "
     "`zero_to_fp32.py`"
 )
+_ANOTHER = (
+    "config.json and weights may be of two models, or a file may be incomplete: fetch the model "
+    "again, or save it again with the code that trained it"
+)
 _MERGE = (
     "an adapter was saved inside the model: save `model.merge_and_unload()`, or the adapter alone"
 )
@@ -98,10 +102,16 @@ class MatchedModel:
         group_size = min(table.codes.group_size, table.width)
         return found.values(group_size).reshape(len(found.codes), -1)
 
-    def codes(self, weight: Weight, rows: slice) -> QuantizedRows:
-        """Rows of a matrix that the checkpoint holds in codes, `[n, 1, K]`."""
+    def codes(
+        self, weight: Weight, rows: slice = slice(None), columns: slice = slice(None)
+    ) -> QuantizedRows:
+        """A part of a matrix that the checkpoint holds in codes, `[n, 1, k]`.
+
+        Args:
+            columns: all of them, or some that begin at a multiple of 4 where a row is one group.
+        """
         assert weight.codes is not None, weight.name
-        return self._codes(weight.codes, weight.shape[1], rows)
+        return self._codes(weight.codes, weight.shape[1], rows, columns)
 
     def read(
         self, weight: Weight, rows: slice = slice(None), columns: slice = slice(None)
@@ -258,7 +268,9 @@ class MatchedModel:
                 name = self.full_name(codes.shape)
                 said = self.checkpoint.array(name).tolist()
                 if said != list(shape):
-                    problems.append(f"tensor `{name}` says {said}; the model has {list(shape)}")
+                    problems.append(
+                        f"tensor `{name}` gives shape {said}; the model has {list(shape)}"
+                    )
         return problems
 
     def _check(self) -> tuple[list[LeftOut], list[str]]:
@@ -295,7 +307,7 @@ class MatchedModel:
         problems += self._lying_shapes() if not problems else []
         if problems:
             empty = [n for n in expected if n in entries and entries[n].shape == (0,)]
-            raise _everything(self.checkpoint, problems, hint=_JOIN if empty else None)
+            raise _everything(self.checkpoint, problems, hint=_JOIN if empty else _ANOTHER)
         left_out = [
             LeftOut(name, len(es), sum(e.size for e in es), sum(e.nbytes for e in es))
             for name, es in towers.items()
@@ -379,9 +391,7 @@ def _nearest(name: str, candidates: list[str]) -> str:
     return f" (the nearest name is `{matches[0]}`)" if matches else ""
 
 
-def _everything(
-    checkpoint: Checkpoint, problems: list[str], *, hint: str | None
-) -> CheckpointError:
+def _everything(checkpoint: Checkpoint, problems: list[str], *, hint: str) -> CheckpointError:
     shown = problems[:_MAX_PROBLEMS_SHOWN]
     if len(problems) > len(shown):
         shown.append(f"and {len(problems) - len(shown)} more")

@@ -200,7 +200,7 @@ def _activation_scale(checkpoint: Checkpoint, name: str) -> float:
         found = f"shape {list(array.shape)}" if scale is None else f"value {scale:g}"
         raise CheckpointError(
             f"tensor `{name}` has {found}; expected one positive number, or 0 for no rounding",
-            hint="download the checkpoint again",
+            hint="fetch the checkpoint again",
         )
     return scale
 

@@ -456,9 +456,10 @@ def _weight_files(names: Collection[str], store: Store) -> list[str]:
         if found:
             return found
     others = sorted({Path(name).suffix for name in names if Path(name).suffix} - {".md", ".json"})
+    there = f", but {', '.join(others)}" if others else ""
     raise CheckpointError(
-        f"`{store.url}` holds no safetensors weights, but {', '.join(others) or 'nothing'}",
-        hint="look for the checkpoint that it was converted from",
+        f"`{store.url}` holds no safetensors weights{there}",
+        hint="check its name, or look for the checkpoint that it was converted from",
     )
 
 

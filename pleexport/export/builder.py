@@ -192,6 +192,7 @@ def _build(
             block_size=settings.weights.block_size,
             symmetric=settings.weights.symmetric,
             trained_grid=any(plan.settings.weights.on_grid(w) for w in plan.model.weights),
+            per_channel=settings.weights.per_channel,
             cache_dtype=settings.cache_dtype,
             activation_rounding=settings.activation_rounding,
             calibration_tokens=len(calibration_ids),
@@ -234,7 +235,7 @@ def _check_calibration(plan: Plan) -> None:
         raise TargetError(
             "calibration chooses scales of int8 and int4 weights, and these are "
             f"{', '.join(sorted(dtypes))}",
-            hint="add `--weight-dtype int4`, or leave the text out",
+            hint="add `--weight-dtype int4`, or leave `--calibrate` out",
         )
 
 

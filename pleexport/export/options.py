@@ -41,7 +41,8 @@ class BuildOptions(TypedDict, total=False):
             "int4"; the target's by default, and "source" for a quantized checkpoint. What was
             trained for a grid of 4 bits is stored on it by default, tables likewise.
         block_size: how many weights may share a scale in int8 and int4: 16, 32, 64, 128 or 256;
-            the target's by default. If given, no trained grid is followed.
+            the target's by default. If given, no trained grid is followed, and matrices have blocks
+            where the target would have one scale for each output.
         symmetric: one zero point for all blocks, the default; otherwise each has its own, which is
             closer to the original and takes half a byte or a byte a block.
         head_dtype: of the output head, like weight_dtype; the target's by default.
@@ -128,12 +129,18 @@ def of_target(target: Target, *, quantized: bool) -> Settings:
         quantized: the checkpoint holds codes, and nothing is rounded a second time.
     """
     target = target.with_backend(target.backend)
-    asked = WeightRequest(target.weight_dtype, target.block_size, head_dtype=target.head_dtype)
+    per_channel = target.per_channel
+    asked = WeightRequest(
+        target.weight_dtype,
+        target.block_size,
+        head_dtype=target.head_dtype,
+        per_channel=per_channel,
+    )
     return Settings(
         target=target,
         backend=target.backend,
         table_dtype="source" if quantized else target.table_dtype,
-        weights=WeightRequest("source") if quantized else asked,
+        weights=WeightRequest("source", per_channel=per_channel) if quantized else asked,
         cache_dtype=target.cache_dtype,
         context=None,
     )
@@ -179,6 +186,7 @@ def resolve(options: BuildOptions, *, quantized: bool = False) -> Settings:
             ),
             trained_grid=options.get("block_size") is None
             and options.get("weight_dtype") in (None, "int4"),
+            per_channel=target.per_channel and options.get("block_size") is None,
         ),
         cache_dtype=cast(CacheDtype, chosen("cache_dtype", target.cache_dtype, CACHE_DTYPES)),
         context=options.get("context"),

@@ -146,7 +146,7 @@ def make_plan(
         raise TargetError(
             f"context {settings.context} is not possible; the model knows 1 to "
             f"{model.max_context} positions",
-            hint="choose fewer with `--context`",
+            hint="choose one of these with `--context`",
         )
     context = settings.context or min(target.context, model.max_context)
     backend = registry.load(settings.backend)

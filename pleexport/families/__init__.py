@@ -72,11 +72,12 @@ def from_config(config: dict[str, Any], *, dtype: str) -> Model:
             return family.configure(config, dtype=dtype)
     if model_type in WITHOUT_TABLES:
         raise UnsupportedError(
-            f"model type `{model_type}` is not supported: {WITHOUT_TABLES[model_type]}",
+            f"config.json: model type `{model_type}` is not supported: "
+            f"{WITHOUT_TABLES[model_type]}",
             hint="use a general exporter for it",
         )
     known = ", ".join(name for family in FAMILIES for name in family.MODEL_TYPES)
     raise UnsupportedError(
-        f"config.json: model type {model_type!r} is not supported; known: {known}",
+        f"config.json: model type `{model_type}` is not supported; known: {known}",
         hint="docs/adding-a-family.md says what a new family takes",
     )

@@ -59,6 +59,7 @@ def _weight_request(manifest: Manifest) -> WeightRequest:
         cast(WeightDtype, manifest.head_dtype),
         cast(dict[str, WeightDtype], manifest.weight_dtypes),
         trained_grid=manifest.trained_grid,
+        per_channel=manifest.per_channel,
     )
 
 

@@ -103,7 +103,7 @@ def _check_adapters(bundle: Bundle, source: Checkpoint) -> None:
         names = ", ".join(f"`{r.name}:{r.weight:g}`" for r in recorded) or "no adapter"
         raise CheckpointError(
             f"`{bundle.path}` was built with {names}, and `{source.path}` is given with "
-            f"{len(given)} adapters that are not the same",
+            f"{'others' if given else 'none'}",
             hint="pass the same adapters in the same order, each with `--adapter DIR:WEIGHT`",
         )
     built_from = bundle.manifest.source

@@ -101,7 +101,7 @@ class Blob:
             rows = np.asarray(ids, dtype=np.int64).reshape(-1)
         except OverflowError as err:
             raise InputError(
-                f"a token id has no row; ids go from 0 to {self.num_rows - 1}",
+                f"a token id does not fit 64 bits; ids go from 0 to {self.num_rows - 1}",
                 hint="the ids may come from another model's tokenizer",
             ) from err
         outside = (rows < 0) | (rows >= self.num_rows)

@@ -102,8 +102,8 @@ class Manifest(
     Attributes:
         context: largest number of positions the bundle was built for.
         graphs: by role; `decoder` computes logits.
-        weight_dtype, head_dtype, block_size, symmetric, trained_grid: how dense weights are
-            stored; see `WeightRequest`.
+        weight_dtype, head_dtype, block_size, symmetric, trained_grid, per_channel: how dense
+            weights are stored; see `WeightRequest`.
         weight_dtypes, table_dtypes: of matrices and tables that a budget stored otherwise, by name.
         max_bytes: how large the bundle was allowed to be; None where that was not said.
         cache_dtype: of keys and values in layers that see the whole context.
@@ -138,6 +138,7 @@ class Manifest(
     block_size: int
     symmetric: bool
     trained_grid: bool = False
+    per_channel: bool = False
     cache_dtype: CacheDtype
     activation_rounding: bool = True
     calibration_tokens: int
@@ -191,7 +192,7 @@ class Bundle:
             if file.stat().st_size != record.size:
                 raise CheckFailed(
                     f"`{file}` has {file.stat().st_size} bytes; the manifest says {record.size}",
-                    hint="the copy is incomplete; copy the bundle again, or rebuild it",
+                    hint="copy the bundle again, or rebuild it",
                 )
         if self.checksums:
             check_files(self._small_files(), self.checksums)
@@ -228,7 +229,7 @@ class Bundle:
         if tied.weights_digest != self.decoder.weights_digest:
             raise BundleError(
                 f"`{tied.path}` is of another bundle: its graph is not that of the manifest",
-                hint="copy the bundle again, or rebuild it",
+                hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
             )
         return Blob(self.blob_path, tied=tied)
 

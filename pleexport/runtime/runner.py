@@ -68,7 +68,7 @@ class Runner:
             raise BundleError(
                 f"`{self.blob.path}` is the blob of another bundle: its tables are not those of "
                 "the manifest",
-                hint="copy the bundle again, or rebuild it",
+                hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
             )
         checksums = self.bundle.checksums
         if checksums:

@@ -15,6 +15,7 @@ from pleexport.runtime.text_stream import Stream
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldTokenizer
 
 _AS_PUBLISHED = "fetch the file again; it is published with the model"
+_CHECK = "check the file and its permissions"
 TOKENIZER = "tokenizer.json"
 # Either makes text out of ids; the first that is there does.
 TOKENIZERS = (TOKENIZER, VOCABULARY)
@@ -215,9 +216,7 @@ def read_text_file(path: Path) -> str:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as err:
-        raise InputError(
-            f"`{path}` cannot be read: {err.strerror}", hint="check the file and its permissions"
-        ) from err
+        raise InputError(f"`{path}` cannot be read: {err.strerror}", hint=_CHECK) from err
     except UnicodeDecodeError as err:
         raise InputError(f"`{path}` is not a UTF-8 text", hint="save it as UTF-8") from err
     if not content.strip():
@@ -250,6 +249,8 @@ def _read_object(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as err:
+    except OSError as err:
+        raise TokenizerError(f"`{path}` cannot be read: {err.strerror}", hint=_CHECK) from err
+    except (ValueError, RecursionError) as err:
         raise TokenizerError(f"`{path}` is not valid JSON ({err})", hint=_AS_PUBLISHED) from err
     return value if isinstance(value, dict) else {}

@@ -14,12 +14,14 @@ from pleexport.targets import Limits, Target
 def describe_target(target: Target) -> str:
     """A target in full, for people."""
     limits = {name: getattr(target.limits, name) for name in Limits.__struct_fields__}
+    blocks = f"blocks of up to {target.block_size}"
+    scales = "one scale for each output" if target.per_channel else blocks
     settings = {
         "backend": f"{target.backend}, opset {target.opset}",
         "runtime": _packages(target.runtime),
         "page size": f"{target.page_size:,} bytes",
         "table dtype": target.table_dtype,
-        "weight dtype": f"{target.weight_dtype}, blocks of up to {target.block_size}",
+        "weight dtype": f"{target.weight_dtype}, {scales}",
         "context": f"{target.context:,} positions",
     } | {
         name.removesuffix("_bytes").replace("_", " "): size_text(value)

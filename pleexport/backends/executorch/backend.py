@@ -49,7 +49,7 @@ class ExecutorchBackend:
         if found != VERSION:
             what = "which is not installed" if found is None else f"and {found} is installed"
             raise MissingDependencyError(
-                f"this backend needs executorch {VERSION}, {what}",
+                f"the backend `executorch` needs executorch {VERSION}, {what}",
                 hint="pip install 'pleexport[executorch]'",
             )
 
@@ -57,7 +57,8 @@ class ExecutorchBackend:
         """See `Backend.check`."""
         if not request.symmetric:
             raise TargetError(
-                "XNNPACK's kernels have no zero points for groups of weights",
+                "`--no-symmetric` asks for zero points, which XNNPACK's kernels do not have "
+                "for groups of weights",
                 hint="leave `--no-symmetric` out, or build with `--backend onnx`",
             )
         kept = (weight for weight in model.weights if request.keeps_codes(weight))
@@ -90,7 +91,8 @@ class ExecutorchBackend:
             )
         if any(c.value_dim not in (None, c.head_dim) for c in model.caches):
             raise UnsupportedError(
-                "ExecuTorch's attention needs values as wide as keys", hint="use `--backend onnx`"
+                "ExecuTorch's attention needs values as wide as keys",
+                hint="build with `--backend onnx`",
             )
 
     def storage(self, request: WeightRequest) -> WeightStorage:
@@ -163,8 +165,8 @@ class ExecutorchBackend:
         check_threads(threads)
         if packed_weights is not None:
             raise InputError(
-                "an ExecuTorch bundle arranges its weights each time that it is opened",
-                hint="leave the folder for packed weights out",
+                "an ExecuTorch bundle keeps no packed weights: it arranges them when it is opened",
+                hint="leave `--packed-weights` out",
             )
         if checksums:  # before it is loaded: a damaged program may end the process
             check_files([folder / name for name in artifact.files], checksums)

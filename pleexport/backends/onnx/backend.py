@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.checksums import Checksums, check_files, checked_beside
 from pleexport.contract import Artifact, GraphContract
+from pleexport.errors import TargetError
 from pleexport.program import Program
 from pleexport.tied_layout import TIED, TiedLayout
 
@@ -36,7 +37,13 @@ class OnnxBackend:
         """What builds is of the extra `export`, and what runs comes with this package."""
 
     def check(self, model: Model, request: WeightRequest) -> None:
-        """Every model and dtype goes."""
+        """Every model and dtype goes; zero points go with blocks."""
+        if request.per_channel and not request.symmetric:
+            raise TargetError(
+                "`--no-symmetric` asks for zero points, and this target has one scale for each "
+                "output and no zero points",
+                hint="leave `--no-symmetric` out, or add `--block-size 128`",
+            )
 
     def storage(self, request: WeightRequest) -> WeightStorage:
         """How weights are stored."""

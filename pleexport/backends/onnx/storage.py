@@ -15,6 +15,9 @@ _MOST_OF_2_BITS = 128
 class OnnxStorage:
     """Matrices in int8 and int4 as `MatMulNBits` takes them, everything else as tensors.
 
+    With one scale for each output, codes are what `MatMulInteger` takes. Those of 2 and 4 bits take
+    4 bits in the file, and 8 in memory.
+
     Attributes:
         symmetric: one zero point for all blocks; otherwise each has its own.
     """
@@ -25,7 +28,12 @@ class OnnxStorage:
 
     def dtype_of(self, weight: Weight) -> str:
         """The dtype that one weight is stored in."""
-        return self._request.dtype_of(weight)
+        dtype = self._request.dtype_of(weight)
+        return "int4" if dtype == "int2" and self._request.per_channel else dtype
+
+    def is_per_channel(self, weight: Weight) -> bool:
+        """Whether a matrix is stored in codes with one scale for each output."""
+        return self._request.per_channel and self.dtype_of(weight) in CODED
 
     def keeps_codes(self, weight: Weight) -> bool:
         """Whether a weight is stored with the checkpoint's own codes."""
@@ -63,23 +71,39 @@ class OnnxStorage:
         dtype = self.dtype_of(weight)
         if dtype not in CODED:
             return packed_bytes(weight.size, dtype)
+        if self.is_per_channel(weight):
+            return packed_bytes(weight.size, dtype) + 4 * weight.shape[0]
         return self._block_bytes(weight, self.block_size_of(weight))
 
     def resident_bytes(self, weight: Weight) -> int:
-        """Bytes in memory: ONNX Runtime widens fp16 weights to fp32 when it loads them."""
+        """Bytes in memory: ONNX Runtime widens some weights when it loads them.
+
+        Those of fp16 become float32, and codes of integer products 8 bits.
+        """
+        if self.is_per_channel(weight):
+            return weight.size + 4 * weight.shape[0]
         factor = 2 if self.dtype_of(weight) == "fp16" else 1
         return factor * self.file_bytes(weight)
 
     def row_codes(self, weight: Weight) -> Codes | None:
         """How rows of a matrix are stored; None in numbers, or with zero points of their own."""
         dtype = self.dtype_of(weight)
-        if dtype not in CODED or self.has_zero_points(weight):
+        if dtype not in CODED or self.has_zero_points(weight) or self.is_per_channel(weight):
             return None
         return Codes(dtype, self.block_size_of(weight), "fp32")
 
     def notes(self, model: Model) -> list[str]:
-        """Every matrix can be stored as asked for."""
-        return []
+        """Of quantized checkpoints, what has more than one scale for an output is rounded."""
+        if not self._request.per_channel:
+            return []
+        coded = [w for w in model.weights if w.codes and self._request.dtype == "source"]
+        rounded = [weight for weight in coded if not self.keeps_codes(weight)]
+        if not rounded:
+            return []
+        return [
+            f"{len(rounded)} matrices whose codes have several scales for an output are rounded to "
+            f"int8 with one, `{rounded[0].name}` first; `--block-size 128` keeps their codes"
+        ]
 
     def _block_bytes(self, weight: Weight, block_size: int) -> int:
         """Bytes of a matrix in blocks of a given size."""

@@ -15,6 +15,12 @@ import xxhash
 from numpy.typing import NDArray
 
 from pleexport.backends.onnx.blocks import Blocks, blocks_of_codes, quantize_blocks
+from pleexport.backends.onnx.channels import (
+    IntegerProducts,
+    channel_codes,
+    channel_scales,
+    stored_codes,
+)
 from pleexport.backends.onnx.files import GRAPH_DATA
 from pleexport.backends.onnx.storage import OnnxStorage
 from pleexport.checkpoint.matching import MatchedModel
@@ -53,7 +59,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return math.prod(self.shape) * int(self.dtype.itemsize)
+        return math.ceil(math.prod(self.shape) * float(self.dtype.itemsize))
 
 
 @dataclass
@@ -91,6 +97,7 @@ def attach_weights(
     """
     result = OnnxGraph(graph_model, tied)
     graph = graph_model.graph
+    products = IntegerProducts(graph)
     for weight in matched.model.weights:
         value = graph.initializers.pop(weight.name, None)
         if value is None:
@@ -99,7 +106,13 @@ def attach_weights(
             _store(result, value, _plain(matched, weight))
             continue
         for transpose, matmul in _products(value, weight):
-            _replace_matmul(result, matmul, matched, weight, storage, importance.get(weight.name))
+            counts = importance.get(weight.name)
+            if storage.is_per_channel(weight):
+                tensors = _per_channel(matched, weight, storage, counts)
+                scales, codes = (_initializer(result, tensor) for tensor in tensors)
+                _replace(graph, matmul, products.replace(matmul, codes, scales))
+            else:
+                _replace_matmul(result, matmul, matched, weight, storage, counts)
             graph.remove(transpose, safe=True)
     position = 0
     for tensor in result.tensors:
@@ -191,7 +204,7 @@ def _replace_matmul(
     importance: NDArray[np.float32] | None,
 ) -> None:
     """Make a product with a transposed weight one with the weight's stored form."""
-    x, out = matmul.inputs[0], matmul.outputs[0]
+    x = matmul.inputs[0]
     graph, dtype = result.model.graph, storage.dtype_of(weight)
     if dtype in CODED:
         attributes = {
@@ -215,8 +228,13 @@ def _replace_matmul(
             plain = nodes[0].outputs[0]
         nodes.append(ir.node("MatMul", [x, plain]))
     graph.insert_before(matmul, nodes)
+    _replace(graph, matmul, nodes[-1].outputs[0])
+
+
+def _replace(graph: ir.Graph, matmul: ir.Node, product: ir.Value) -> None:
+    """Let another value stand for what a product gives."""
     ir.convenience.replace_nodes_and_values(
-        graph, matmul, [matmul], [], [out], [nodes[-1].outputs[0]]
+        graph, matmul, [matmul], [], [matmul.outputs[0]], [product]
     )
 
 
@@ -242,6 +260,50 @@ def _transposed(matched: MatchedModel, weight: Weight, dtype: str) -> StoredTens
 
     data_type = ir.DataType.FLOAT16 if dtype == "fp16" else ir.DataType.FLOAT
     return StoredTensor(weight.name, data_type, (inputs, outputs), produce)
+
+
+def _per_channel(
+    matched: MatchedModel,
+    weight: Weight,
+    storage: OnnxStorage,
+    importance: NDArray[np.float32] | None,
+) -> list[StoredTensor]:
+    """Scales `[N]` and codes `[K, N]` of a matrix with one scale for each output.
+
+    The scales, which need whole rows, are found first. The codes are then made by columns.
+    """
+    outputs, inputs = weight.shape
+    own, code_bits = storage.keeps_codes(weight), bits(storage.dtype_of(weight))
+    dtype = ir.DataType.UINT4 if code_bits == 4 else ir.DataType.UINT8
+    found: list[NDArray[np.float32]] = []
+
+    def produce_scales() -> Iterator[NDArray[Any]]:
+        step = max(1, _BATCH_VALUES // inputs)
+        for begin in range(0, outputs, step):
+            rows = slice(begin, begin + step)
+            if own:
+                scales = matched.codes(weight, rows, slice(0, 4)).scales[:, 0, 0]
+            else:
+                scales = channel_scales(matched.read(weight, rows), importance=importance)
+            found.append(_finite(weight, scales.astype(np.float32)))
+            yield found[-1]
+
+    def produce_codes() -> Iterator[NDArray[Any]]:
+        scales = np.concatenate(found)
+        # Codes begin with a whole byte.
+        step = align(max(1, _BATCH_VALUES // outputs), 4)
+        for begin in range(0, inputs, step):
+            columns = slice(begin, begin + step)
+            if own:
+                yield stored_codes(matched.codes(weight, columns=columns), bits=code_bits)
+            else:
+                part = _finite(weight, matched.read(weight, columns=columns))
+                yield channel_codes(part, scales)
+
+    return [
+        StoredTensor(f"{weight.name}.scales", ir.DataType.FLOAT, (outputs,), produce_scales),
+        StoredTensor(f"{weight.name}.codes", dtype, (inputs, outputs), produce_codes),
+    ]
 
 
 def _quantized(

@@ -169,7 +169,7 @@ def _refuse(values: Mapping[str, Any], where: str) -> None:
         )
     if kind not in (LORA, TOKENS):
         raise UnsupportedError(
-            f"{where} is of an adapter of type {kind}; merged are {LORA} and {TOKENS}",
+            f"{where} is of an adapter of type {kind}; only {LORA} and {TOKENS} are merged",
             hint=MERGE_ELSEWHERE,
         )
     for name, form in _FORMS.items():
@@ -240,7 +240,8 @@ class _Fields:
         if not isinstance(value, dict) or not all(
             (type(v) is int and v > 0) if whole else _is_number(v) for v in value.values()
         ):
-            raise self.malformed(name, "a map from names of modules to numbers")
+            kind = "whole numbers above 0" if whole else "numbers"
+            raise self.malformed(name, f"a map from names of modules to {kind}")
         for key in value:
             check_pattern(key, f"{self._where}, `{name}`", hint=AS_SAVED)
         return value
@@ -251,7 +252,7 @@ class _Fields:
         for ids in by_module.values():
             if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
                 raise CheckpointError(
-                    f"{self._where} has trained token indices that are no list of token ids",
+                    f"{self._where} has trained token indices {ids!r}; expected a list of ids",
                     hint=AS_SAVED,
                 )
         return by_module

@@ -114,7 +114,7 @@ class Bundle(val path: File, verify: Boolean = true) {
         if (file.length() != record.size) {
             throw CheckFailed(
                 "`$file` has ${file.length()} bytes; the manifest says ${record.size}",
-                "the copy is incomplete; copy the bundle again, or rebuild it",
+                "copy the bundle again, or rebuild it",
             )
         }
     }

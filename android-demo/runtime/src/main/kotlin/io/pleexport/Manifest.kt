@@ -111,6 +111,7 @@ private fun manifest(value: Any?) =
                 required("block_size", ::int)
                 required("symmetric", ::boolean)
                 optional("trained_grid", false, ::boolean)
+                optional("per_channel", false, ::boolean)
                 optional("activation_rounding", true, ::boolean)
                 required("calibration_tokens", ::int)
                 optional("source", null, orNull(::source))

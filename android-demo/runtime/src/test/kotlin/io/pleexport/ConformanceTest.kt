@@ -116,14 +116,32 @@ class ConformanceTest {
     }
 
     private fun checkLogits(case: JsonObject, logits: FloatArray, vocab: Int) {
-        val expected = decoded(case["logits"].asString)
-        val tolerance = case["tolerance"].asFloat
+        // Where inputs of matrices are not rounded, logits are right too.
+        val shares =
+            listOf("logits" to "tolerance", "unrounded" to "unrounded_tolerance")
+                .filter { case.has(it.first) }
+                .map { (expected, tolerance) ->
+                    largestDifference(case, decoded(case[expected].asString), logits, vocab) /
+                        case[tolerance].asFloat
+                }
+        assertTrue(shares.any { it <= 1 }, "$shares times the tolerance, more than 1")
+    }
+
+    private fun largestDifference(
+        case: JsonObject,
+        expected: FloatArray,
+        logits: FloatArray,
+        vocab: Int,
+    ): Float {
+        var largest = 0f
         ids(case.getAsJsonArray("positions")).forEachIndexed { i, position ->
             for (id in 0 until vocab) {
                 val difference = Math.abs(expected[i * vocab + id] - logits[position * vocab + id])
-                assertTrue(difference <= tolerance, "position $position, id $id: $difference")
+                // Math.max keeps what is no number, which is never within a tolerance.
+                largest = Math.max(largest, difference)
             }
         }
+        return largest
     }
 
     @TestFactory
