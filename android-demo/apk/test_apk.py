@@ -19,6 +19,15 @@ from downloads import API_26, JUNIT, R8, SNIFFER, fetched, tool
 
 # What is newer than the oldest Android, and is asked for where it is only: each with its reason.
 NEWER = {
+    "android/graphics/Insets.bottom#I": "keepClear asks for Android 11",
+    "android/graphics/Insets.left#I": "the same",
+    "android/graphics/Insets.right#I": "the same",
+    "android/graphics/Insets.top#I": "the same",
+    "android/view/WindowInsets.getInsets": "the same",
+    "android/view/WindowInsets$Type.displayCutout": "the same",
+    "android/view/WindowInsets$Type.ime": "the same",
+    "android/view/WindowInsets$Type.systemBars": "the same",
+    "android/widget/TextView.setAccessibilityHeading": "heading asks for Android 9",
     "java/lang/ClassValue.<init>": "coroutines take a weak map where it is missing",
     "java/lang/ClassValue.get": "the same",
 }
