@@ -1,0 +1,211 @@
+// The package in Debian's Chromium: a profile on disk, since a private one keeps files in memory.
+import assert from "node:assert/strict";
+import * as fs from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { after, before, describe, test } from "node:test";
+
+import { chromium, type BrowserContext, type Page } from "playwright-core";
+
+import type { Facts } from "../src/protocol.js";
+import { serve, type Manners, type RangeServer } from "./range-server.js";
+import { floatsOf, ROOT, vectorsOf, type Case } from "./vectors.js";
+
+const CHROMIUM = process.env["PLEEXPORT_CHROMIUM"] ?? "/usr/bin/chromium";
+const profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-"));
+let server: RangeServer;
+let browser: BrowserContext;
+
+before(async () => {
+  server = await serve(ROOT, { isolates: true });
+  browser = await chromium.launchPersistentContext(profile, { executablePath: CHROMIUM, args: ["--no-sandbox"] });
+});
+
+after(async () => {
+  await browser.close();
+  await server.close();
+  fs.rmSync(profile, { recursive: true, force: true });
+});
+
+async function newPage(): Promise<Page> {
+  const page = await browser.newPage();
+  page.on("pageerror", (err) => console.error("page:", err));
+  page.setDefaultTimeout(60_000);
+  await page.goto(`${server.url}/web-demo/pleexport-web/test/page.html`);
+  await page.waitForFunction("globalThis.isReady");
+  return page;
+}
+
+/** Runs a function body in the page; `runner` is its runner. */
+function within<T>(page: Page, body: string, ...args: unknown[]): Promise<T> {
+  return page.evaluate(`(async (...args) => { ${body} })(...${JSON.stringify(args)})`) as Promise<T>;
+}
+
+function open(page: Page, name: string, threads = 1): Promise<Facts> {
+  return within(page, "return start().open(args[0], { threads: args[1] })", `/conformance/${name}`, threads);
+}
+
+/** What an error in the page says. */
+function refused(page: Page, body: string, ...args: unknown[]): Promise<string> {
+  const tried = `try { ${body} } catch (err) { return err.name + ": " + err.message; } return "nothing was refused";`;
+  return within(page, tried, ...args);
+}
+
+async function close(page: Page): Promise<void> {
+  await within(page, "await runner.close()");
+  await page.close();
+}
+
+async function manners<T>(changes: Manners, use: () => Promise<T>): Promise<T> {
+  Object.assign(server.manners, changes);
+  try {
+    return await use();
+  } finally {
+    for (const name of Object.keys(changes)) delete server.manners[name as keyof Manners];
+    server.manners.isolates = true;
+  }
+}
+
+describe("vectors in the page", () => {
+  for (const { name, vectors } of vectorsOf("logits")) {
+    test(name, async () => {
+      const page = await newPage();
+      await open(page, name);
+      assert.equal(await page.evaluate("crossOriginIsolated"), true);
+      const [own] = vectors["logits"] as [Case];
+      const vocab = vectors["logits"] && (await within<Facts>(page, "return runner.facts()")).vocabSize;
+      const logits = Float32Array.from(
+        await within<number[]>(page, "return [...await runner.logits(args[0])]", own["ids"]),
+      );
+      const expected = floatsOf(own["unrounded"] ?? own["logits"]);
+      const tolerance = own["unrounded_tolerance"] ?? own["tolerance"];
+      (own["positions"] as number[]).forEach((position, i) => {
+        for (let id = 0; id < vocab; id++) {
+          const difference = Math.abs(expected[i * vocab + id]! - logits[position * vocab + id]!);
+          assert.ok(difference <= tolerance, `position ${position}: ${difference}`);
+        }
+      });
+      for (const { prompt_ids: prompt, ids } of vectors["greedy"] as Case[]) {
+        const body = `
+          const found = [];
+          const options = { maxNewTokens: args[1], greedy: true, ignoreEos: true };
+          for await (const token of runner.generate(args[0], options)) found.push(token.id);
+          return found;`;
+        assert.deepEqual(await within(page, body, prompt, ids.length), ids);
+      }
+      for (const { text, ids } of (vectors["texts"] ?? []) as Case[]) {
+        assert.deepEqual(await within(page, "return runner.encode(args[0])", text), ids, text);
+      }
+      await close(page);
+    });
+  }
+});
+
+const NAME = "gemma4-int4";
+const IDS = [2, 5, 250, 7];
+
+test("weights and rows are kept for the next time", async () => {
+  const asked = (): string[] => server.asked.map(([name]) => name).filter((name) => name.includes(NAME));
+  const page = await newPage();
+  await within(page, "for await (const [name] of await navigator.storage.getDirectory()) await (await navigator.storage.getDirectory()).removeEntry(name, { recursive: true })");
+  const first = await open(page, NAME);
+  assert.equal(first.notKept, null);
+  const cold = await within<number[]>(page, "return [...await runner.logits(args[0])]", IDS);
+  await close(page);
+  const before = asked().length;
+  const again = await newPage();
+  await open(again, NAME);
+  const warm = await within<number[]>(again, "return [...await runner.logits(args[0])]", IDS);
+  assert.deepEqual(warm, cold);
+  const names = asked().slice(before);
+  assert.ok(!names.some((name) => name.endsWith("model.onnx.data") || name.endsWith("tied.safetensors")));
+  assert.equal(names.filter((name) => name.endsWith("embeddings.safetensors")).length, 1, "its header only");
+  await close(again);
+});
+
+test("a second tab works, and keeps no rows", async () => {
+  const [one, two] = [await newPage(), await newPage()];
+  assert.equal((await open(one, NAME)).notKept, null);
+  assert.notEqual((await open(two, NAME)).notKept, null);
+  const body = "return [...await runner.logits(args[0])]";
+  assert.deepEqual(await within(two, body, IDS), await within(one, body, IDS));
+  await close(one);
+  await close(two);
+});
+
+test("what was kept and is damaged is fetched again", async () => {
+  const page = await newPage();
+  const damage = `
+    const folder = await (await navigator.storage.getDirectory()).getDirectoryHandle("pleexport");
+    let count = 0;
+    for await (const [name, handle] of folder) {
+      const data = new Uint8Array(await (await handle.getFile()).arrayBuffer());
+      if (data.length === 0) continue;
+      data[data.length >> 1] ^= 1;
+      const out = await handle.createWritable();
+      await out.write(data);
+      await out.close();
+      count++;
+    }
+    return count;`;
+  assert.ok((await within<number>(page, damage)) >= 3);
+  await open(page, NAME);
+  await within(page, "await runner.logits(args[0])", IDS);
+  await close(page);
+});
+
+test("what goes wrong on the way is said", async () => {
+  const page = await newPage();
+  const opening = "await start().open('/conformance/rwkv8-fp32', { threads: 1 })";
+  const said = (changes: Manners): Promise<string> => manners(changes, () => refused(page, opening));
+  await within(page, "await (await navigator.storage.getDirectory()).removeEntry('pleexport', { recursive: true })");
+  assert.match(await said({ ignoresRanges: true }), /^BundleError: .* with the whole file, 200 in place of 206/);
+  assert.match(await said({ damages: (name) => name.endsWith(".data") }), /^CheckFailed: .*model\.onnx\.data` is damaged/);
+  assert.match(await said({ cutsOff: (name) => name.endsWith(".data") }), /^BundleError: .*the connection ended too early/);
+  assert.match(await said({ status: (name) => (name.startsWith("conformance") ? 500 : undefined) }), /^BundleError: .* is not a bundle: .* the server answered 500/);
+  await within(page, opening);
+  assert.match(await refused(page, "await runner.feed([999999])"), /^InputError: token id 999999 has no row/);
+  await manners({ damages: () => true }, async () => {
+    assert.match(await refused(page, "await runner.feed([5])"), /^CheckFailed: .* the row of token id 5 does not match/);
+  });
+  await within(page, "await runner.feed([5])");
+  await close(page);
+});
+
+test("a text that is stopped ends, and the next one is whole", async () => {
+  const page = await newPage();
+  await open(page, "gemma4-fp32");
+  const body = `
+    const options = { greedy: true, ignoreEos: true, maxNewTokens: 200 };
+    const stopping = new AbortController();
+    let count = 0;
+    try {
+      for await (const _ of runner.generate([2, 5], { ...options, signal: stopping.signal })) if (++count === 3) stopping.abort();
+      return "it was not stopped";
+    } catch (err) {
+      if (err.name !== "AbortError") throw err;
+    }
+    for await (const _ of runner.generate([2, 5], options)) if (++count > 5) break;
+    let whole = 0;
+    for await (const _ of runner.generate([2, 5], { ...options, maxNewTokens: 9 })) whole++;
+    return [count < 200, whole, runner.stats.finishReason];`;
+  assert.deepEqual(await within(page, body), [true, 9, "length"]);
+  await close(page);
+});
+
+test("threads are used where the page may have them", async () => {
+  const page = await newPage();
+  await open(page, "gemma4-fp32", 2);
+  const body = "return [...await runner.logits(args[0])]";
+  const two = await within<number[]>(page, body, IDS);
+  await close(page);
+  await manners({ isolates: false }, async () => {
+    const other = await newPage();
+    assert.equal(await other.evaluate("crossOriginIsolated"), false);
+    await open(other, "gemma4-fp32", 2);
+    const one = await within<number[]>(other, body, IDS);
+    const most = Math.max(...two.map((logit, i) => Math.abs(logit - one[i]!)));
+    assert.ok(most < 1e-4, `${most}`);
+    await close(other);
+  });
+});

@@ -1,0 +1,100 @@
+import * as fs from "node:fs";
+import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
+import type { AddressInfo } from "node:net";
+import { extname, join, normalize } from "node:path";
+
+const TYPES: Record<string, string> = { ".html": "text/html", ".js": "text/javascript", ".wasm": "application/wasm" };
+
+/** What a server does otherwise than it should. */
+export interface Manners {
+  /** Answers a request for parts with the whole file. */
+  ignoresRanges?: boolean;
+  /** Answers several parts with the whole file, the first part, or all. */
+  several?: "whole" | "first" | "all";
+  /** Changes a byte of what it sends. */
+  damages?: (name: string) => boolean;
+  /** Ends connections within the body. */
+  cutsOff?: (name: string) => boolean;
+  status?: (name: string) => number | undefined;
+  /** Lets pages have threads. */
+  isolates?: boolean;
+}
+
+export interface RangeServer {
+  readonly url: string;
+  /** Name and range of each request. */
+  readonly asked: [string, string | undefined][];
+  readonly manners: Manners;
+  bytes: number;
+  close(): Promise<void>;
+}
+
+/** Serves a folder as a static host does that knows ranges. */
+export async function serve(folder: string, manners: Manners = {}): Promise<RangeServer> {
+  const asked: [string, string | undefined][] = [];
+  const server = createServer((request, response) => answer(request, response));
+  const found = { asked, manners, bytes: 0 };
+
+  function answer(request: IncomingMessage, response: ServerResponse): void {
+    const name = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
+    asked.push([name, request.headers.range]);
+    const status = manners.status?.(name);
+    const path = join(folder, name);
+    if (status !== undefined || !fs.existsSync(path)) {
+      response.writeHead(status ?? 404).end();
+      return;
+    }
+    const data = fs.readFileSync(path);
+    const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d+)/g)].map(([, begin, end]) => {
+      return [Number(begin), Math.min(Number(end), data.length - 1)] as const;
+    });
+    const several = manners.several ?? "all";
+    if (ranges.length === 0 || manners.ignoresRanges === true || (ranges.length > 1 && several === "whole")) {
+      send(response, 200, {}, data, name);
+    } else if (ranges.length === 1 || several === "first") {
+      const [begin, end] = ranges[0]!;
+      const headers = { "content-range": `bytes ${begin}-${end}/${data.length}` };
+      send(response, 206, headers, data.subarray(begin, end + 1), name);
+    } else {
+      const parts = ranges.flatMap(([begin, end]) => [
+        Buffer.from(
+          `\r\n--LIMIT\r\nContent-Type: application/octet-stream\r\n` +
+            `Content-Range: bytes ${begin}-${end}/${data.length}\r\n\r\n`,
+        ),
+        data.subarray(begin, end + 1),
+      ]);
+      const body = Buffer.concat([...parts, Buffer.from("\r\n--LIMIT--\r\n")]);
+      send(response, 206, { "content-type": "multipart/byteranges; boundary=LIMIT" }, body, name);
+    }
+  }
+
+  function send(response: ServerResponse, status: number, headers: Record<string, string>, body: Buffer, name: string): void {
+    let sent = body;
+    if (manners.damages?.(name) === true) {
+      sent = Buffer.from(body);
+      sent[sent.length >> 1]! ^= 1;
+    }
+    const isolated = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
+    response.writeHead(status, {
+      "content-type": TYPES[extname(name)] ?? "application/octet-stream",
+      "content-length": String(sent.length),
+      ...(manners.isolates === true ? isolated : {}),
+      ...headers,
+    });
+    if (manners.cutsOff?.(name) === true) {
+      response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
+    } else {
+      found.bytes += sent.length;
+      response.end(sent);
+    }
+  }
+
+  await new Promise<void>((resolve) => server.listen(0, "127.0.0.1", resolve));
+  return Object.assign(found, {
+    url: `http://127.0.0.1:${(server.address() as AddressInfo).port}`,
+    close: async () => {
+      server.closeAllConnections();
+      await new Promise((resolve) => server.close(resolve));
+    },
+  });
+}
