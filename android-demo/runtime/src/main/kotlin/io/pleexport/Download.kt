@@ -306,7 +306,7 @@ private fun checkedUrl(url: String): URL {
             "it begins with `https://` and ends with `$INDEX`",
         )
     }
-    return checked!!
+    return checked
 }
 
 /** Whether an answer begins at a byte, as it says. */
