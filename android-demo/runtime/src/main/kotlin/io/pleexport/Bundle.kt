@@ -43,6 +43,10 @@ class Bundle(val path: File, verify: Boolean = true) {
     internal val decoder: Artifact
         get() = manifest.graphs.getValue(DECODER)
 
+    /** Size of the graph's files, which memory has to hold; rows are mapped. */
+    val graphBytes: Long
+        get() = decoder.files.let { own -> manifest.files.filter { it.name in own }.sumOf { it.size } }
+
     /** Size of all files, the manifest left out. */
     val bytes: Long
         get() = manifest.files.sumOf { it.size }
