@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow fuzz kills soak runtimes arm64 audit lock lint format clean
+.PHONY: help demo test slow fuzz kills soak runtimes apk arm64 audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
@@ -20,6 +20,7 @@ help:
 	@echo "make kills              kill builds, fill their disk and let it fail, 300 times; needs cc"
 	@echo "make soak MINUTES=60    generate in one process, and watch its memory"
 	@echo "make runtimes           run the conformance vectors with older runtimes"
+	@echo "make apk                build the Android app without Gradle, and take it apart"
 	@echo "make arm64              run the conformance vectors on emulated ARM processors; an hour"
 	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
@@ -64,6 +65,11 @@ runtimes: $(VENV)/.installed
 	for packages in oldest onnxruntime-1.26 onnxruntime-1.29; do \
 		PYTHONPATH=build/$$packages $(BIN)/pytest -q --noconftest -k 'not made_again and not such_a_graph' tests/test_conformance.py || exit 1; \
 	done
+
+# Needs tools of Debian, which it names where one is missing, and fetches 280 MB once.
+apk: $(VENV)/.installed
+	$(BIN)/python android-demo/apk/make_apk.py
+	PYTHONPATH=android-demo/apk $(BIN)/pytest -q -s -p no:cacheprovider -c /dev/null --rootdir android-demo/apk android-demo/apk/test_apk.py
 
 arm64: $(VENV)/.installed
 	$(BIN)/python tests/arm64.py

@@ -130,7 +130,8 @@ def measure_bundle(
     report = pleexport.verify(bundle, checkpoint=checkpoint, text=SAMPLES / "heldout.txt")
     assert report is not None
     sizes = {record.name: record.size for record in bundle.manifest.files}
-    weights = sizes["model.onnx.data"] + sizes.get("tied.safetensors", 0)
+    data = sum(size for name, size in sizes.items() if name.startswith("model.onnx.data"))
+    weights = data + sizes.get("tied.safetensors", 0)
     return {
         "weights_bytes": weights,
         "blob_bytes": sizes["embeddings.safetensors"],

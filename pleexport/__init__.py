@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pleexport.errors import PleexportError
     from pleexport.export.builder import build
     from pleexport.export.options import BuildOptions
+    from pleexport.export.packaging import package
     from pleexport.inspection.info import ModelInfo
     from pleexport.inspection.inspect import inspect
     from pleexport.parity.report import ParityReport
@@ -32,6 +33,7 @@ _MODULES = {
     "Token": "pleexport.runtime.stats",
     "build": "pleexport.export.builder",
     "inspect": "pleexport.inspection.inspect",
+    "package": "pleexport.export.packaging",
     "verify": "pleexport.parity.verify",
 }
 
@@ -46,6 +48,7 @@ __all__ = [
     "Token",
     "build",
     "inspect",
+    "package",
     "verify",
 ]
 

@@ -519,6 +519,58 @@ def bench(
     _print_json(result) if as_json else typer.echo(describe_bench(result))
 
 
+@app.command()
+def package(
+    bundle: BundleArgument,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="Device profile that has packs: a name from `pleexport targets`, or a .toml file."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the package.", metavar="DIR")],
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="For the web: a text like those that users write and read. The rows that it uses "
+            "most are what a page fetches first. May be given several times.",
+            metavar="FILE",
+        ),
+    ] = None,
+    languages: Annotated[
+        str,
+        typer.Option(
+            help="For the web, without a text: languages whose words are taken, by commas.",
+            metavar="CODES",
+        ),
+    ] = "en",
+    sign: Annotated[
+        Path | None,
+        typer.Option(help="Private key of P-256 to sign the index with.", metavar="KEY.pem"),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace a package at the same place.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a bundle as a target's store takes it, with an index for a server of your own.
+
+    Example: pleexport package phone-bundle --target android --out phone-package
+    """
+    from pleexport.export.packaging import package as package_bundle
+    from pleexport.show.package import describe_package, package_fields
+
+    made = package_bundle(
+        bundle,
+        out,
+        target=target,
+        texts=text or (),
+        languages=[code.strip() for code in languages.split(",")],
+        sign=sign,
+        overwrite=overwrite,
+        progress=Progress(quiet=as_json),
+    )
+    _print_json(package_fields(made)) if as_json else typer.echo(describe_package(made))
+
+
 @app.command(name="targets")
 def show_targets(
     name: Annotated[
@@ -542,7 +594,7 @@ def show_targets(
         typer.echo(describe_targets(chosen))
 
 
-_ONLY_RUNS = {"run", "bench"}
+_ONLY_RUNS = {"run", "bench", "package"}
 
 
 class _Interrupted(BaseException):

@@ -64,6 +64,20 @@ class Overrides(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     runtime: dict[str, str] | None = None
 
 
+class Packs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How `pleexport package` lays a bundle out.
+
+    Attributes:
+        form: `play` for asset packs of Google Play, `web` for files that a page fetches.
+        delivery: when Google Play brings packs to a device.
+        starter_share: of the blob's rows, those that a page fetches before all others.
+    """
+
+    form: Literal["play", "web"]
+    delivery: Literal["on-demand", "fast-follow"] = "on-demand"
+    starter_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.019
+
+
 class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A device profile.
 
@@ -84,6 +98,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         spin: whether threads spin while they wait for work, unless a runner is told otherwise.
         runtime: packages that execute a bundle there, with the oldest version to use.
         packaging: what to do with a bundle's files on that platform.
+        packs: how a package of a bundle is laid out; None where there are none.
         backends: by backend, what the target wants otherwise.
     """
 
@@ -102,6 +117,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     spin: bool = True
     runtime: dict[str, str]
     packaging: list[Text]
+    packs: Packs | None = None
     limits: Limits = Limits()
     backends: dict[Backend, Overrides] = {}
 

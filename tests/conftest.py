@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import pleexport
 from pleexport import families
-from pleexport.backends.onnx import files
+from pleexport.backends.onnx import files, storage
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity.oracle import Oracle, open_oracle
@@ -87,6 +87,20 @@ def original_of(folder: Path) -> Oracle:
 def gemma4_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact bundle of `gemma4_checkpoint`; read only."""
     return exact_bundle(gemma4_checkpoint, tmp_path_factory.mktemp("bundles") / "gemma4").path
+
+
+# Bytes of a file of weights in `many_files_bundle`.
+MANY_FILES_LIMIT = 8192
+
+
+@pytest.fixture(scope="session")
+def many_files_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in int8 whose head is tied and whose weights lie in many files; read only."""
+    out = tmp_path_factory.mktemp("bundles") / "many-files"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "LARGEST_DATA_FILE", MANY_FILES_LIMIT)
+        int8 = {"table_dtype": "int8", "weight_dtype": "int8", "head_dtype": "int8"}
+        return pleexport.build(gemma4_checkpoint, out, **int8, verify=False).path
 
 
 @pytest.fixture(scope="session")

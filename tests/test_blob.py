@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -23,6 +24,7 @@ from pleexport.errors import BlobError, CheckFailed, CheckpointError, InputError
 from pleexport.export import blob_writer
 from pleexport.export.blob_writer import blob_bytes, write_blob
 from pleexport.export.segments import plan_segments
+from pleexport.export.shards import shard_ranges, write_shard
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.blob_layout import CHECKSUM_CHUNK_BYTES
 
@@ -456,3 +458,101 @@ def test_rows_beyond_4_gib_and_2_31_elements_are_reached(tmp_path: Path) -> None
     blob.prefetch(ids)
     np.testing.assert_array_equal(blob.lookup(ids)["t"], [last * 2, last * 0])
     assert blob.pages(ids) == 4
+
+
+def cut(path: Path, folder: Path, *bounds: int) -> list[Path]:
+    """Shards of a blob that end at these rows."""
+    blob, paths = Blob(path), []
+    for begin, end in itertools.pairwise([0, *bounds]):
+        paths.append(folder / f"rows-{begin}.safetensors")
+        write_shard(blob, range(begin, end), paths[-1], lambda _: None)
+    return paths
+
+
+@pytest.mark.parametrize("name", VECTOR_SOURCES)
+def test_shards_give_what_the_whole_blob_gives(name: str, tmp_path: Path) -> None:
+    make, dtype = VECTOR_SOURCES[name]
+    whole_path = tmp_path / "whole"
+    write_made(make(), whole_path, dtype)
+    whole = Blob(whole_path)
+    n = whole.num_rows
+    paths = cut(whole_path, tmp_path, 1, n - 1, n)
+    blob = Blob(paths[::-1])  # in any order
+    blob.verify()
+    ids = blob.row_ids([n - 1, 0, *range(n), 0])
+    blob.prefetch(ids)
+    expected = whole.lookup(ids)
+    for table, vectors in blob.lookup(ids).items():
+        assert vectors.tobytes() == expected[table].tobytes()
+    assert (blob.num_rows, blob.shapes) == (n, whole.shapes)
+    assert blob.row_aliases == whole.row_aliases
+    assert blob.pages(ids) >= 2
+    assert blob.path == paths[0]
+    # Written again of the shards, in one piece, it is the file that it was.
+    write_shard(blob, range(n), tmp_path / "joined", lambda _: None)
+    assert (tmp_path / "joined").read_bytes() == whole_path.read_bytes()
+
+
+def test_a_damaged_row_of_a_shard_names_file_and_token_id(blob_path: Path, tmp_path: Path) -> None:
+    paths = cut(blob_path, tmp_path, 50, 120)
+    blob = Blob(paths)
+    flip(paths[1], blob.rows_offset + 7 * blob.row_stride + 3)
+    damaged = Blob(paths)
+    damaged.lookup(np.array([7, 56, 58]))
+    for check in (lambda: damaged.lookup(np.array([3, 57])), damaged.verify):
+        with pytest.raises(CheckFailed) as caught:
+            check()
+        assert caught.value.message == (
+            f"`{paths[1]}` is damaged: the row of token id 57 does not match its checksum (B-16)"
+        )
+
+
+def test_files_that_are_not_the_shards_of_one_blob_are_refused(
+    blob_path: Path, tmp_path: Path
+) -> None:
+    first, second, third = cut(blob_path, tmp_path, 40, 80, 120)
+
+    def refusal(*paths: Path) -> str:
+        with pytest.raises(BlobError) as caught:
+            Blob(paths)
+        return caught.value.message
+
+    Blob([first, second, third])
+    assert refusal(first, third) == (
+        f"`{third}` begins at row 80, and the shards before it end at 40 (B-12)"
+    )
+    assert refusal(second, third) == (
+        f"`{second}` begins at row 40, and the shards before it end at 0 (B-12)"
+    )
+    again = Path(shutil.copy(second, tmp_path / "again"))
+    assert refusal(first, second, again, third) == (
+        f"`{again}` begins at row 40, and the shards before it end at 80 (B-12)"
+    )
+    assert refusal(first, second) == (
+        f"`{second}` is the last shard and ends at row 80 of 120 (B-12)"
+    )
+    assert refusal(second) == (
+        f"`{second}`: is a shard, rows 40 to 79 of 120; this reader takes whole blobs (B-12)"
+    )
+    change_header(second, metadata(source_digest="other"))
+    assert refusal(first, second, third) == (
+        f"`{second}` is no shard of the blob of `{first}`: they disagree about `source_digest` "
+        "(B-12)"
+    )
+    other = cut(blob_path, tmp_path, 40, 80, 120)
+    change_header(other[2], metadata(num_rows_total="121"))
+    assert "they disagree about `num_rows_total` (B-12)" in refusal(*other)
+
+
+def test_shards_are_few_and_even_and_no_file_is_larger(blob_path: Path, tmp_path: Path) -> None:
+    blob = Blob(blob_path)
+    whole = blob_path.stat().st_size
+    assert shard_ranges(blob, whole + 16384 + 64) == [range(120)]
+    for most in (whole - 1, 40_000, 16384 * 2 + 2 * blob.row_stride + 100):
+        ranges = shard_ranges(blob, most)
+        assert [r.start for r in ranges[1:]] == [r.stop for r in ranges[:-1]]
+        assert (ranges[0].start, ranges[-1].stop) == (0, 120)
+        lengths = [*map(len, ranges)]
+        assert max(lengths) - min(lengths) <= 1 < len(lengths)
+        write_shard(blob, max(ranges, key=len), tmp_path / "shard", lambda _: None)
+        assert (tmp_path / "shard").stat().st_size <= most

@@ -40,7 +40,7 @@ from pleexport.tied_layout import TiedLayout
 DOCUMENT = Path(__file__).parents[1] / "docs" / "blob-format.md"
 VECTORS = Path(__file__).with_name("vectors")
 LARGEST_VECTOR = 32 * 1024
-Decoder = Callable[[Path, int], dict[str, NDArray[np.float32]]]
+Decoder = Callable[[list[Path], int], dict[str, NDArray[np.float32]]]
 # XXH3-64 of inputs of these lengths, whose byte i is 131 i + 17: around the lengths at which the
 # algorithm changes, and those of rows, headers and chunks.
 HASHES = VECTORS / "xxh3-64.json"
@@ -100,7 +100,9 @@ def render_hexdump(path: Path) -> str:
         lines.append(_gap(data, position, end - 8))
         lines.append(_line(data, end - 8, end, f"xxh3-64 of row {row}"))
     lines.append("")
-    for chunk, at in enumerate(range(blob.rows_offset + blob.rows.nbytes, len(data), 8)):
+    for chunk, at in enumerate(
+        range(blob.rows_offset + blob.num_rows * blob.row_stride, len(data), 8)
+    ):
         lines.append(_line(data, at, at + 8, f"xxh3-64 of chunk {chunk}"))
     lines.append(f"{len(data):08x}")
     return re.sub(r"\n{3,}", "\n\n", "\n".join(line for line in lines if line != _NOTHING))
@@ -122,7 +124,7 @@ def _gap(data: bytes, begin: int, end: int) -> str:
 
 
 def _fields(blob: Blob, segment: Segment, row: int) -> Iterator[tuple[int, int, str]]:
-    raw, wide = blob.rows[row], bits(segment.dtype)
+    raw, wide = blob.stored_rows(np.arange(blob.num_rows))[row], bits(segment.dtype)
     codes_end = segment.offset + segment.code_bytes
     codes = unpack_codes(raw[segment.offset : codes_end], bits=wide, width=segment.width)
     listed = " ".join(map(str, codes.tolist()))
@@ -137,14 +139,14 @@ def _scales(blob: Blob, segment: Segment, rows: int | slice) -> NDArray[Any]:
     assert segment.scale_offset is not None
     assert segment.scale_dtype is not None
     dtype = {"fp16": "<f2", "fp32": "<f4"}[segment.scale_dtype]
-    raw = blob.rows[rows][..., segment.scale_offset : segment.end]
+    raw = blob.stored_rows(np.arange(blob.num_rows))[rows][..., segment.scale_offset : segment.end]
     return np.ascontiguousarray(raw).view(dtype)
 
 
 def render_element(path: Path) -> str:
     """How the first element of the example comes about."""
     blob = Blob(path)
-    segment, byte = blob.segments[0], int(blob.rows[0, 0])
+    segment, byte = blob.segments[0], int(blob.stored_rows(np.arange(blob.num_rows))[0, 0])
     code, scale = byte % 4 - 2, float(_scales(blob, segment, 0)[0])
     value = np.float32(code) * np.float32(scale)
     vector = value * np.float32(segment.multiplier)
@@ -273,7 +275,9 @@ def test_vectors_hold_all_that_can_be_told_apart() -> None:
             if segment.dtype not in CODED:
                 continue
             wide = bits(segment.dtype)
-            raw = blob.rows[:, segment.offset : segment.offset + segment.code_bytes]
+            raw = blob.stored_rows(np.arange(blob.num_rows))[
+                :, segment.offset : segment.offset + segment.code_bytes
+            ]
             found = unpack_codes(np.ascontiguousarray(raw), bits=wide, width=segment.width)
             codes[segment.dtype] |= set(found.reshape(-1).tolist())
             padded.add((segment.dtype, segment.width * wide % 8))
@@ -368,7 +372,7 @@ def test_vector_read_by_the_documents_decoder_has_its_values(name: str, decode: 
     path = VECTORS / f"{name}.safetensors"
     for table_name, rows in expected_of(path)["tables"].items():
         for token_id, row in enumerate(rows):
-            vectors = decode(path, token_id)
+            vectors = decode([path], token_id)
             own = [v for n, v in vectors.items() if n.split(".")[0] == table_name]
             expected = np.array(row, dtype=np.float32).reshape(len(own), -1)
             np.testing.assert_array_equal(np.stack(own), expected)
@@ -377,14 +381,14 @@ def test_vector_read_by_the_documents_decoder_has_its_values(name: str, decode: 
 def test_the_documents_decoder_refuses_damage(decode: Decoder, tmp_path: Path) -> None:
     path = tmp_path / "blob"
     write(example(), path, "source")
-    decode(path, 1)
+    decode([path], 1)
     sound = path.read_bytes()
     for position, problem in ((9000, r"\Z"), (16384 + 64, "a damaged row")):
         changed = bytearray(sound)
         changed[position] ^= 1
         path.write_bytes(changed)
         with pytest.raises(AssertionError, match=problem):
-            decode(path, 1)
+            decode([path], 1)
 
 
 @pytest.mark.parametrize("name", VECTOR_SOURCES)

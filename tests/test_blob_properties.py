@@ -101,7 +101,7 @@ def test_what_was_written_comes_back_in_both_decoders(
         expected = made.vectors(own.name)[ids] * np.float32(own.multiplier)
         np.testing.assert_array_equal(found[own.name].reshape(expected.shape), expected)
         for token_id in range(blob.num_rows):
-            vectors = decode(path, token_id)
+            vectors = decode([path], token_id)
             mine = [v for n, v in vectors.items() if n.split(".")[0] == own.name]
             np.testing.assert_array_equal(np.stack(mine), expected[token_id])
 

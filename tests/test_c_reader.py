@@ -27,6 +27,9 @@ from test_blob_format_doc import HASHES, VECTORS, hashed_bytes
 from test_conformance import FOLDER, MALFORMED, apply
 from test_conformance import VECTORS as ASKED
 
+from pleexport.export.shards import write_shard
+from pleexport.runtime.blob import Blob
+
 SOURCE = Path(__file__).parents[1] / "docs" / "examples" / "blob.c"
 SPECIFICATION = Path(__file__).parents[1] / "docs" / "blob-format.md"
 ELSEWHERE = os.environ.get("PLEEXPORT_C_READER")
@@ -261,7 +264,13 @@ def cut(blob: Path, into: Path, cuts: Sequence[int]) -> list[Path]:
 
 def test_shards_of_one_blob_are_read_together(reader: Path, tmp_path: Path) -> None:
     bundle = FOLDER / "gemma4-int4"
-    shards = cut(bundle / BLOB, tmp_path, [0, 1, 100, 299, 300])
+    cuts = [0, 1, 100, 299, 300]
+    shards = cut(bundle / BLOB, tmp_path, cuts)
+    # They are what `pleexport package` writes, byte by byte.
+    for shard, (first, end) in zip(shards, pairwise(cuts), strict=True):
+        own = tmp_path / "own"
+        write_shard(Blob(bundle / BLOB), range(first, end), own, lambda _: None)
+        assert own.read_bytes() == shard.read_bytes()
     ids = [0, 1, 99, 100, 298, 299]
     whole = look_up(reader, [bundle / BLOB], ids, *tied_of(bundle))
     assert look_up(reader, shards[::-1], ids, *tied_of(bundle), "--verify") == whole

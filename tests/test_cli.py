@@ -19,7 +19,7 @@ from pleexport.errors import BundleError
 from pleexport.export.replacing import check_replaceable
 from pleexport.staging import staged_folder
 
-COMMANDS = ("inspect", "build", "verify", "run", "bench", "targets")
+COMMANDS = ("inspect", "build", "verify", "run", "bench", "package", "targets")
 
 
 def pleexport(*args: object, **options: object) -> subprocess.CompletedProcess[str]:

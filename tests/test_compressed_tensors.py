@@ -254,9 +254,13 @@ def test_codes_go_into_rows_bit_for_bit(mixed: Path, mixed_bundle: pleexport.Bun
         assert {(s.dtype, s.scale_dtype) for s in segments} == {(f"int{bits}", "fp32")}
         codes, scales = [], []
         for segment in segments:
-            raw = blob.rows[:, segment.offset : segment.offset + segment.code_bytes]
+            raw = blob.stored_rows(np.arange(blob.num_rows))[
+                :, segment.offset : segment.offset + segment.code_bytes
+            ]
             codes.append(unpack_codes(np.ascontiguousarray(raw), bits=bits, width=segment.width))
-            raw = np.ascontiguousarray(blob.rows[:, segment.scale_offset : segment.end])
+            raw = np.ascontiguousarray(
+                blob.stored_rows(np.arange(blob.num_rows))[:, segment.scale_offset : segment.end]
+            )
             scales.append(raw.view("<f4"))
         np.testing.assert_array_equal(np.concatenate(codes, axis=1), own["codes"])
         np.testing.assert_array_equal(np.concatenate(scales, axis=1), own["scales"])

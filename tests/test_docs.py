@@ -604,3 +604,12 @@ def test_the_page_on_security_names_tests_that_exist() -> None:
     for file, name in named:
         tree = ast.parse((Path(__file__).parent / file).read_text(encoding="utf-8"))
         assert name in {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}, name
+
+
+def test_the_page_on_security_names_tests_in_kotlin_that_exist() -> None:
+    rows = table(section(read("security.md"), "## What a download on a device checks"))
+    tests = Path(__file__).parents[1] / "android-demo/runtime/src/test/kotlin/io/pleexport"
+    for row in rows:
+        file, name = re.findall(r"`([^`]+)`", row[-1])
+        assert f"fun `{name}`()" in (tests / file).read_text(encoding="utf-8"), name
+    assert len(rows) == 4

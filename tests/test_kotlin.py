@@ -20,8 +20,10 @@ import pytest
 from conftest import TOLERANCE, need, relative_error
 from numpy.typing import NDArray
 from resealed import change_manifest
+from test_packaging import MOST, P256, join, new_key, openssl, target_file
 
 import pleexport
+from pleexport.errors import BlobError
 from pleexport.runtime.conversation import Conversation
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
@@ -93,7 +95,17 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kotlin_cases.write_tokenizers(folder / "tokenizers")
     kotlin_cases.write_sampling(folder / "sampling.json")
     kotlin_cases.write_rules(folder / "rules.json")
+    _write_signature(folder / "signature")
     return folder
+
+
+def _write_signature(folder: Path) -> None:
+    """The index of a package and its signature, with the public key in DER."""
+    key = new_key(folder.with_name("key.pem"), *P256)
+    whole = CONFORMANCE / "embformer-bf16"
+    made = pleexport.package(whole, folder, target="android", sign=key)
+    assert made.signed
+    openssl("pkey", "-in", key, "-pubout", "-outform", "DER", "-out", folder / "public.der")
 
 
 def test_its_own_tests_pass(jar: Path, cases: Path) -> None:
@@ -114,6 +126,38 @@ def test_logits_are_those_of_python(bundle: Path, jar: Path, tmp_path: Path) -> 
     # The control: one id is another.
     ids[150] = (ids[150] + 1) % runner.blob.num_rows
     assert relative_error(expected, runner.logits(ids)) > tolerance
+
+
+def test_weights_in_many_files_are_loaded_and_checked(
+    jar: Path, many_files_bundle: Path, tmp_path: Path
+) -> None:
+    ids = list(range(1, 40))
+    expected = pleexport.Runner(many_files_bundle, threads=1).logits(ids)
+    found = logits(jar, many_files_bundle, ids, tmp_path / "logits.npy")
+    assert relative_error(expected, found) < ROUNDED
+    copy = shutil.copytree(many_files_bundle, tmp_path / "copy")
+    data = bytearray((copy / "model.onnx.data.3").read_bytes())
+    data[-9] ^= 1
+    (copy / "model.onnx.data.3").write_bytes(data)
+    assert "model.onnx.data.3` is damaged" in refusal(jar, copy, [2])
+
+
+def test_a_joined_package_is_the_bundle(jar: Path, tmp_path: Path) -> None:
+    whole = CONFORMANCE / "embformer-bf16"
+    small = target_file(tmp_path, largest_pack_bytes=MOST)
+    made = pleexport.package(whole, tmp_path / "package", target=small)
+    joined = join(made, tmp_path / "joined")
+    assert len(pleexport.Bundle(joined).manifest.blob_shards) == 3
+    ids = np.random.default_rng(3).integers(0, 262, 300).tolist()
+    expected = logits(jar, whole, ids, tmp_path / "whole.npy")
+    assert np.array_equal(logits(jar, joined, ids, tmp_path / "joined.npy"), expected)
+    assert java(jar, "verify", joined).stdout == "Files are intact.\n"
+    # Each shard is needed, and errors are those of Python.
+    change_manifest(joined, lambda m: m["blob_shards"].pop())
+    with pytest.raises(BlobError) as caught:
+        pleexport.Runner(joined)
+    assert refusal(jar, joined, [2]) == f"error: {caught.value.message}"
+    assert "is the last shard and ends at row" in caught.value.message
 
 
 def test_text_is_that_of_python(jar: Path) -> None:

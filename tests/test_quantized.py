@@ -115,9 +115,11 @@ def test_codes_go_into_rows_bit_for_bit(mobile: Path, mobile_bundle: pleexport.B
     codes = tensors["model.embed_tokens_per_layer.embedding_quantized"].reshape(120, 6, 4)
     for segment in blob.segments[1:]:
         begin = segment.offset
-        stored = blob.rows[:, begin : begin + segment.code_bytes]
+        stored = blob.stored_rows(np.arange(blob.num_rows))[:, begin : begin + segment.code_bytes]
         np.testing.assert_array_equal(stored, codes[:, segment.layer])
-        raw = np.ascontiguousarray(blob.rows[:, segment.scale_offset : segment.end])
+        raw = np.ascontiguousarray(
+            blob.stored_rows(np.arange(blob.num_rows))[:, segment.scale_offset : segment.end]
+        )
         np.testing.assert_array_equal(raw.view("<f4")[:, 0], scales[:, segment.layer])
 
 

@@ -24,6 +24,7 @@ NAMES = [
     "Token",
     "build",
     "inspect",
+    "package",
     "verify",
 ]
 # What a process that only runs a bundle has no business with.

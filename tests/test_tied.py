@@ -77,7 +77,7 @@ def test_head_and_input_embedding_are_stored_once(
     assert bundle.decoder.files == ["model.onnx", "model.onnx.data", TIED]
     runner = pleexport.Runner(bundle)
     assert {s.table for s in runner.blob.segments} == {"embed_tokens", "embed_tokens_per_layer"}
-    inside = json.loads(load_metadata(bundle.blob_path)["segments"])
+    inside = json.loads(load_metadata(bundle.blob_paths[0])["segments"])
     assert {segment["table"] for segment in inside} == {"embed_tokens_per_layer"}
     assert bundle.manifest.parity.passed
 

@@ -142,7 +142,7 @@ def test_keys_shared_from_the_wrong_layer_fail_at_the_sharing_layer(
 
 def test_rows_that_are_no_numbers_fail(gemma4_checkpoint: Path, tmp_path: Path) -> None:
     bundle = pleexport.build(gemma4_checkpoint, tmp_path / "out", table_dtype="int8", verify=False)
-    segment = Blob(bundle.blob_path).segments[0]
+    segment = Blob(bundle.blob_paths).segments[0]
     assert segment.scale_offset is not None
 
     def poison(rows: Any) -> None:

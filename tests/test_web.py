@@ -115,12 +115,25 @@ def test_its_own_tests_pass(program: Path, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: `apt-get install chromium`")
 @pytest.mark.slow
-def test_it_runs_in_a_browser(program: Path) -> None:
-    """Vectors, threads, what is kept, a second tab, and servers that fail, in Chromium."""
+def test_it_runs_in_a_browser(program: Path, tmp_path: Path) -> None:
+    """Vectors, threads, starters, what is kept, a second tab, failing servers, in Chromium."""
+    text, target = tmp_path / "text.txt", tmp_path / "page.toml"
+    text.write_text("the rows that a text uses\n")
+    shipped = (ROOT / "targets" / "web.toml").read_text()
+    target.write_text(shipped.replace("starter_share = 0.019", "starter_share = 0.2"))
+    packaged = PROJECT / "build" / "package"
+    pleexport.package(
+        CONFORMANCE / "gemma4-fp32", packaged, target=str(target), texts=[text], overwrite=True
+    )
+    described = {
+        "PLEEXPORT_CHROMIUM": str(CHROMIUM),
+        "PLEEXPORT_PACKAGE": packaged.relative_to(ROOT).as_posix(),
+        "PLEEXPORT_TEXT": text.read_text(),
+    }
     tests = program.parents[1] / "build" / "test" / "test" / "browser.test.js"
     done = subprocess.run(
         ["node", "--test", "--test-reporter=tap", tests],
-        env=os.environ | {"PLEEXPORT_CHROMIUM": str(CHROMIUM)},
+        env=os.environ | described,
         capture_output=True,
         text=True,
         check=False,

@@ -26,6 +26,7 @@ from pleexport.runtime.blob_layout import (
     FORMAT,
     ROWS,
     VERSION,
+    ChunkChecksums,
     Segment,
     row_checksums,
 )
@@ -76,7 +77,7 @@ def write_blob(
     model = source.model
     stride = row_stride(segments)
     batch_rows = max(1, _BATCH_BYTES // stride)
-    checksums = _Checksums()
+    checksums = ChunkChecksums()
     own = {t.name: [s for s in segments if s.table == t.name] for t in model.tables}
     tables = [table for table in model.tables if own[table.name]]
     digests = {table.name: xxhash.xxh3_128() for table in tables}
@@ -204,35 +205,6 @@ def _store(
     slots[..., : segment.code_bytes] = pack_codes(codes, bits=bits(segment.dtype))
     raw = np.ascontiguousarray(scales).view(np.uint8)
     slots[..., segment.scale_offset - segment.offset :] = raw
-
-
-class _Checksums:
-    """xxh3-64 of each chunk of the rows, fed in batches of any size."""
-
-    def __init__(self) -> None:
-        self._digests: list[int] = []
-        self._hash = xxhash.xxh3_64()
-        self._filled = 0
-
-    def update(self, batch: NDArray[np.uint8]) -> None:
-        data = batch.reshape(-1)
-        while len(data):
-            part = data[: CHECKSUM_CHUNK_BYTES - self._filled]
-            self._hash.update(part.data)
-            self._filled += len(part)
-            data = data[len(part) :]
-            if self._filled == CHECKSUM_CHUNK_BYTES:
-                self._close()
-
-    def finish(self) -> NDArray[np.uint64]:
-        if self._filled:
-            self._close()
-        return np.array(self._digests, dtype="<u8")
-
-    def _close(self) -> None:
-        self._digests.append(self._hash.intdigest())
-        self._hash.reset()
-        self._filled = 0
 
 
 def _rows_offset(model: Model, segments: list[Segment], page_size: int) -> int:

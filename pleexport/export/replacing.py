@@ -1,8 +1,9 @@
-"""What a build may replace."""
+"""What a build, or a package, may replace."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from pleexport.checksums import CHECKSUMS
@@ -10,36 +11,50 @@ from pleexport.errors import BundleError
 from pleexport.runtime.bundle import MANIFEST, read_manifest
 
 
-def check_replaceable(out: Path, *, overwrite: bool) -> None:
-    """Refuse to replace anything but an empty folder or, when told to, a bundle.
+def _files_of_bundle(out: Path) -> set[str]:
+    """Names of what a bundle consists of."""
+    return {record.name for record in read_manifest(out).files} | {MANIFEST, CHECKSUMS}
 
+
+def check_replaceable(
+    out: Path,
+    *,
+    overwrite: bool,
+    what: str = "bundle",
+    files_of: Callable[[Path], set[str]] = _files_of_bundle,
+) -> None:
+    """Refuse to replace anything but an empty folder or, when told to, one of its kind.
+
+    Args:
+        what: kind of the folder.
+        files_of: paths below it of all that it consists of; raises `BundleError` where it is not
+            of that kind.
     Raises:
         BundleError: `out` exists and may not be replaced.
     """
     if out.resolve() == Path.cwd():
         raise BundleError(
-            "the current folder cannot be replaced by a bundle",
+            f"the current folder cannot be replaced by a {what}",
             hint="go one up, or choose another folder with `--out`",
         )
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return
     try:
-        manifest = read_manifest(out)
+        own = files_of(out)
     except BundleError as err:
         raise BundleError(
-            f"`{out}` exists and is not a bundle that this version reads",
+            f"`{out}` exists and is not a {what} that this version reads",
             hint="choose another folder with `--out`; nothing was changed",
         ) from err
     if not overwrite:
         raise BundleError(
-            f"`{out}` holds a bundle already",
+            f"`{out}` holds a {what} already",
             hint="pass `--overwrite` to replace it, or choose another folder with `--out`",
         )
-    foreign = sorted(
-        set(os.listdir(out)) - {record.name for record in manifest.files} - {MANIFEST, CHECKSUMS}
-    )
+    own |= {parent.as_posix() for name in own for parent in Path(name).parents}
+    foreign = sorted({path.relative_to(out).as_posix() for path in out.rglob("*")} - own)
     if foreign:
         raise BundleError(
-            f"`{out}` holds a bundle and other things, `{foreign[0]}` first",
+            f"`{out}` holds a {what} and other things, `{foreign[0]}` first",
             hint="move them away, or choose another folder with `--out`; nothing was changed",
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from pleexport.checksums import (
+    Checksums,
     checksums_of,
     sha256_and_checksums,
     write_checksums,
@@ -15,16 +18,25 @@ from pleexport.parallel import map_in_order
 from pleexport.runtime.bundle import MANIFEST, FileRecord, Manifest
 
 
-def seal(folder: Path, manifest: Manifest) -> None:
-    """Hash every file of the folder, once, and write manifest and checksums as the last files."""
+def seal(
+    folder: Path, manifest: Manifest, *, progress: Callable[[int], object] = lambda _: None
+) -> tuple[Manifest, Checksums]:
+    """Hash every file of the folder, once, and write manifest and checksums as the last files.
+
+    Args:
+        progress: called with the number of bytes read since its last call, from any thread.
+    Returns:
+        what was written.
+    """
     paths = sorted(folder.iterdir())
     records, checksums = [], {}
-    for path, (digest, chunks) in zip(
-        paths, map_in_order(sha256_and_checksums, paths), strict=True
-    ):
+    hashed = map_in_order(partial(sha256_and_checksums, progress=progress), paths)
+    for path, (digest, chunks) in zip(paths, hashed, strict=True):
         records.append(FileRecord(path.name, path.stat().st_size, digest))
         checksums[path.name] = chunks
-    encoded = msgspec.json.encode(msgspec.structs.replace(manifest, files=records))
-    written = msgspec.json.format(encoded, indent=2) + b"\n"
+    sealed = msgspec.structs.replace(manifest, files=records)
+    written = msgspec.json.format(msgspec.json.encode(sealed), indent=2) + b"\n"
     (folder / MANIFEST).write_bytes(written)
-    write_checksums(folder, checksums | {MANIFEST: checksums_of(written)})
+    files = checksums | {MANIFEST: checksums_of(written)}
+    write_checksums(folder, files)
+    return sealed, Checksums(files=files)

@@ -2,75 +2,65 @@
 
 from __future__ import annotations
 
-import mmap
 import os
-from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 
 from pleexport.codes import Scales, dequantize_rows, unpack_codes
 from pleexport.dtypes import bits, numpy_dtype
-from pleexport.errors import BlobError, CheckFailed, InputError
-from pleexport.runtime.blob_header import Run, read_header
-from pleexport.runtime.blob_layout import (
-    CHECKSUM_CHUNK_BYTES,
-    CHECKSUMS,
-    ROWS,
-    row_checksums,
-    stored_checksums,
-)
-from pleexport.runtime.pages import PageRuns, ask_for, page_runs
+from pleexport.errors import BlobError, InputError
+from pleexport.runtime.blob_header import Run
+from pleexport.runtime.blob_shard import Shard, open_shards
 from pleexport.runtime.tied import TiedRows
-from pleexport.safetensors_file import SafetensorsFile
-from pleexport.sizes import groups
 
 
 class Blob:
     """A memory-mapped blob. Opening it reads its header only; every lookup checks its rows.
 
     Args:
-        path: the file.
+        path: the file, or all shards in any order.
         tied: a table that is not in the blob, but in the file of a matrix.
     Attributes:
+        path: the file, or the shard with the first rows.
         segments: of a row, those of the blob first.
+        metadata: of the header of that file.
     Raises:
-        BlobError: the file breaks a rule of docs/blob-format.md.
+        BlobError: a file breaks a rule of docs/blob-format.md.
         CheckFailed: its header does not match its checksum.
     """
 
-    def __init__(self, path: str | Path, *, tied: TiedRows | None = None) -> None:
-        self.path = Path(path)
-        self._file = SafetensorsFile(self.path, error=BlobError)
-        header = read_header(self._file)
+    def __init__(
+        self, path: str | Path | Sequence[str | Path], *, tied: TiedRows | None = None
+    ) -> None:
+        paths = [path] if isinstance(path, str | Path) else path
+        self._shards = open_shards([Path(p) for p in paths])
+        self._firsts = np.array([shard.first for shard in self._shards])
+        self.path, header = self._shards[0].path, self._shards[0].header
         self.segments = header.segments + ([tied.segment] if tied else [])
         self.row_aliases = header.row_aliases
-        self.num_rows = header.num_rows
+        self.num_rows = header.num_rows_total
         self.row_stride = header.row_stride
-        self.num_chunks = header.num_chunks
+        self.num_chunks = sum(shard.header.num_chunks for shard in self._shards)
         self.source_digest = header.source_digest
+        self.metadata = self._shards[0].metadata
         self._runs = header.runs
         self._tied = tied
         if tied:
             _check_tied(self, tied)
 
-    @cached_property
-    def rows(self) -> NDArray[np.uint8]:
-        """All rows, `[num_rows, row_stride]`, as mapped."""
-        return self._file.array(ROWS)
-
     @property
     def rows_offset(self) -> int:
-        """Byte of the file at which row 0 begins."""
-        return self._file.entries[ROWS].offset
+        """Byte of the first file at which row 0 begins."""
+        return self._shards[0].rows_offset
 
     @property
     def nbytes(self) -> int:
         """Bytes of all files that rows are read from."""
-        return self._file.file_bytes + (self._tied.nbytes if self._tied else 0)
+        own = sum(shard.nbytes for shard in self._shards)
+        return own + (self._tied.nbytes if self._tied else 0)
 
     @property
     def row_bytes(self) -> int:
@@ -117,7 +107,8 @@ class Blob:
 
     def prefetch(self, row_ids: NDArray[np.int64]) -> None:
         """Ask the system to read the pages of all distinct rows at once."""
-        ask_for(self._file.mapping, self._page_runs(row_ids))
+        for shard, mine in self._by_shard(row_ids):
+            shard.prefetch(row_ids[mine])
         if self._tied:
             self._tied.prefetch(row_ids)
 
@@ -134,18 +125,28 @@ class Blob:
                 "this system cannot drop a file from its page cache",
                 hint="leave out `--cold`, which needs Linux",
             )
-        self._file.mapping.madvise(mmap.MADV_DONTNEED)
-        descriptor = os.open(self.path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # unwritten pages are not dropped
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
+        for shard in self._shards:
+            shard.forget_pages()
 
     def pages(self, row_ids: NDArray[np.int64]) -> int:
         """How many distinct pages of the files the rows lie on."""
-        runs = self._page_runs(row_ids) + (self._tied.page_runs(row_ids) if self._tied else [])
+        runs = self._tied.page_runs(row_ids) if self._tied else []
+        for shard, mine in self._by_shard(row_ids):
+            runs += shard.page_runs(row_ids[mine])
         return sum(end - first for first, end in runs)
+
+    def stored_rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Rows `[n, row_stride]` as stored, each compared with its checksum.
+
+        Raises:
+            CheckFailed: a row does not match its checksum; the token id is named.
+        """
+        if len(self._shards) == 1:
+            return self._shards[0].rows(row_ids)
+        rows = np.empty((len(row_ids), self.row_stride), dtype=np.uint8)
+        for shard, mine in self._by_shard(row_ids):
+            rows[mine] = shard.rows(row_ids[mine])
+        return rows
 
     def lookup(
         self, row_ids: NDArray[np.int64], tables: Collection[str] | None = None
@@ -157,8 +158,7 @@ class Blob:
         Raises:
             CheckFailed: a row does not match its checksum; the token id is named.
         """
-        gathered = self.rows[row_ids]
-        self._check_rows(row_ids, gathered)
+        gathered = self.stored_rows(row_ids)
         wanted = self.shapes if tables is None else tables
         # What float32 cannot hold is infinite, in every language; whoever samples refuses it.
         with np.errstate(over="ignore", invalid="ignore"):
@@ -173,41 +173,21 @@ class Blob:
         Raises:
             CheckFailed: names the first damaged row.
         """
-        for chunk in range(self.num_chunks):
-            begin = chunk * CHECKSUM_CHUNK_BYTES
-            end = begin + CHECKSUM_CHUNK_BYTES
-            # Those that begin in it; a damaged one that ends in it was found with the chunk before.
-            first, last = groups(begin, self.row_stride), groups(end, self.row_stride)
-            self._check_rows(np.arange(first, min(last, self.num_rows)), self.rows[first:last])
-            self._check_chunk(chunk)
-            progress(CHECKSUM_CHUNK_BYTES)
+        for shard in self._shards:
+            shard.verify(progress)
         if self._tied:
             self._tied.verify(progress)
 
-    def _check_rows(self, row_ids: NDArray[np.int64], rows: NDArray[np.uint8]) -> None:
-        bad = row_checksums(rows) != stored_checksums(rows)
-        if bad.any():
-            raise CheckFailed(
-                f"`{self.path}` is damaged: the row of token id {row_ids[bad][0]} does not match "
-                "its checksum (B-16)",
-                hint="copy the bundle again, or rebuild it",
-            )
-
-    def _check_chunk(self, chunk: int) -> None:
-        """Compare a chunk, all of whose rows match their own checksums."""
-        begin = chunk * CHECKSUM_CHUNK_BYTES
-        data = self.rows.reshape(-1)[begin : begin + CHECKSUM_CHUNK_BYTES]
-        if xxhash.xxh3_64_intdigest(data.data) != int(self._file.array(CHECKSUMS)[chunk]):
-            first = begin // self.row_stride
-            last = (begin + len(data) - 1) // self.row_stride
-            raise CheckFailed(
-                f"`{self.path}` is damaged: the rows of token ids {first} to {last} lie in other "
-                "places, or the checksum of their chunk is wrong (B-19)",
-                hint="copy the bundle again, or rebuild it",
-            )
-
-    def _page_runs(self, row_ids: NDArray[np.int64]) -> PageRuns:
-        return page_runs(row_ids, begin=self.rows_offset, row_bytes=self.row_stride)
+    def _by_shard(
+        self, row_ids: NDArray[np.int64]
+    ) -> Iterator[tuple[Shard, NDArray[np.intp] | slice]]:
+        """The shards that rows lie in, and which of the rows lie in each."""
+        if len(self._shards) == 1:
+            yield self._shards[0], slice(None)
+            return
+        numbers = np.searchsorted(self._firsts, row_ids, side="right") - 1
+        for number in np.unique(numbers):
+            yield self._shards[number], np.flatnonzero(numbers == number)
 
 
 def _check_tied(blob: Blob, tied: TiedRows) -> None:

@@ -59,11 +59,15 @@ class BlobHeader:
     """What the header of a blob says.
 
     Attributes:
+        first_row: of the file; 0 but in shards.
+        num_rows: of the file, `num_rows_total` of all shards together.
         row_aliases: pairs of a token id and the row that it selects.
         runs: by table.
     """
 
+    first_row: int
     num_rows: int
+    num_rows_total: int
     row_stride: int
     num_chunks: int
     segments: list[Segment]
@@ -86,15 +90,17 @@ def read_header(file: SafetensorsFile) -> BlobHeader:
     _check_version(file)
     _check_names(file)
     num_rows, stride, chunks = _check_tensors(file)
-    _check_whole(file, num_rows)
+    first_row, total = _read_range(file, num_rows)
     segments = _read_segments(file)
     _check_places(file, segments, stride)
     return BlobHeader(
+        first_row=first_row,
         num_rows=num_rows,
+        num_rows_total=total,
         row_stride=stride,
         num_chunks=chunks,
         segments=segments,
-        row_aliases=_read_aliases(file, num_rows),
+        row_aliases=_read_aliases(file, total),
         runs=_plan_runs(file, segments),
         source_digest=file.metadata["source_digest"],
     )
@@ -162,17 +168,12 @@ def _check_tensors(file: SafetensorsFile) -> tuple[int, int, int]:
     return num_rows, stride, chunks
 
 
-def _check_whole(file: SafetensorsFile, num_rows: int) -> None:
+def _read_range(file: SafetensorsFile, num_rows: int) -> tuple[int, int]:
+    """The first row, and how many rows all shards have together."""
     first, total = _integer(file, "first_row"), _integer(file, "num_rows_total")
     if first + num_rows > total:
         raise _broken(file, f"says that it has {num_rows} rows from {first} of {total} (B-12)")
-    if num_rows != total:
-        raise _broken(
-            file,
-            f"is a shard, rows {first} to {first + num_rows - 1} of {total}; this reader takes "
-            "whole blobs (B-12)",
-            hint="build the bundle again from its checkpoint",
-        )
+    return first, total
 
 
 def _json(file: SafetensorsFile, name: str) -> Any:

@@ -89,3 +89,34 @@ def stored_checksums(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """What the last 8 bytes of each row `[n, row_stride]` hold."""
     held: NDArray[np.uint64] = np.ascontiguousarray(rows[:, -CHECKSUM_BYTES:]).view("<u8")[:, 0]
     return held
+
+
+class ChunkChecksums:
+    """The XXH3-64 of each chunk of rows, fed in batches of any size."""
+
+    def __init__(self) -> None:
+        self._digests: list[int] = []
+        self._hash = xxhash.xxh3_64()
+        self._filled = 0
+
+    def update(self, batch: NDArray[np.uint8]) -> None:
+        """Take the next rows, `[n, row_stride]`."""
+        data = batch.reshape(-1)
+        while len(data):
+            part = data[: CHECKSUM_CHUNK_BYTES - self._filled]
+            self._hash.update(part.data)
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == CHECKSUM_CHUNK_BYTES:
+                self._close()
+
+    def finish(self) -> NDArray[np.uint64]:
+        """The checksums, when all rows have been taken."""
+        if self._filled:
+            self._close()
+        return np.array(self._digests, dtype="<u8")
+
+    def _close(self) -> None:
+        self._digests.append(self._hash.intdigest())
+        self._hash.reset()
+        self._filled = 0

@@ -118,6 +118,7 @@ class Manifest(
         source: the checkpoint that it was built from.
         adapters: in the order in which they were merged.
         tables_digest: of the checkpoint's tables; the blob has it too.
+        blob_shards: names of the blob's files where it lies in several.
         versions: of the tools that wrote the bundle.
     """
 
@@ -147,9 +148,20 @@ class Manifest(
     source: Source | None = None
     adapters: list[AdapterRecord] = []
     tables_digest: str
+    blob_shards: list[str] = []
     versions: dict[str, str]
     parity: ParitySummary
     files: list[FileRecord]
+
+    @property
+    def blob_files(self) -> list[str]:
+        """Names of the blob's files."""
+        return self.blob_shards or [BLOB]
+
+    @property
+    def model_files(self) -> list[str]:
+        """Names of the files of blob and graphs, without which there is no model."""
+        return [*self.blob_files, *(n for graph in self.graphs.values() for n in graph.files)]
 
 
 class Bundle:
@@ -199,7 +211,7 @@ class Bundle:
 
     def _small_files(self) -> list[Path]:
         """What is small and no part of the model; nothing else would compare most of it."""
-        own = {BLOB, *(name for graph in self.manifest.graphs.values() for name in graph.files)}
+        own = set(self.manifest.model_files)
         return [
             self.path / record.name
             for record in self.manifest.files
@@ -212,9 +224,9 @@ class Bundle:
         return self.manifest.graphs[DECODER]
 
     @property
-    def blob_path(self) -> Path:
-        """The blob."""
-        return self.path / BLOB
+    def blob_paths(self) -> list[Path]:
+        """The blob's files."""
+        return [self.path / name for name in self.manifest.blob_files]
 
     def open_blob(self) -> Blob:
         """The blob, with the table that the decoder's files hold where they hold one.
@@ -224,14 +236,14 @@ class Bundle:
             BundleError: files of two bundles are mixed.
         """
         if TIED not in self.decoder.files:
-            return Blob(self.blob_path)
+            return Blob(self.blob_paths)
         tied = TiedRows(self.path / TIED)
         if tied.weights_digest != self.decoder.weights_digest:
             raise BundleError(
                 f"`{tied.path}` is of another bundle: its graph is not that of the manifest",
                 hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
             )
-        return Blob(self.blob_path, tied=tied)
+        return Blob(self.blob_paths, tied=tied)
 
     @property
     def tokenizer_files(self) -> dict[str, Path]:
@@ -252,15 +264,25 @@ class Bundle:
         Raises:
             CheckFailed: names the first file that differs.
         """
-        checksums = self.checksums or read_checksums(self.path)
         for record in self.manifest.files:
-            digest, found = sha256_and_checksums(self.path / record.name, progress)
-            if digest != record.sha256 or found != checksums.files.get(record.name):
-                where = "the manifest" if digest != record.sha256 else f"`{CHECKSUMS}`"
-                raise CheckFailed(
-                    f"`{self.path / record.name}` does not match its digest in {where}",
-                    hint="copy the bundle again, or rebuild it",
-                )
+            self.compare(record, *sha256_and_checksums(self.path / record.name, progress))
+
+    def compare(self, record: FileRecord, digest: str, found: list[str]) -> None:
+        """Compare what was computed of a file's content with what the bundle says of it.
+
+        Args:
+            digest: its SHA-256.
+            found: its checksums.
+        Raises:
+            CheckFailed: they differ.
+        """
+        checksums = self.checksums or read_checksums(self.path)
+        if digest != record.sha256 or found != checksums.files.get(record.name):
+            where = "the manifest" if digest != record.sha256 else f"`{CHECKSUMS}`"
+            raise CheckFailed(
+                f"`{self.path / record.name}` does not match its digest in {where}",
+                hint="copy the bundle again, or rebuild it",
+            )
 
 
 def read_manifest(path: Path, checksums: Checksums | None = None) -> Manifest:
@@ -332,8 +354,7 @@ def _check_manifest(manifest: Manifest, path: Path) -> None:
             f"`{path}` has an impossible chat format: {problem}",
             hint="copy the bundle again, or rebuild it",
         )
-    needed = [BLOB, *(name for graph in manifest.graphs.values() for name in graph.files)]
-    for name in needed:
+    for name in manifest.model_files:
         if name not in listed:
             raise BundleError(
                 f"`{path}` does not list `{name}` among its files", hint="rebuild the bundle"

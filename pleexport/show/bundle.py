@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-from pleexport.runtime.bundle import BLOB, Bundle, Manifest
+from fnmatch import fnmatchcase
+
+from pleexport.runtime.bundle import Bundle, Manifest
 from pleexport.show.tables import aligned
 from pleexport.sizes import size_text
 from pleexport.tied_layout import TIED
 
 ROLES = {
-    "model.onnx.data": "dense weights, read at every token",
+    "model.onnx.data*": "dense weights, read at every token",
     TIED: "output head, read at every token, and its rows",
-    BLOB: "rows of tables, looked up by token id",
+    "embeddings*.safetensors": "rows of tables, looked up by token id",
     "model.onnx": "dense graph",
     "model.pte": "dense graph and weights, read at every token",
     "tokenizer.json": "tokenizer",
     "parity.json": "parity with the original",
 }
+
+
+def _role(name: str) -> str:
+    """What a file of a bundle is there for."""
+    return next((role for pattern, role in ROLES.items() if fnmatchcase(name, pattern)), "")
 
 
 def _chosen(manifest: Manifest) -> list[str]:
@@ -56,9 +63,7 @@ def describe_bundle(bundle: Bundle) -> str:
         "",
     ]
     records = sorted(manifest.files, key=lambda record: -record.size)
-    rows = [
-        (r.name, size_text(r.size), f"{r.size / total:.1%}", ROLES.get(r.name, "")) for r in records
-    ]
+    rows = [(r.name, size_text(r.size), f"{r.size / total:.1%}", _role(r.name)) for r in records]
     lines += aligned([*rows, ("total", size_text(total), "", "")], align="<>><")
     parity = manifest.parity
     if parity.checked and parity.max_logit_error is not None:

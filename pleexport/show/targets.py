@@ -28,6 +28,8 @@ def describe_target(target: Target) -> str:
         for name, value in limits.items()
         if value is not None
     }
+    if target.packs:
+        settings["packs"] = f"{target.packs.form}, {target.packs.delivery}"
     lines = [f"{target.name}: {target.description}", ""]
     lines += aligned(settings.items(), align="<<", indent=2)
     for backend, own in target.backends.items():

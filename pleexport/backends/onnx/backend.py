@@ -59,10 +59,14 @@ class OnnxBackend:
         self, model: Model, storage: WeightStorage, *, tied: TiedLayout | None
     ) -> dict[str, int]:
         """Bytes of the data files; the graph's structure is small."""
-        from pleexport.backends.onnx.files import GRAPH_DATA
+        from pleexport.backends.onnx.files import data_file
+        from pleexport.backends.onnx.storage import data_places
 
         own = (w for w in model.weights if tied is None or w.name != tied.weight)
-        sizes = {GRAPH_DATA: sum(storage.file_bytes(weight) for weight in own)}
+        weights = [storage.file_bytes(weight) for weight in own]  # codes and scales as one
+        sizes: dict[str, int] = {}
+        for (number, _), size in zip(data_places(weights), weights, strict=True):
+            sizes[data_file(number)] = sizes.get(data_file(number), 0) + size
         return sizes | ({TIED: tied.nbytes} if tied else {})
 
     def working_bytes(self, model: Model, storage: WeightStorage) -> int:
@@ -80,8 +84,8 @@ class OnnxBackend:
         importance: Mapping[str, NDArray[np.float32]],
         progress: Callable[[int], object],
     ) -> Artifact:
-        """Write `model.onnx`, `model.onnx.data` and, where a matrix is tied, `tied.safetensors`."""
-        from pleexport.backends.onnx.files import GRAPH, GRAPH_DATA
+        """Write graph, data files and, where a matrix is tied, `tied.safetensors`."""
+        from pleexport.backends.onnx.files import GRAPH
         from pleexport.backends.onnx.lower import translate
         from pleexport.backends.onnx.storage import OnnxStorage
         from pleexport.backends.onnx.weights import attach_weights, save
@@ -92,7 +96,7 @@ class OnnxBackend:
         return Artifact(
             backend=self.name,
             contract=program.contract,
-            files=[GRAPH, GRAPH_DATA, *([TIED] if tied else [])],
+            files=[GRAPH, *graph.data_files],
             weights_digest=digest,
             versions={name: importlib.metadata.version(name) for name in _PACKAGES},
         )

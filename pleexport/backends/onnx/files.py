@@ -24,6 +24,11 @@ NUM_LOGITS_TO_KEEP = "num_logits_to_keep"
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
+def data_file(number: int) -> str:
+    """Name of a file of weights; the first one is number 0."""
+    return f"{GRAPH_DATA}.{number}" if number else GRAPH_DATA
+
+
 def session_options(threads: int, *, spin: bool) -> ort.SessionOptions:
     """Options of a session that generates text.
 

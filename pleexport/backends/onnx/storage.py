@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 from pleexport.dtypes import CODED, bits, packed_bytes
 from pleexport.model import Codes, Model, Weight
 from pleexport.quantize import GRID_GROUP, Rounding
-from pleexport.sizes import groups
+from pleexport.sizes import align, groups
 from pleexport.weights import BLOCK_SIZES, WeightRequest
 
 # Larger blocks of 2 bits are multiplied by unpacking the matrix, which takes 200 times as long.
 _MOST_OF_2_BITS = 128
+# Stores limit the size of a file, and no packaging edits a graph.
+LARGEST_DATA_FILE = 1 << 30
+_PAGE = 4096
+_CACHE_LINE = 64
+
+
+def data_places(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """For tensors in their order, the number of the file and the byte at which each begins.
+
+    A file ends before the tensor that would make it larger than `LARGEST_DATA_FILE`; a tensor that
+    is larger has one alone.
+    """
+    number, position = 0, 0
+    for size in sizes:
+        offset = align(position, _PAGE if size >= _PAGE else _CACHE_LINE)
+        if position and offset + size > LARGEST_DATA_FILE:
+            number, offset = number + 1, 0
+        yield number, offset
+        position = offset + size
 
 
 class OnnxStorage:

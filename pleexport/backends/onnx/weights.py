@@ -1,4 +1,4 @@
-"""Store weights beside an ONNX graph: attach them in their stored form, stream them into a file."""
+"""Store weights beside an ONNX graph: attach them in their stored form, stream them into files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from pleexport.backends.onnx.channels import (
     channel_scales,
     stored_codes,
 )
-from pleexport.backends.onnx.files import GRAPH_DATA
-from pleexport.backends.onnx.storage import OnnxStorage
+from pleexport.backends.onnx.files import GRAPH_DATA, data_file
+from pleexport.backends.onnx.storage import OnnxStorage, data_places
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import CODED, bits, numpy_dtype
 from pleexport.errors import CheckpointError
@@ -32,14 +32,12 @@ from pleexport.sizes import align, groups
 from pleexport.tied_layout import TIED, TiedLayout, tied_checksums
 
 MICROSOFT = "com.microsoft"
-_PAGE = 4096
-_CACHE_LINE = 64
 _BATCH_VALUES = 4 << 20
 
 
 @dataclass
 class StoredTensor:
-    """A tensor of the data file, and how to produce its bytes.
+    """A tensor of a data file, and how to produce its bytes.
 
     Attributes:
         produce: yields consecutive parts of the tensor.
@@ -75,6 +73,12 @@ class OnnxGraph:
     tied: TiedLayout | None = None
     tensors: list[StoredTensor] = field(default_factory=list)
 
+    @property
+    def data_files(self) -> list[str]:
+        """Names of the files that the tensors lie in, that of the tied matrix last."""
+        names = dict.fromkeys(tensor.file for tensor in self.tensors)
+        return sorted(names, key=TIED.__eq__)
+
 
 def attach_weights(
     graph_model: ir.Model,
@@ -84,10 +88,10 @@ def attach_weights(
     *,
     tied: TiedLayout | None = None,
 ) -> OnnxGraph:
-    """Replace the weights by references into a data file, in their stored form.
+    """Replace the weights by references into data files, in their stored form.
 
     Before: the graph's initializers are the model's weights, and matrices are taken transposed.
-    After: initializers are named tensors of the data file, each aligned for mapping.
+    After: initializers are named tensors of the data files, each aligned for mapping.
 
     Args:
         importance: by weight, see `quantize_blocks`; none for those that were not measured.
@@ -114,13 +118,10 @@ def attach_weights(
             else:
                 _replace_matmul(result, matmul, matched, weight, storage, counts)
             graph.remove(transpose, safe=True)
-    position = 0
-    for tensor in result.tensors:
-        if tensor.file != GRAPH_DATA:
-            continue
-        alignment = _PAGE if tensor.nbytes >= _PAGE else _CACHE_LINE
-        tensor.offset = align(position, alignment)
-        position = tensor.offset + tensor.nbytes
+    own = [tensor for tensor in result.tensors if tensor.file != TIED]
+    places = data_places(tensor.nbytes for tensor in own)
+    for tensor, (number, offset) in zip(own, places, strict=True):
+        tensor.file, tensor.offset = data_file(number), offset
     return result
 
 
@@ -154,15 +155,15 @@ def save(
         )
     hashed = xxhash.xxh3_128()
     with ExitStack() as stack:
-        names = sorted({tensor.file for tensor in onnx_graph.tensors})
-        files = {n: stack.enter_context((path.parent / n).open("wb")) for n in names}
+        names = onnx_graph.data_files
+        opened = {n: stack.enter_context((path.parent / n).open("wb")) for n in names}
         for tensor in onnx_graph.tensors:
-            files[tensor.file].seek(tensor.offset)
-            _write_tensor(files[tensor.file], tensor, hashed, progress)
+            opened[tensor.file].seek(tensor.offset)
+            _write_tensor(opened[tensor.file], tensor, hashed, progress)
         digest = f"xxh3-128:{hashed.hexdigest()}"
         if onnx_graph.tied:
-            files[TIED].seek(0)
-            files[TIED].write(onnx_graph.tied.head(digest))
+            opened[TIED].seek(0)
+            opened[TIED].write(onnx_graph.tied.head(digest))
     ir.save(onnx_graph.model, path)
     return digest
 

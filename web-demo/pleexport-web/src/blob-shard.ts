@@ -48,10 +48,15 @@ export class Shard {
     return { offset: rowsOffset + (rowId - this.first) * rowStride, length: rowStride };
   }
 
+  /** Whether a row matches its checksum. */
+  isRow(row: Uint8Array): boolean {
+    const end = row.length - CHECKSUM_BYTES;
+    return isChecksum(row.subarray(end), row.subarray(0, end));
+  }
+
   /** @throws CheckFailed a row does not match its checksum; the token id is named. */
   check(rowId: number, row: Uint8Array): void {
-    const end = row.length - CHECKSUM_BYTES;
-    if (isChecksum(row.subarray(end), row.subarray(0, end))) return;
+    if (this.isRow(row)) return;
     throw new CheckFailed(
       `\`${this.file.path}\` is damaged: the row of token id ${rowId} does not match its checksum (B-16)`,
       COPY_AGAIN,

@@ -4,6 +4,7 @@ import { openShards, type Shard } from "./blob-shard.js";
 import { SegmentDecoder } from "./codes.js";
 import { BlobError, BundleError, CheckFailed, COPY_AGAIN, InputError, MIXED } from "./errors.js";
 import { FileFailure, type BundleFile } from "./files.js";
+import type { Starter } from "./starter.js";
 import type { TiedRows } from "./tied.js";
 
 /** Rows that were looked up are kept up to so many bytes: a text says the same words again. */
@@ -133,6 +134,21 @@ export class Blob {
           }
         }
       }
+    }
+  }
+
+  /** Whether rows that were looked up are kept for the next time, and none is yet. */
+  get wantsStarter(): boolean {
+    return this.shards.every(({ file }) => file.keepsNothingYet === true);
+  }
+
+  /** Keeps the rows of a starter; one of another blob is left out, and so is a damaged row. */
+  takeStarter({ sourceDigest, rowStride, rows }: Starter): void {
+    if (sourceDigest !== this.sourceDigest || rowStride !== this.rowStride) return;
+    for (const [tokenId, row] of rows()) {
+      const rowId = this.rowAliases.get(tokenId) ?? tokenId;
+      const shard = this.shards.find(({ first, end }) => rowId >= first && rowId < end);
+      if (shard?.isRow(row) === true) shard.file.take?.(shard.rangeOf(rowId).offset, row);
     }
   }
 

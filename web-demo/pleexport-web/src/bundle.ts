@@ -12,6 +12,7 @@ import type { Artifact } from "./contract.js";
 import { BundleError, CheckFailed, COPY_AGAIN, type PleexportError } from "./errors.js";
 import { FileFailure, type BundleFile, type BundleFiles, type LocalFile } from "./files.js";
 import { blobFiles, DECODER, MANIFEST, modelFiles, readManifest, type FileRecord, type Manifest } from "./manifest.js";
+import { readStarter, STARTER } from "./starter.js";
 import { TIED, TiedRows } from "./tied.js";
 
 const INCOMPLETE = "the copy is incomplete; copy the bundle again, or rebuild it";
@@ -108,7 +109,19 @@ export class Bundle {
         COPY_AGAIN,
       );
     }
+    if (blob.wantsStarter) await this.takeStarter(blob);
     return blob;
+  }
+
+  /** Rows that texts use most come by one request, where whoever serves the bundle has them. */
+  private async takeStarter(blob: Blob): Promise<void> {
+    try {
+      const bytes = await this.files.readWhole(STARTER);
+      await this.files.forget?.(STARTER); // its rows are kept, and not the file
+      blob.takeStarter(await readStarter(bytes, this.pathOf(STARTER)));
+    } catch (err) {
+      if (!(err instanceof FileFailure && err.isMissing)) throw this.errorOf(STARTER, err);
+    }
   }
 
   /** Rows have checksums of their own; of a server's file, all that was brought here is compared first. */

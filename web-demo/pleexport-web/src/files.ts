@@ -21,6 +21,12 @@ export interface BundleFile {
   /** Reads these parts from their source again, where they were kept elsewhere: they are damaged. */
   forget?(ranges: readonly Range[]): void;
 
+  /** Whether parts that were read are kept, and none is yet. */
+  readonly keepsNothingYet?: boolean;
+
+  /** Keeps a part that came another way as if it had been read. */
+  take?(offset: number, part: Uint8Array): void;
+
   close(): void;
 }
 

@@ -50,6 +50,7 @@ export class HttpFiles implements BundleFiles {
 
   async forget(name: string): Promise<void> {
     this.locals.delete(name);
+    this.wholes.delete(name);
     await this.store.forget(`${this.path}/${name}`);
   }
 

@@ -170,6 +170,14 @@ export class KeptParts implements BundleFile {
     return this.file.size;
   }
 
+  get keepsNothingYet(): boolean {
+    return this.index.size === 0;
+  }
+
+  take(offset: number, part: Uint8Array): void {
+    this.append(offset, part);
+  }
+
   async read(ranges: readonly Range[]): Promise<Uint8Array[]> {
     const missing = ranges.filter(({ offset, length }) => this.index.get(offset)?.length !== length);
     const fetched = await this.file.read(missing);

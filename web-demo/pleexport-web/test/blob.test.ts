@@ -7,6 +7,7 @@ import { after, describe, test } from "node:test";
 import { Blob } from "../src/blob.js";
 import { BlobError, CheckFailed, InputError } from "../src/errors.js";
 import { NodeFile } from "../src/node-files.js";
+import { readStarter } from "../src/starter.js";
 import { TiedRows } from "../src/tied.js";
 import { xxh3, xxh3Hex } from "../src/xxh3.js";
 import { readJson, refusal, ROOT } from "./vectors.js";
@@ -52,6 +53,58 @@ describe("vectors of tied heads are matched exactly", () => {
       }
     });
   }
+});
+
+/** A blob whose rows are kept by their place, as the browser's file system keeps them. */
+async function keeping(kept: Map<number, Uint8Array>): Promise<Blob> {
+  const file = new NodeFile(`${VECTORS}/int8.safetensors`);
+  return Blob.open([
+    Object.assign(file, {
+      keepsNothingYet: true,
+      take: (offset: number, part: Uint8Array) => void kept.set(offset, part),
+    }),
+  ]);
+}
+
+describe("a starter", () => {
+  const path = `${VECTORS}/starter/int8.safetensors`;
+  const bytes = (): Uint8Array => new Uint8Array(fs.readFileSync(path));
+
+  test("gives rows as the blob has them, aliases followed", async () => {
+    const kept = new Map<number, Uint8Array>();
+    const blob = await keeping(kept);
+    assert.equal(blob.wantsStarter, true);
+    blob.takeStarter(await readStarter(bytes(), path));
+    const whole = fs.readFileSync(`${VECTORS}/int8.safetensors`);
+    assert.equal(kept.size, 3);
+    for (const [offset, row] of kept) {
+      assert.deepEqual([...row], [...whole.subarray(offset, offset + row.length)]);
+    }
+    blob.close();
+  });
+
+  test("of another blob, or damaged rows, are left out", async () => {
+    const kept = new Map<number, Uint8Array>();
+    const blob = await keeping(kept);
+    const starter = await readStarter(bytes(), path);
+    blob.takeStarter({ ...starter, sourceDigest: "xxh3-64:0" });
+    blob.takeStarter({ ...starter, rowStride: starter.rowStride + 8 });
+    assert.equal(kept.size, 0);
+    const damaged = bytes();
+    damaged[damaged.length - 20]! ^= 1;
+    blob.takeStarter(await readStarter(damaged, path));
+    assert.equal(kept.size, 2);
+    blob.close();
+  });
+
+  test("that is malformed is refused", async () => {
+    const changed = bytes();
+    changed[40]! ^= 1;
+    await refusal(BlobError, () => readStarter(changed, path));
+    const other = new Uint8Array(fs.readFileSync(`${VECTORS}/int8.safetensors`));
+    const message = await refusal(BlobError, () => readStarter(other, path));
+    assert.match(message, /is no starter$/);
+  });
 });
 
 test("hashes of all kinds of lengths", () => {

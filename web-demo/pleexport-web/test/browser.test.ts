@@ -123,6 +123,31 @@ test("weights and rows are kept for the next time", async () => {
   await close(again);
 });
 
+/** A package for the web below the repository, whose starter has the rows of a text. */
+const PACKAGE = process.env["PLEEXPORT_PACKAGE"];
+
+test("rows of a starter are not asked for", { skip: PACKAGE === undefined }, async () => {
+  const asked = (): string[] => server.asked.map(([name]) => name).filter((name) => name.startsWith(PACKAGE!));
+  const rows = (names: string[]): number => names.filter((name) => name.endsWith("embeddings.safetensors")).length;
+  const opening = "await start().open(args[0], { threads: 1 })";
+  const page = await newPage();
+  await within(page, opening, `/${PACKAGE}`);
+  assert.equal(asked().filter((name) => name.endsWith("starter.safetensors")).length, 1);
+  const before = asked().length;
+  const ids = await within<number[]>(page, "return runner.encode(args[0])", process.env["PLEEXPORT_TEXT"]);
+  await within(page, "await runner.logits(args[0])", ids);
+  assert.equal(asked().length, before);
+  const others = Array.from({ length: 40 }, (_, id) => id).filter((id) => !ids.includes(id));
+  await within(page, "await runner.feed(args[0])", others);
+  assert.equal(rows(asked().slice(before)), 1, "one request for all that is missing");
+  await close(page);
+  const again = await newPage();
+  const then = asked().length;
+  await within(again, opening, `/${PACKAGE}`);
+  assert.ok(!asked().slice(then).some((name) => name.endsWith("starter.safetensors")), "its rows are kept");
+  await close(again);
+});
+
 test("a second tab works, and keeps no rows", async () => {
   const [one, two] = [await newPage(), await newPage()];
   assert.equal((await open(one, NAME)).notKept, null);

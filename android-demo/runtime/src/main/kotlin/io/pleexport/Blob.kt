@@ -13,27 +13,30 @@ import java.util.concurrent.Executors
  * @throws BlobError the file breaks a rule of docs/blob-format.md.
  * @throws CheckFailed its header does not match its checksum.
  */
-class Blob internal constructor(val file: File, private val tied: TiedRows?, mapBytes: Long) :
+class Blob
+internal constructor(files: List<File>, private val tied: TiedRows?, mapBytes: Long = MAP_BYTES) :
     AutoCloseable {
-    /** A blob whose tables are all in it. */
-    constructor(file: File) : this(file, null, MAP_BYTES)
+    /** A blob whose tables are all in it, in one file. */
+    constructor(file: File) : this(listOf(file), null)
 
-    internal constructor(file: File, tied: TiedRows?) : this(file, tied, MAP_BYTES)
+    /** The same in shards, in any order. */
+    constructor(files: List<File>) : this(files, null)
 
-    private val opened = SafetensorsFile(file)
-    private val header = readHeader(opened)
-    private val rows =
-        MappedRows(file, opened.entry("rows").offset, header.rowStride, header.numRows, mapBytes)
+    private val shards = openShards(files, mapBytes)
+    private val header = shards[0].header
     private val decoders = header.runs.mapValues { (_, run) -> SegmentDecoder(run.first) }
     private val row = ByteArray(header.rowStride)
     private val readers: Lazy<ExecutorService> = lazy {
         Executors.newFixedThreadPool(READERS) { Thread(it, "rows").apply { isDaemon = true } }
     }
 
+    /** The file, or the shard with the first rows. */
+    val file: File = shards[0].file
+
     /** Of a row, those of the blob first. */
     val segments: List<Segment> = header.segments + listOfNotNull(tied?.segment)
     val numRows: Long
-        get() = header.numRows
+        get() = header.numRowsTotal
 
     val rowStride: Int
         get() = header.rowStride
@@ -89,7 +92,7 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
      */
     fun lookup(rowIds: LongArray, into: List<Pair<String, FloatBuffer>>) {
         for (rowId in rowIds) {
-            read(rowId)
+            shardOf(rowId).read(rowId, row)
             for ((table, out) in into) {
                 val run = header.runs[table]
                 if (run == null) tied!!.decode(rowId, out)
@@ -109,36 +112,7 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
      * @throws CheckFailed names the first damaged row.
      */
     fun verify() {
-        val entry = opened.entry("checksums")
-        val stored = MappedRows(file, entry.offset, CHECKSUM_BYTES, header.numChunks)
-        val chunk = ByteArray(CHUNK_BYTES)
-        val checksum = ByteArray(CHECKSUM_BYTES)
-        var filled = 0
-        var number = 0L
-        fun end(rowId: Long) {
-            stored.read(number, checksum)
-            if (Xxh3.hash(chunk, 0, filled) != littleEndian(checksum).getLong(0)) {
-                throw CheckFailed(
-                    "`$file` is damaged: the rows of token ids ${number * CHUNK_BYTES / rowStride} " +
-                        "to $rowId lie in other places, or the checksum of their chunk is wrong (B-19)",
-                    DAMAGED,
-                )
-            }
-            number++
-            filled = 0
-        }
-        for (rowId in 0 until numRows) {
-            read(rowId)
-            var at = 0
-            while (at < rowStride) {
-                val part = minOf(rowStride - at, CHUNK_BYTES - filled)
-                row.copyInto(chunk, filled, at, at + part)
-                filled += part
-                at += part
-                if (filled == CHUNK_BYTES) end(rowId)
-            }
-        }
-        if (filled > 0) end(numRows - 1)
+        shards.forEach(BlobShard::verify)
         tied?.verify()
     }
 
@@ -146,20 +120,10 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
         if (readers.isInitialized()) readers.value.shutdown()
     }
 
-    /** Takes a row from the file, and compares it with its checksum. */
-    private fun read(rowId: Long) {
-        rows.read(rowId, row)
-        val body = rowStride - CHECKSUM_BYTES
-        if (Xxh3.hash(row, 0, body) != littleEndian(row).getLong(body)) {
-            throw CheckFailed(
-                "`$file` is damaged: the row of token id $rowId does not match its checksum (B-16)",
-                DAMAGED,
-            )
-        }
-    }
+    private fun shardOf(rowId: Long): BlobShard = shards.first { rowId < it.end }
 
     private fun load(rowId: Long) {
-        rows.load(rowId)
+        shardOf(rowId).load(rowId)
         tied?.load(rowId)
     }
 
@@ -182,6 +146,5 @@ class Blob internal constructor(val file: File, private val tied: TiedRows?, map
 
         /** With fewer rows, handing them to threads takes longer than it saves. */
         const val ROWS_FOR_THREADS = 16
-        const val DAMAGED = "copy the bundle again, or rebuild it"
     }
 }

@@ -4,11 +4,15 @@ package io.pleexport
  * What the header of a blob says, checked; a rule that it breaks is named as in
  * docs/blob-format.md.
  *
+ * @property firstRow of the file; 0 but in shards.
+ * @property numRows of the file, `numRowsTotal` of all shards together.
  * @property rowAliases by token id, the row that it selects.
  * @property runs by table.
  */
 internal class BlobHeader(
+    val firstRow: Long,
     val numRows: Long,
+    val numRowsTotal: Long,
     val rowStride: Int,
     val numChunks: Long,
     val segments: List<Segment>,
@@ -70,15 +74,17 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
         checkVersion()
         checkNames()
         val (numRows, stride) = checkTensors()
-        checkWhole(numRows)
+        val (firstRow, total) = readRange(numRows)
         val segments = readSegments()
         checkPlaces(segments, stride)
         return BlobHeader(
+            firstRow = firstRow,
             numRows = numRows,
+            numRowsTotal = total,
             rowStride = stride.toInt(),
             numChunks = file.entry(CHUNK_CHECKSUMS).shape[0],
             segments = segments,
-            rowAliases = readAliases(numRows),
+            rowAliases = readAliases(total),
             runs = segments.groupBy { it.table }.mapValues { (table, own) -> planRun(table, own) },
             sourceDigest = file.metadata.getValue("source_digest"),
         )
@@ -141,19 +147,14 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
         return numRows to stride
     }
 
-    private fun checkWhole(numRows: Long) {
+    /** The first row, and how many rows all shards have together. */
+    private fun readRange(numRows: Long): Pair<Long, Long> {
         val first = integer("first_row")
         val total = integer("num_rows_total")
         if (first > total - numRows) {
             throw broken("says that it has $numRows rows from $first of $total (B-12)")
         }
-        if (numRows != total) {
-            throw broken(
-                "is a shard, rows $first to ${first + numRows - 1} of $total; this reader takes " +
-                    "whole blobs (B-12)",
-                "build the bundle again from its checkpoint",
-            )
-        }
+        return first to total
     }
 
     private fun json(name: String): Any? =

@@ -33,7 +33,7 @@ class Bundle(val path: File, verify: Boolean = true) {
 
     /** What is small and no part of the model; nothing else would compare most of it. */
     private fun smallFiles(): List<File> {
-        val own = manifest.graphs.values.flatMap { it.files } + BLOB
+        val own = manifest.modelFiles
         return manifest.files
             .filter { it.name !in own && it.size <= CHUNK_BYTES }
             .map { File(path, it.name) }
@@ -42,6 +42,10 @@ class Bundle(val path: File, verify: Boolean = true) {
     /** The graph that computes logits. */
     internal val decoder: Artifact
         get() = manifest.graphs.getValue(DECODER)
+
+    /** Size of the graph's files, which memory has to hold; rows are mapped. */
+    val graphBytes: Long
+        get() = decoder.files.let { own -> manifest.files.filter { it.name in own }.sumOf { it.size } }
 
     /** Size of all files, the manifest left out. */
     val bytes: Long
@@ -62,7 +66,7 @@ class Bundle(val path: File, verify: Boolean = true) {
                 COPY_AGAIN,
             )
         }
-        val blob = Blob(File(path, BLOB), tied)
+        val blob = Blob(manifest.blobFiles.map { File(path, it) }, tied)
         if (blob.sourceDigest != manifest.tablesDigest) {
             throw BundleError(
                 "`${blob.file}` is the blob of another bundle: its tables are not those of the " +

@@ -29,3 +29,7 @@ class InputError(message: String, hint: String, cause: Throwable? = null) :
 /** A file does not match its checksum or its size. */
 class CheckFailed(message: String, hint: String, cause: Throwable? = null) :
     PleexportError(message, hint, cause)
+
+/** A bundle cannot be brought onto this device: the connection, the storage, or what is served. */
+class DeliveryError(message: String, hint: String, cause: Throwable? = null) :
+    PleexportError(message, hint, cause)

@@ -24,6 +24,7 @@ data class FileRecord(val name: String, val size: Long, val sha256: String)
  *   so.
  * @property noChatFormat why it cannot, as a clause.
  * @property tablesDigest of the checkpoint's tables; the blob has it too.
+ * @property blobShards names of the blob's files where it lies in several.
  * @property spin whether threads spin while they wait, unless a runner is told otherwise.
  */
 class Manifest
@@ -40,9 +41,18 @@ internal constructor(
     val cacheDtype: String,
     val target: String,
     val tablesDigest: String,
+    internal val blobShards: List<String>,
     val spin: Boolean,
     val files: List<FileRecord>,
-)
+) {
+    /** Names of the blob's files. */
+    internal val blobFiles: List<String>
+        get() = blobShards.ifEmpty { listOf(BLOB) }
+
+    /** Names of the files of blob and graphs, without which there is no model. */
+    internal val modelFiles: List<String>
+        get() = blobFiles + graphs.values.flatMap { it.files }
+}
 
 /**
  * The manifest of a bundle's folder, checked.
@@ -98,6 +108,7 @@ private fun manifest(value: Any?) =
                 cacheDtype = required("cache_dtype", oneOf("fp32", "fp16", "int8", "none")),
                 target = required("target", ::string),
                 tablesDigest = required("tables_digest", ::string),
+                blobShards = optional("blob_shards", emptyList(), list(::string)),
                 spin = optional("spin", true, ::boolean),
                 files = required("files", list(::fileRecord)),
             )
@@ -182,7 +193,7 @@ private fun checkManifest(manifest: Manifest, path: File) {
     manifest.chatFormat?.contradiction()?.let {
         throw BundleError("`$path` has an impossible chat format: $it", COPY_AGAIN)
     }
-    for (name in listOf(BLOB) + manifest.graphs.values.flatMap { it.files }) {
+    for (name in manifest.modelFiles) {
         if (name !in listed)
             throw BundleError("`$path` does not list `$name` among its files", "rebuild the bundle")
     }

@@ -27,7 +27,7 @@ class BlobTest {
                 DynamicTest.dynamicTest(file.name) {
                     val expected = readObject(File(VECTORS, file.nameWithoutExtension + ".json"))
                     // Maps of a few rows each give what one map gives.
-                    for (blob in listOf(Blob(file), Blob(file, null, mapBytes = 300))) blob.use {
+                    for (blob in listOf(Blob(file), Blob(listOf(file), null, mapBytes = 300))) blob.use {
                         it.verify()
                         val tables = expected.getAsJsonObject("tables")
                         assertEquals(tables.keySet(), it.shapes.keys)
@@ -129,6 +129,56 @@ class BlobTest {
     }
 
     @Test
+    fun `files that are not the shards of one blob are refused`() {
+        val shards = listOf(0L to 3, 3L to 2, 5L to 4).map { (first, rows) -> shard(first, rows) }
+        val (first, second, third) = shards
+        Blob(shards.reversed()).use { blob ->
+            blob.verify()
+            assertEquals(9, blob.numRows)
+            assertEquals(first, blob.file)
+            // Row i has the code i.
+            assertArrayEquals(FloatArray(9) { it * 0.5f }, lookup(blob, "t").filterIndexed { i, _ -> i % 4 == 0 }.toFloatArray())
+            blob.prefetch(LongArray(9) { it.toLong() })
+        }
+        fun refused(vararg files: File) = refusal<BlobError> { Blob(files.toList()) }
+        assertEquals(
+            "`$third` begins at row 5, and the shards before it end at 3 (B-12)",
+            refused(first, third),
+        )
+        assertEquals(
+            "`$second` begins at row 3, and the shards before it end at 0 (B-12)",
+            refused(third, second),
+        )
+        assertEquals(
+            "`$second` is the last shard and ends at row 5 of 9 (B-12)",
+            refused(first, second),
+        )
+        assertEquals(
+            "`$second`: is a shard, rows 3 to 4 of 9; this reader takes whole blobs (B-12)",
+            refused(second),
+        )
+        flip(third, 16384 + 2L * 64 + 1)
+        assertEquals(
+            "`$third` is damaged: the row of token id 7 does not match its checksum (B-16)",
+            refusal<CheckFailed> { Blob(shards).lookup(longArrayOf(2, 6, 7), emptyList()) },
+        )
+        refusal<CheckFailed> { Blob(shards).verify() }
+        changeHeader(second) { it.changeMetadata("source_digest") { "other" } }
+        assertEquals(
+            "`$second` is no shard of the blob of `$first`: they disagree about `source_digest` " +
+                "(B-12)",
+            refused(first, second, third),
+        )
+    }
+
+    private fun shard(first: Long, rows: Int): File {
+        val file = folder.resolve("rows-$first.safetensors").toFile()
+        val codes = (0L until rows).associateWith { (first + it).toInt() }
+        writeSparseBlob(file, rows.toLong(), 64, codes, first, total = 9)
+        return file
+    }
+
+    @Test
     fun `safetensors files that are none are refused`() {
         val file = copy("int8")
         val raw = file.readBytes()
@@ -166,7 +216,14 @@ class BlobTest {
         refusal<CheckFailed> { blob.lookup(longArrayOf(rows - 2), emptyList()) }
     }
 
-    private fun writeSparseBlob(file: File, rows: Long, stride: Int, codes: Map<Long, Int>) {
+    private fun writeSparseBlob(
+        file: File,
+        rows: Long,
+        stride: Int,
+        codes: Map<Long, Int>,
+        first: Long = 0,
+        total: Long = rows,
+    ) {
         val segments =
             """[{"name":"t","table":"t","layer":null,"offset":0,"width":4,"dtype":"int8",""" +
                 """"group_size":4,"scale_dtype":"fp32","scale_offset":4,"multiplier":1.0}]"""
@@ -177,8 +234,8 @@ class BlobTest {
                 "format" to "pleexport-blob",
                 "version" to "2",
                 "page_size" to "16384",
-                "first_row" to "0",
-                "num_rows_total" to "$rows",
+                "first_row" to "$first",
+                "num_rows_total" to "$total",
                 "row_aliases" to "[]",
                 "segments" to segments,
                 "source_digest" to "none",
@@ -205,6 +262,12 @@ class BlobTest {
                 littleEndian(body).putFloat(4, 0.5f)
                 it.seek(16384 + row * stride)
                 it.write(body + longBytes(Xxh3.hash(body)))
+            }
+            if (codes.size.toLong() == rows) {
+                val all = ByteArray((rows * stride).toInt())
+                it.seek(16384)
+                it.readFully(all)
+                it.write(longBytes(Xxh3.hash(all)))
             }
         }
     }

@@ -16,7 +16,11 @@ import org.junit.jupiter.api.DynamicTest
 import org.junit.jupiter.api.TestFactory
 import org.junit.jupiter.api.io.TempDir
 
-/** The vectors that every runtime passes: docs/conformance.md. Nothing is left out. */
+/**
+ * The vectors that every runtime passes: docs/conformance.md. Nothing is left out.
+ *
+ * R8 shrinks this class in ../apk/test_apk.py, and takes no names with spaces.
+ */
 class ConformanceTest {
     @TempDir lateinit var temporary: Path
 
@@ -55,7 +59,7 @@ class ConformanceTest {
     private fun <T> open(bundle: File, use: (Runner) -> T): T = Runner(bundle, threads = 1).use(use)
 
     @TestFactory
-    fun `rows are equal in every bit`() =
+    fun rowsAreEqualInEveryBit() =
         eachOf("rows") { bundle, vectors ->
             Bundle(bundle).openBlob().use { blob ->
                 for (case in cases(vectors, "rows")) {
@@ -78,7 +82,7 @@ class ConformanceTest {
         }
 
     @TestFactory
-    fun `logits are near, however a text is cut`() =
+    fun logitsAreNearHoweverATextIsCut() =
         eachOf("logits") { bundle, vectors ->
             open(bundle) { runner ->
                 for (case in cases(vectors, "logits")) {
@@ -141,7 +145,7 @@ class ConformanceTest {
     }
 
     @TestFactory
-    fun `greedy ids are equal`() =
+    fun greedyIdsAreEqual() =
         eachOf("greedy") { bundle, vectors ->
             open(bundle) { runner ->
                 for (case in cases(vectors, "greedy")) {
@@ -161,7 +165,7 @@ class ConformanceTest {
         }
 
     @TestFactory
-    fun `texts become ids and ids texts`() =
+    fun textsBecomeIdsAndIdsTexts() =
         eachOf("texts") { bundle, vectors ->
             val tokenizer = openTokenizer(Bundle(bundle))!!
             for (case in cases(vectors, "texts")) {
@@ -182,7 +186,7 @@ class ConformanceTest {
         }
 
     @TestFactory
-    fun `streams give the same pieces`() =
+    fun streamsGiveTheSamePieces() =
         eachOf("streams") { bundle, vectors ->
             val tokenizer = openTokenizer(Bundle(bundle))!!
             for (case in cases(vectors, "streams")) {
@@ -204,7 +208,7 @@ class ConformanceTest {
         }
 
     @TestFactory
-    fun `conversations are rendered or refused`() =
+    fun conversationsAreRenderedOrRefused() =
         eachOf("conversations") { bundle, vectors ->
             open(bundle) { runner ->
                 for (case in cases(vectors, "conversations")) {
@@ -234,7 +238,7 @@ class ConformanceTest {
         }
 
     @TestFactory
-    fun `malformed bundles are refused by the rule that they break`() =
+    fun malformedBundlesAreRefusedByTheRuleThatTheyBreak() =
         eachOf("malformed") { bundle, vectors ->
             val others = ArrayList<String>()
             for (case in cases(vectors, "malformed")) {
