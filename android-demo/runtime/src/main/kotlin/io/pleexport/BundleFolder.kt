@@ -103,27 +103,27 @@ internal fun storageFails(place: File, err: IOException?): DeliveryError {
     val full = err?.message?.contains("No space left") == true
     return DeliveryError(
         if (full) "there is no space left for `${place.name}`"
-        else "`$place` cannot be written" + (err?.let { " (${reason(it)})" } ?: ""),
+        else "`$place` cannot be written or read" + (err?.let { " (${reason(it)})" } ?: ""),
         if (full) "delete something else first" else "restart the device if that goes on",
         err,
     )
 }
 
-/** Appends to a file, or writes it anew; it is on the disk when this returns. */
-internal class StagedFile(private val file: File, append: Boolean) : AutoCloseable {
-    private val out = guarded { FileOutputStream(file, append) }
-
-    fun write(data: ByteArray, count: Int) = guarded { out.write(data, 0, count) }
-
-    override fun close() = guarded {
-        out.use { it.fd.sync() }
+/** Errors of the storage are not those of a connection: nobody tries again. */
+internal fun <T> guarded(file: File, use: () -> T): T =
+    try {
+        use()
+    } catch (err: IOException) {
+        throw storageFails(file, err)
     }
 
-    /** Errors of the storage are not those of a connection: nobody tries again. */
-    private fun <T> guarded(write: () -> T): T =
-        try {
-            write()
-        } catch (err: IOException) {
-            throw storageFails(file, err)
-        }
+/** Appends to a file, or writes it anew; it is on the disk when this returns. */
+internal class StagedFile(private val file: File, append: Boolean) : AutoCloseable {
+    private val out = guarded(file) { FileOutputStream(file, append) }
+
+    fun write(data: ByteArray, count: Int) = guarded(file) { out.write(data, 0, count) }
+
+    override fun close() = guarded(file) {
+        out.use { it.fd.sync() }
+    }
 }

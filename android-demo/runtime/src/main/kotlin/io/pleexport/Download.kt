@@ -114,7 +114,9 @@ private class Download(
     private fun part(staging: File, file: PackagedFile) = File(staging, file.sha256)
 
     private fun sameIndex(file: File, raw: ByteArray) =
-        file.isFile && file.length() == raw.size.toLong() && file.readBytes().contentEquals(raw)
+        file.isFile &&
+            file.length() == raw.size.toLong() &&
+            guarded(file) { file.readBytes() }.contentEquals(raw)
 
     /** Deletes what the index does not name. */
     private fun clean(staging: File, whole: File, index: PackageIndex) {
@@ -202,7 +204,7 @@ private class Server(private val patience: Patience) {
         var failures = 0
         var best = part.length()
         if (part.length() > size) part.delete()
-        if (size == 0L) part.createNewFile()
+        if (size == 0L) guarded(part) { part.createNewFile() }
         while (part.length() < size) {
             try {
                 transfer(checked, part, size, progress)
@@ -334,11 +336,13 @@ private fun percentEncoded(name: String): String =
 private fun sha256(file: File): String {
     val digest = MessageDigest.getInstance("SHA-256")
     val piece = ByteArray(PIECE_BYTES)
-    file.inputStream().use { input ->
-        while (true) {
-            val count = input.read(piece)
-            if (count < 0) break
-            digest.update(piece, 0, count)
+    guarded(file) {
+        file.inputStream().use { input ->
+            while (true) {
+                val count = input.read(piece)
+                if (count < 0) break
+                digest.update(piece, 0, count)
+            }
         }
     }
     return digest.digest().joinToString("") { "%02x".format(java.util.Locale.ROOT, it) }

@@ -1,15 +1,19 @@
 package io.pleexport
 
+import com.sun.net.httpserver.HttpServer
 import java.io.ByteArrayInputStream
 import java.io.File
 import java.io.IOException
 import java.net.InetAddress
+import java.net.InetSocketAddress
 import java.net.ServerSocket
 import java.nio.file.Path
+import java.security.KeyFactory
 import java.security.KeyPairGenerator
 import java.security.PublicKey
 import java.security.Signature
 import java.security.spec.ECGenParameterSpec
+import java.security.spec.X509EncodedKeySpec
 import java.util.Base64
 import kotlinx.coroutines.cancelAndJoin
 import kotlinx.coroutines.delay
@@ -34,9 +38,11 @@ class DownloadTest {
         into: BundleFolder = place,
         key: PublicKey? = null,
         retries: Int = 3,
-    ): List<Delivery> = runBlocking {
+    ): List<Delivery> = fetch(server.url, into, key, retries)
+
+    private fun fetch(url: String, into: BundleFolder, key: PublicKey?, retries: Int) = runBlocking {
         val patience = Patience(retries, pauseMillis = 1, connectMillis = 2000, readMillis = 2000)
-        download(server.url, into, key, patience).toList()
+        download(url, into, key, patience).toList()
     }
 
     private fun assertWhole(folder: File) {
@@ -62,6 +68,29 @@ class DownloadTest {
             place.remove("phone")
             assertEquals(emptyList<String>(), place.names())
         }
+
+    @Test
+    fun `a package that Python wrote and signed becomes a bundle`() {
+        val written = Cases.of("signature")
+        val server = HttpServer.create(InetSocketAddress(InetAddress.getLoopbackAddress(), 0), 0)
+        server.createContext("/") { exchange ->
+            val data = File(written, exchange.requestURI.path).readBytes()
+            exchange.sendResponseHeaders(200, data.size.toLong())
+            exchange.responseBody.use { it.write(data) }
+        }
+        server.start()
+        try {
+            val encoded = X509EncodedKeySpec(File(written, "public.der").readBytes())
+            val key = KeyFactory.getInstance("EC").generatePublic(encoded)
+            val url = "http://127.0.0.1:${server.address.port}/index.json"
+            val folder = fetch(url, place, key, retries = 0).last().folder!!
+            val bundle = Bundle(folder)
+            bundle.verify()
+            assertEquals("embformer", bundle.manifest.family)
+        } finally {
+            server.stop(0)
+        }
+    }
 
     @Test
     fun `a connection that is cut goes on where it was`() =
@@ -204,7 +233,7 @@ class DownloadTest {
                         }
                     }
                 }
-            assertTrue("cannot be written" in said, said)
+            assertTrue("cannot be written or read" in said, said)
             val full = storageFails(File("x"), IOException("write failed: No space left on device"))
             assertEquals("there is no space left for `x`", full.message)
         }
