@@ -496,7 +496,10 @@ def changed_checkpoint(folder: Path, to: Path, **tensors: torch.Tensor | None) -
         ({"weight_scale": None}, "`model.layers.0.self_attn.q_proj.weight_scale` is missing"),
         ({"weight_shape": None}, "q_proj.weight_shape` is missing"),
         ({"weight_zero_point": None}, "q_proj.weight_zero_point` is missing"),
-        ({"weight_shape": torch.tensor([32, 60])}, r"says \[32, 60\]; the model has \[64, 64\]"),
+        (
+            {"weight_shape": torch.tensor([32, 60])},
+            r"gives shape \[32, 60\]; the model has \[64, 64\]",
+        ),
         ({"weight_shape": torch.tensor([32])}, r"weight_shape` has shape \[1\]"),
         ({"weight_scale": torch.ones(32, 2)}, r"has shape \[32, 2\]; the model has \[64, 4\]"),
         ({"weight_scale": torch.ones(64, 4).int()}, "weight_scale` has dtype int32; expected"),

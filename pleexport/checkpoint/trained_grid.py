@@ -53,7 +53,7 @@ def notes_on_grids(matched: MatchedModel) -> list[str]:
     if found:
         return [
             f"{' and '.join(found)} lie on a grid of 4 bits in groups of {GRID_GROUP}, as trained "
-            "for Q4_0; they are stored on it unless a dtype or a block size is asked for"
+            "for Q4_0; they are stored on it unless a target, dtype or block size asks otherwise"
         ]
     if _NAME in matched.checkpoint.name.lower():
         return [
