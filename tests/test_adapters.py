@@ -145,7 +145,7 @@ def test_merged_tensors_of_16_bits_are_rounded_as_peft_rounds_them(
     assert differ < 1e-3 * count
 
 
-@pytest.mark.parametrize("make", [gemma4, gemma3n])
+@pytest.mark.parametrize("make", [gemma4, pytest.param(gemma3n, marks=pytest.mark.slow)])
 def test_a_bundle_computes_what_peft_merges(make: Any, tmp_path: Path) -> None:
     base = make(tmp_path / "base", torch.float32)
     fields = {"r": 4, "lora_alpha": 8, "target_modules": ATTENTION + MLP + PER_LAYER}
