@@ -473,6 +473,15 @@ def test_numbers_of_an_adapter_that_are_none_are_named(base: Path, tmp_path: Pat
     assert said in err.value.message
 
 
+@pytest.mark.filterwarnings("error:overflow", "error:invalid value")
+def test_products_of_an_adapter_that_are_too_large_are_named(base: Path, tmp_path: Path) -> None:
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    rewrite_tensors(adapter, lambda tensors: {n: t.sign() * 1e30 for n, t in tensors.items()})
+    with pytest.raises(CheckpointError) as err:
+        pleexport.build(base, tmp_path / "bundle", adapters=[adapter], verify=False)
+    assert "layers.0.self_attn.q_proj.weight` has " in err.value.message
+
+
 def test_an_adapter_beside_its_base_is_merged_when_it_is_asked_for(
     base: Path, tmp_path: Path
 ) -> None:

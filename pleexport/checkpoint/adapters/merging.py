@@ -215,10 +215,13 @@ class MergedTensor:
         """Rows, and columns, in the checkpoint's dtype; a row is the same among any others."""
 
         def compute(piece: slice) -> NDArray[np.float32]:
-            return self.values.read(piece, columns)
+            # What is too large becomes infinite, and whoever takes the values names it.
+            with np.errstate(over="ignore", invalid="ignore"):
+                return self.values.read(piece, columns)
 
         found = compute_rows(compute, rows, count=self.values.shape[0])
-        rounded: NDArray[Any] = found.astype(numpy_dtype(self.dtype), copy=False)
+        with np.errstate(over="ignore"):
+            rounded: NDArray[Any] = found.astype(numpy_dtype(self.dtype), copy=False)
         return rounded
 
 
@@ -227,7 +230,8 @@ def same_values(one: Values, other: Values) -> bool:
     if one.shape != other.shape:
         return False
     blocks = _blocks(one.shape)
-    return all(np.array_equal(one.read(b, _ALL), other.read(b, _ALL)) for b in blocks)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(np.array_equal(one.read(b, _ALL), other.read(b, _ALL)) for b in blocks)
 
 
 def _blocks(shape: tuple[int, ...]) -> Iterator[slice]:
