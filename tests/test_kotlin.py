@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from conftest import TOLERANCE, need, relative_error
 from numpy.typing import NDArray
+from refusals import damaged_copies, sentence_of
 from resealed import change_manifest
 from test_packaging import MOST, P256, join, new_key, openssl, target_file
 
@@ -196,24 +197,12 @@ def refusal(jar: Path, bundle: Path, ids: list[int]) -> str:
     """The one sentence that is said of a bundle that cannot be used."""
     out = bundle.parent / "refused.npy"
     done = java(jar, "logits", bundle, "--ids", ",".join(map(str, ids)), "--out", out)
-    assert done.returncode == 2, done.stdout + done.stderr
-    sentence, empty, hint = done.stderr.strip().split("\n")
-    assert (sentence[:7], empty, hint[:6]) == ("error: ", "", "hint: ")
-    return sentence
+    return sentence_of(done)
 
 
 def test_a_flipped_byte_in_any_file_is_told(jar: Path, tmp_path: Path) -> None:
     whole = CONFORMANCE / "gemma4-int4"
-    names = {path.name for path in whole.iterdir()}
-    assert {"tied.safetensors", "tokenizer.json", "chat_template.jinja"} <= names
-    rows = pleexport.Bundle(whole).open_blob()
-    for name in sorted(names):
-        bundle = shutil.copytree(whole, tmp_path / "damaged", dirs_exist_ok=True)
-        data = bytearray((bundle / name).read_bytes())
-        # A row that is looked up; other rows of a blob are compared when they are.
-        place = rows.rows_offset + 5 * rows.row_stride + 9 if "embed" in name else len(data) - 9
-        data[place] ^= 1
-        (bundle / name).write_bytes(data)
+    for name, bundle in damaged_copies(whole, tmp_path / "damaged"):
         sentence = refusal(jar, bundle, [2, 5])
         assert f"{name}`" in sentence
         assert "damaged" in sentence
