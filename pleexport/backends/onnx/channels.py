@@ -81,15 +81,15 @@ class IntegerProducts:
 
     def _rounded(self, x: ir.Value) -> QuantizedInput:
         """Each token's vector by its own largest element."""
-        one, tiny = (np.float32(value) for value in (1, SMALLEST))
+        tiny = self._constant("tiny", np.float32(SMALLEST))
         steps = self._constant("largest_code", np.float32(_LARGEST_CODE))
         last = self._constant("last_axis", np.array([-1]))
         size = ir.node("Abs", [x])
         largest = ir.node("ReduceMax", [size.outputs[0], last], {"keepdims": 1})
-        above_zero = ir.node("Max", [largest.outputs[0], self._constant("tiny", tiny)])
+        above_zero = ir.node("Max", [largest.outputs[0], tiny])
         scale = ir.node("Div", [above_zero.outputs[0], steps])
         in_steps = ir.node("Div", [x, scale.outputs[0]])
-        unit = self._constant("one", one)
+        unit = self._constant("one", np.float32(1))
         codes = ir.node("QuantizeLinear", [in_steps.outputs[0], unit, self._zero_point(8)])
         nodes = [size, largest, above_zero, scale, in_steps, codes]
         # Right behind what makes it, since the first product to ask may not be the first to run.
