@@ -51,6 +51,14 @@ def node_is_there() -> bool:
     return tuple(map(int, said.strip().lstrip("v").split(".")[:2])) >= OLDEST_NODE
 
 
+def sources(project: Path) -> list[Path]:
+    """What the package is built from, and nothing that building it writes."""
+    written = [*project.glob("*.json"), project / "bundle.mjs"]
+    for folder in ("src", "test"):
+        written += [*(project / folder).glob("*.ts"), *(project / folder).glob("*.json")]
+    return sorted(written)
+
+
 @pytest.fixture(scope="session")
 def program() -> Path:
     """The command line, built by npm where a source has changed."""
@@ -58,13 +66,7 @@ def program() -> Path:
         why = "the npm package needs Node 20.10 or newer, with npm: https://nodejs.org"
         assert not REQUIRED, why
         pytest.skip(why)
-    files = [
-        *PROJECT.glob("*.json"),
-        PROJECT / "bundle.mjs",
-        *PROJECT.glob("*/*.json"),
-        *PROJECT.glob("*/*.ts"),
-    ]
-    state = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in sources(PROJECT))).hexdigest()
     build = PROJECT / "build"
     build.mkdir(exist_ok=True)
     with (build / "lock").open("w") as lock:  # other workers build too
@@ -91,6 +93,12 @@ def web(program: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         list(map(str, command)), capture_output=True, text=True, encoding="utf-8", check=False
     )
+
+
+def test_building_changes_no_source(program: Path) -> None:
+    """A worker that took what another has built for a change would build again below its tests."""
+    folders = {path.relative_to(PROJECT).parts[0] for path in sources(PROJECT)}
+    assert not folders & {"node_modules", "dist", "build"}
 
 
 def test_its_own_tests_pass(program: Path, tmp_path: Path) -> None:
