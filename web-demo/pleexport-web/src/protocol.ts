@@ -1,5 +1,3 @@
-import type { Token } from "./stats.js";
-
 export type Method =
   | "open"
   | "facts"
@@ -10,6 +8,8 @@ export type Method =
   | "decode"
   | "encodeChat"
   | "generate"
+  | "chat"
+  | "keepRows"
   | "stop"
   | "close";
 
@@ -23,10 +23,11 @@ export interface Question {
   readonly args: readonly unknown[];
 }
 
-/** What the worker answers: tokens as they come, and at the end a result or an error. */
+/** What the worker answers: parts as they come, and at the end a result or an error. */
 export interface Answer {
   readonly id: number;
-  readonly token?: Token;
+  /** Of `open`, a `Progress`; of `generate`, a `Token`; of `chat`, text; of `keepRows`, a number of rows. */
+  readonly part?: unknown;
   readonly result?: unknown;
   readonly error?: { readonly kind: string; readonly message: string; readonly hint: string };
 }
@@ -39,17 +40,29 @@ export interface Facts {
   readonly chunk: number;
   readonly context: number;
   readonly target: string;
+  /** Of the runtime. */
+  readonly threads: number;
   /** Of all files. */
   readonly bundleBytes: number;
   /** Of caches and states. */
   readonly heldBytes: number;
+  /** Of the memory that WebAssembly has: weights, caches and all else. */
+  readonly heapBytes: number;
   /** Rows that a text needed, from the server or what was kept. */
   readonly rowsRead: number;
+  /** Rows that are kept on this device. */
+  readonly rowsKept: number;
+  /** Of the bundle that are kept on this device. */
+  readonly keptBytes: number;
   /** Of the server, since the bundle was opened. */
   readonly requests: number;
   readonly bytes: number;
+  /** Whether the server did not answer when the bundle was opened, so that it is what was kept. */
+  readonly isOffline: boolean;
   /** Why rows are not kept for the next time; null where they are. */
   readonly notKept: string | null;
+  /** What is not as it should be, and no reason to stop. */
+  readonly notes: readonly string[];
   readonly hasChatTemplate: boolean;
   readonly hasTokenizer: boolean;
 }

@@ -1,3 +1,4 @@
+import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
@@ -15,6 +16,10 @@ export interface Manners {
   damages?: (name: string) => boolean;
   /** Ends connections within the body. */
   cutsOff?: (name: string) => boolean;
+  /** Does not answer at all. */
+  isAway?: (name: string) => boolean;
+  /** Sends something else in place of a file. */
+  replaces?: (name: string, data: Buffer) => Buffer;
   status?: (name: string) => number | undefined;
   /** Lets pages have threads. */
   isolates?: boolean;
@@ -35,16 +40,24 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
   const server = createServer((request, response) => answer(request, response));
   const found = { asked, manners, bytes: 0 };
 
+  let tag = "";
+
   function answer(request: IncomingMessage, response: ServerResponse): void {
     const name = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
     asked.push([name, request.headers.range]);
+    if (manners.isAway?.(name) === true) {
+      request.socket.destroy();
+      return;
+    }
     const status = manners.status?.(name);
     const path = join(folder, name);
     if (status !== undefined || !fs.existsSync(path)) {
       response.writeHead(status ?? 404).end();
       return;
     }
-    const data = fs.readFileSync(path);
+    const read = fs.readFileSync(path);
+    const data = manners.replaces?.(name, read) ?? read;
+    tag = createHash("sha1").update(data).digest("hex");
     const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d+)/g)].map(([, begin, end]) => {
       return [Number(begin), Math.min(Number(end), data.length - 1)] as const;
     });
@@ -78,6 +91,7 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
     response.writeHead(status, {
       "content-type": TYPES[extname(name)] ?? "application/octet-stream",
       "content-length": String(sent.length),
+      etag: `"${tag}"`,
       ...(manners.isolates === true ? isolated : {}),
       ...headers,
     });
