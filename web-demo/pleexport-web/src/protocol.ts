@@ -34,6 +34,7 @@ export interface Answer {
 
 /** Of an open bundle. */
 export interface Facts {
+  readonly family: string;
   readonly vocabSize: number;
   readonly numRows: number;
   /** Most tokens of one `feed`. */
@@ -64,5 +65,7 @@ export interface Facts {
   /** What is not as it should be, and no reason to stop. */
   readonly notes: readonly string[];
   readonly hasChatTemplate: boolean;
+  /** Whether the bundle says how to choose among likely tokens. */
+  readonly hasSamplingAdvice: boolean;
   readonly hasTokenizer: boolean;
 }

@@ -92,7 +92,9 @@ async function runtimeOf(loading: Loading): Promise<ArrayBuffer | null> {
 
 function facts(): Facts {
   const { files, store, runner, threads } = needed();
+  const { family, generation } = runner.bundle.manifest;
   return {
+    family,
     vocabSize: runner.vocabSize,
     numRows: runner.numRows,
     chunk: runner.chunk,
@@ -111,6 +113,7 @@ function facts(): Facts {
     notKept: store.notKept,
     notes: runner.bundle.notes,
     hasChatTemplate: runner.hasChatTemplate,
+    hasSamplingAdvice: generation?.doSample !== undefined || generation?.temperature !== undefined,
     hasTokenizer: runner.tokenizer !== null,
   };
 }
