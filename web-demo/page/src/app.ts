@@ -80,11 +80,14 @@ function showProgress({ neededBytes, hereBytes, keptBytes }: Progress): void {
 }
 
 function ready(facts: Facts): void {
+  if (!facts.hasTokenizer) {
+    failed("This bundle has no tokenizer, so it cannot read texts.", "Build it with `--tokenizer PATH`.", null);
+    return;
+  }
   conversation = new Conversation(runner, facts.hasChatTemplate);
   prepareSettings(facts.hasSamplingAdvice);
   element("loading", HTMLElement).hidden = true;
-  element("model", HTMLElement).textContent =
-    `${facts.family}, ${bytesText(facts.bundleBytes)} · nothing that you write leaves this device`;
+  element("model", HTMLElement).textContent = `${facts.family}, ${bytesText(facts.bundleBytes)}. `;
   const { isChat } = conversation;
   element("welcome-title", HTMLElement).textContent = isChat ? "What would you like to know?" : "Begin a text";
   element("welcome-words", HTMLElement).textContent = isChat
@@ -96,10 +99,6 @@ function ready(facts: Facts): void {
   showState(facts);
   begin();
   say("The model is ready.");
-  if (!facts.hasTokenizer) {
-    failed("This bundle has no tokenizer, so it cannot read texts.", "Build it with `--tokenizer PATH`.", null);
-    return;
-  }
   void navigator.storage.persist?.().catch(() => false);
   keepPage((change) => {
     update = change;
@@ -154,7 +153,7 @@ function setBusy(isBusy: boolean): void {
     ? "Write a message"
     : conversation.isEmpty
       ? "Write a beginning"
-      : "Write on, or press Enter to let the model go on";
+      : "Write on, or just press Enter";
 }
 
 async function ask(given: string): Promise<void> {

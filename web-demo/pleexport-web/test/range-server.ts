@@ -4,7 +4,7 @@ import { createServer, type IncomingMessage, type ServerResponse } from "node:ht
 import type { AddressInfo } from "node:net";
 import { extname, join, normalize } from "node:path";
 
-const TYPES: Record<string, string> = { ".html": "text/html", ".js": "text/javascript", ".wasm": "application/wasm" };
+const TYPES: Record<string, string> = { ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml", ".js": "text/javascript", ".wasm": "application/wasm" };
 
 /** What a server does otherwise than it should. */
 export interface Manners {
@@ -18,6 +18,8 @@ export interface Manners {
   cutsOff?: (name: string) => boolean;
   /** Does not answer at all. */
   isAway?: (name: string) => boolean;
+  /** Sends half of a file, and the rest when this is over. */
+  halts?: (name: string) => Promise<void> | undefined;
   /** Sends something else in place of a file. */
   replaces?: (name: string, data: Buffer) => Buffer;
   status?: (name: string) => number | undefined;
@@ -43,7 +45,8 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
   let tag = "";
 
   function answer(request: IncomingMessage, response: ServerResponse): void {
-    const name = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
+    const place = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
+    const name = place.endsWith("/") ? `${place}index.html` : place;
     asked.push([name, request.headers.range]);
     if (manners.isAway?.(name) === true) {
       request.socket.destroy();
@@ -98,8 +101,10 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
     if (manners.cutsOff?.(name) === true) {
       response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
     } else {
+      const half = sent.length >> 1;
+      response.write(sent.subarray(0, half));
       found.bytes += sent.length;
-      response.end(sent);
+      void Promise.resolve(manners.halts?.(name)).then(() => response.end(sent.subarray(half)));
     }
   }
 
