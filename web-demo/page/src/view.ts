@@ -14,6 +14,13 @@ function made(tag: string, kind: string, text = ""): HTMLElement {
   return found;
 }
 
+/** A paragraph of a sentence, whose `names` are shown as such. */
+function sentence(kind: string, text: string): HTMLElement {
+  const found = made("p", kind);
+  found.append(...text.split("`").map((part, i) => (i % 2 === 1 ? made("code", "", part) : part)));
+  return found;
+}
+
 const log = element("log", HTMLElement);
 const said = element("said", HTMLElement);
 /** So near to the end, a reader follows what comes. */
@@ -66,10 +73,10 @@ export class Answer {
     });
   }
 
-  fail(sentence: string): void {
+  fail(words: string): void {
     following(() => {
       this.settle();
-      const wrong = made("p", "wrong", sentence);
+      const wrong = sentence("wrong", words);
       wrong.setAttribute("role", "alert");
       this.turn.append(wrong);
     });
@@ -123,7 +130,7 @@ export function showNotes(notes: readonly (readonly [string, (() => void)?])[]):
   element("notes", HTMLUListElement).replaceChildren(
     ...notes.map(([text, act]) => {
       const item = made("li", "");
-      item.append(made("span", "", text));
+      item.append(sentence("", text));
       if (act !== undefined) {
         const button = made("button", "", "Reload");
         button.addEventListener("click", act);
@@ -160,9 +167,9 @@ export function showExamples(texts: readonly string[], take: (text: string) => v
 }
 
 /** Shows in place of everything what went wrong. */
-export function showFailure(sentence: string, hint: string, again: (() => void) | null): void {
+export function showFailure(words: string, hint: string, again: (() => void) | null): void {
   const place = element("failure", HTMLElement);
-  place.replaceChildren(made("h2", "", "The model is not here"), made("p", "", sentence), made("p", "quiet", hint));
+  place.replaceChildren(made("h2", "", "The model is not here"), sentence("", words), sentence("quiet", hint));
   if (again !== null) {
     const button = made("button", "main", "Try again");
     button.addEventListener("click", again);

@@ -6,6 +6,8 @@ import { extname, join, normalize } from "node:path";
 
 const TYPES: Record<string, string> = { ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml", ".js": "text/javascript", ".wasm": "application/wasm" };
 
+const ISOLATED = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
+
 /** What a server does otherwise than it should. */
 export interface Manners {
   /** Answers a request for parts with the whole file. */
@@ -46,7 +48,7 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
 
   function answer(request: IncomingMessage, response: ServerResponse): void {
     const place = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
-    const name = place.endsWith("/") ? `${place}index.html` : place;
+    const name = /(^|\/)$/.test(place) ? `${place}index.html` : place;
     asked.push([name, request.headers.range]);
     if (manners.isAway?.(name) === true) {
       request.socket.destroy();
@@ -61,6 +63,10 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
     const read = fs.readFileSync(path);
     const data = manners.replaces?.(name, read) ?? read;
     tag = createHash("sha1").update(data).digest("hex");
+    if (request.headers["if-none-match"] === `"${tag}"`) {
+      response.writeHead(304, manners.isolates === true ? ISOLATED : {}).end();
+      return;
+    }
     const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d+)/g)].map(([, begin, end]) => {
       return [Number(begin), Math.min(Number(end), data.length - 1)] as const;
     });
@@ -90,12 +96,11 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       sent = Buffer.from(body);
       sent[sent.length >> 1]! ^= 1;
     }
-    const isolated = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
     response.writeHead(status, {
       "content-type": TYPES[extname(name)] ?? "application/octet-stream",
       "content-length": String(sent.length),
       etag: `"${tag}"`,
-      ...(manners.isolates === true ? isolated : {}),
+      ...(manners.isolates === true ? ISOLATED : {}),
       ...headers,
     });
     if (manners.cutsOff?.(name) === true) {
