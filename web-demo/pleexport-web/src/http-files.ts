@@ -355,7 +355,9 @@ async function answered(path: string, headers: Record<string, string>, traffic: 
   traffic.requests++;
   try {
     // A browser's own cache lets one request at a time to a file.
-    response = await fetch(path, { headers, cache: "no-store" });
+    const ask = (): Promise<Response> => fetch(path, { headers, cache: "no-store" });
+    // That a server has closed a connection which nobody used for a while may be seen only when it is used.
+    response = await ask().catch(ask);
   } catch (err) {
     const reason = `the server cannot be reached: ${networkWords(err)}`;
     throw new Unreachable(reason, false, "look at the address, and whether there is a network", { cause: err });
