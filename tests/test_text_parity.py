@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -259,6 +260,27 @@ def test_what_ends_a_template_is_told_once(capfd: pytest.CaptureFixture[str]) ->
     with pytest.raises(TemplateError, match="it takes longer"):
         within_limits(go_on, seconds=0.05)
     assert capfd.readouterr().err == ""
+
+
+def test_a_stop_that_comes_too_late_is_taken_back() -> None:
+    def work() -> int:  # ends when the watch first looks, or a little before or after
+        end, steps = time.perf_counter() + 0.0101, 0
+        while time.perf_counter() < end:
+            steps += 1
+        return steps
+
+    stopped = 0
+    for _ in range(60):
+        try:
+            assert within_limits(work, seconds=0.0) > 0
+        except TemplateError:
+            stopped += 1
+    assert stopped
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere time is that of the clock")
+def test_a_template_that_waits_for_the_processor_is_not_stopped() -> None:
+    assert within_limits(lambda: time.sleep(0.3), seconds=0.2) is None
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,9 @@ def within_limits(work: Callable[[], T], seconds: float = SECONDS) -> T:
             told(args)
 
     sys.unraisablehook = tell
-    threading.Thread(target=watch.look_on, daemon=True).start()
     try:
         try:
+            threading.Thread(target=watch.look_on, daemon=True).start()
             return work()
         finally:
             watch.is_armed = False  # a step that cannot be stopped: at most one more is on its way
