@@ -239,10 +239,10 @@ def test_what_is_broken_is_found(
     ],
 )
 def test_a_template_that_never_ends_is_stopped(template: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     with pytest.raises(InputError, match="the chat template cannot render"):
         chat.render_chat(template, [{"role": "user", "content": ""}], {})
-    assert time.perf_counter() - started < 2 * SECONDS + 5
+    assert time.thread_time() - started < SECONDS + 2
 
 
 def test_what_ends_a_template_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
