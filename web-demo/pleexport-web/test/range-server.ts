@@ -62,7 +62,8 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
     }
     const read = fs.readFileSync(path);
     const data = manners.replaces?.(name, read) ?? read;
-    tag = createHash("sha1").update(data).digest("hex");
+    // What a browser keeps has the headers of its time.
+    tag = createHash("sha1").update(data).update(String(manners.isolates)).digest("hex");
     if (request.headers["if-none-match"] === `"${tag}"`) {
       response.writeHead(304, manners.isolates === true ? ISOLATED : {}).end();
       return;
