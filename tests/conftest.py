@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import gemma3n, gemma4
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 import pleexport
 from pleexport import families
-from pleexport.backends.onnx import files, storage
+from pleexport.backends.onnx import files, lower, storage
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity.oracle import Oracle, open_oracle
+from pleexport.program import Program
 
 # Tests run side by side, and threads that wait for each other slow small models down tenfold.
 torch.set_num_threads(1)
@@ -48,6 +50,27 @@ def one_thread_a_session() -> Iterator[None]:
     of_threads = files.session_options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files, "session_options", lambda threads, **o: of_threads(threads or 1, **o))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def each_program_translated_once() -> Iterator[None]:
+    """Keep what traced programs become in ONNX: most of a small build is spent on that.
+
+    Programs that are alike to the letter, the values of their constants included, become the same.
+    """
+    translate, kept = lower.translate, {}
+
+    def once(program: Program) -> ir.Model:
+        exported = program.exported
+        values = [(name, repr(value)) for name, value in exported.constants.items()]
+        alike = repr((str(exported), values, program.arguments, program.results, program.hidden))
+        if alike not in kept:
+            kept[alike] = translate(program)
+        return kept[alike].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lower, "translate", once)
         yield
 
 
