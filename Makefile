@@ -9,11 +9,12 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo test slow fuzz kills soak runtimes apk arm64 audit lock lint format clean
+.PHONY: help demo web-demo test slow fuzz kills soak runtimes apk arm64 audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
 	@echo "make demo FAMILY=gemma3n  the same with another sample: gemma4-qat, gemma3n, rwkv7a or embformer"
+	@echo "make web-demo           serve a chat page with the sample, for a browser; needs Node and npm"
 	@echo "make test               lint, type check and tests, as CI runs them"
 	@echo "make slow               more tests of kinds that make test has one of"
 	@echo "make fuzz MINUTES=10    open mutated checkpoints and bundles; JOBS=, SEED= too"
@@ -40,6 +41,17 @@ demo: $(VENV)/.installed
 	$(BIN)/pleexport build $(SAMPLE) --target android --out $(BUNDLE) --overwrite
 	$(BIN)/pleexport verify $(BUNDLE) --checkpoint $(SAMPLE) --text samples/heldout.txt --report build/$(FAMILY)-parity.html
 	$(BIN)/pleexport run $(BUNDLE) --prompt "$(PROMPT)" --max-new-tokens 90 --temperature 0.8 --top-p 0.95 --seed 7 --stats
+
+# The bundle is built once. What stands in its place later is used as it is.
+WEB_BUNDLE := build/$(FAMILY)-web
+$(WEB_BUNDLE)/manifest.json: | $(VENV)/.installed
+	$(BIN)/pleexport build $(SAMPLE) --target web --out $(WEB_BUNDLE)
+
+web-demo: $(VENV)/.installed $(WEB_BUNDLE)/manifest.json
+	@node -e 'const [a, b] = process.versions.node.split("."); process.exit(a > 20 || (a == 20 && b >= 10) ? 0 : 1)' || { echo "Node 20.10 or newer is needed, with npm: https://nodejs.org" >&2; exit 1; }
+	$(BIN)/pleexport package $(WEB_BUNDLE) --target web --out build/web-demo/model --text samples/heldout.txt --overwrite
+	cd web-demo/pleexport-web && npm ci --ignore-scripts --no-audit --no-fund --silent && npm run --silent build && npm run --silent build:page
+	@node web-demo/serve.mjs build/web-demo $(PORT)
 
 test: $(VENV)/.installed lint
 	$(BIN)/pytest -n 2 --dist worksteal

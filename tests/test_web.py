@@ -11,15 +11,19 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 import threading
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from email.message import Message
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import kotlin_cases
 import numpy as np
@@ -139,21 +143,85 @@ def test_it_runs_in_a_browser(program: Path, tmp_path: Path) -> None:
         "PLEEXPORT_PACKAGE": packaged.relative_to(ROOT).as_posix(),
         "PLEEXPORT_TEXT": text.read_text(),
     }
-    tests = program.parents[1] / "build" / "test" / "test" / "browser.test.js"
+    passed_in_browser(program, "browser.test.js", described)
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: `apt-get install chromium`")
+@pytest.mark.slow
+def test_the_page_works_in_a_browser(program: Path) -> None:
+    """Conversations, keyboard, accessibility, loading, no network, errors, tabs, a new version."""
+    npm("exec", "--", "tsc", "-p", "../page/tsconfig.json")
+    passed_in_browser(program, "page.test.js", {"PLEEXPORT_CHROMIUM": str(CHROMIUM)})
+
+
+def passed_in_browser(program: Path, name: str, described: dict[str, str]) -> None:
+    tests = program.parents[1] / "build" / "test" / "test" / name
     done = subprocess.run(
         ["node", "--test", "--test-reporter=tap", tests],
         env=os.environ | described,
         capture_output=True,
         text=True,
         check=False,
-        timeout=600,
+        timeout=900,
     )
     failed = [line for line in done.stdout.splitlines() if "not ok" in line or "error:" in line]
     assert done.returncode == 0, "\n".join(failed)
     assert "# fail 0" in done.stdout
 
 
-def logits(program: Path, bundle: Path, ids: list[int], out: Path) -> NDArray[np.float32]:
+@pytest.fixture
+def demo_server(program: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The server of `make web-demo` on the conformance bundles, and its address."""
+    command = ["node", str(ROOT / "web-demo" / "serve.mjs"), str(CONFORMANCE), "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        url = re.search(r"http://localhost:\d+", server.stdout.readline())
+        assert url is not None
+        yield server, url[0]
+        server.kill()
+
+
+def test_the_demo_server_answers_as_a_page_needs_it(
+    program: Path, demo_server: tuple[subprocess.Popen[str], str], tmp_path: Path
+) -> None:
+    server, url = demo_server
+    name = "gemma4-fp32/embeddings.safetensors"
+    data = (CONFORMANCE / name).read_bytes()
+
+    def ask(place: str, **headers: str) -> tuple[int, bytes, Message]:
+        request = Request(f"{url}/{place}", headers=headers)
+        try:
+            with urlopen(request) as answer:
+                return answer.status, answer.read(), answer.headers
+        except HTTPError as err:
+            return err.code, b"", err.headers
+
+    status, body, headers = ask(name)
+    assert (status, body) == (200, data)
+    assert headers["cross-origin-opener-policy"] == "same-origin"
+    assert headers["cross-origin-embedder-policy"] == "require-corp"
+    tag = headers["etag"]
+    assert ask(name, **{"if-none-match": tag})[0] == 304
+    status, body, headers = ask(name, range="bytes=10-19")
+    assert (status, body) == (206, data[10:20])
+    assert headers["content-range"] == f"bytes 10-19/{len(data)}"
+    assert ask(name, range="bytes=-5")[1] == data[-5:]
+    status, body, headers = ask(name, range="bytes=0-3,100-103")
+    assert "multipart/byteranges" in headers["content-type"]
+    assert data[:4] in body
+    assert data[100:104] in body
+    assert ask("../pyproject.toml")[0] == ask("%2e%2e/pyproject.toml")[0] == 404
+    assert ask("gemma4-fp32")[0] == 404
+    found = logits(program, f"{url}/gemma4-fp32", [1, 250, 3], tmp_path / "logits.npy")
+    expected = pleexport.Runner(CONFORMANCE / "gemma4-fp32", threads=1).logits([1, 250, 3])
+    assert relative_error(expected, found) < TOLERANCE
+    server.send_signal(signal.SIGINT)
+    assert server.stdout is not None
+    assert server.stdout.read() == "\nStopped.\n"
+    assert server.wait(10) == 0
+
+
+def logits(program: Path, bundle: Path | str, ids: list[int], out: Path) -> NDArray[np.float32]:
     done = web(program, "logits", bundle, "--ids", ",".join(map(str, ids)), "--out", out)
     assert done.returncode == 0, done.stderr
     found: NDArray[np.float32] = np.load(out)

@@ -1,5 +1,5 @@
 // Makes of dist what a page loads: dist/browser, with all that it needs.
-import { copyFileSync } from "node:fs";
+import { copyFileSync, statSync } from "node:fs";
 import { createRequire } from "node:module";
 import { build } from "esbuild";
 
@@ -13,6 +13,8 @@ const wasmOnly = {
     });
   },
 };
+const wasm = "ort-wasm-simd-threaded.wasm";
+const runtime = resolve(`onnxruntime-web/${wasm}`);
 await build({
   entryPoints: ["dist/worker.js", "dist/ort-module.js", "dist/client.js"],
   outdir: "dist/browser",
@@ -22,9 +24,9 @@ await build({
   target: "es2022",
   platform: "browser",
   plugins: [wasmOnly],
+  define: { RUNTIME_BYTES: String(statSync(runtime).size) },
   conditions: ["onnxruntime-web-use-extern-wasm"],
   external: ["node:*", "module", "worker_threads", "fs", "path"],
   logLevel: "warning",
 });
-const wasm = "ort-wasm-simd-threaded.wasm";
-copyFileSync(resolve(`onnxruntime-web/${wasm}`), `dist/browser/${wasm}`);
+copyFileSync(runtime, `dist/browser/${wasm}`);

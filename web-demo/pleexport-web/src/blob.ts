@@ -9,6 +9,8 @@ import type { TiedRows } from "./tied.js";
 
 /** Rows that were looked up are kept up to so many bytes: a text says the same words again. */
 const KEPT_BYTES = 32 << 20;
+/** Where all rows are read, so many bytes of them come at a time. */
+const PIECE_BYTES = 1 << 20;
 
 /** A row that matches its checksum, with that of the tied head where there is one. */
 interface CheckedRow {
@@ -139,7 +141,32 @@ export class Blob {
 
   /** Whether rows that were looked up are kept for the next time, and none is yet. */
   get wantsStarter(): boolean {
-    return this.shards.every(({ file }) => file.keepsNothingYet === true);
+    return this.shards.every(({ file }) => file.numKept === 0);
+  }
+
+  /** How many rows are kept for the next time. */
+  get rowsKept(): number {
+    return this.shards.reduce((sum, { file }) => sum + (file.numKept ?? 0), 0);
+  }
+
+  /**
+   * Reads all rows once, so that those of a server are kept.
+   *
+   * @param each is told how many rows were read so far; it may throw to end it.
+   * @throws CheckFailed a row does not match its checksum.
+   * @throws BundleError a row cannot be read.
+   */
+  async readAll(each: (rows: number) => void): Promise<void> {
+    const count = Math.max(1, Math.floor(PIECE_BYTES / this.rowStride));
+    for (const shard of this.shards) {
+      for (let first = shard.first; first < shard.end; first += count) {
+        const end = Math.min(first + count, shard.end);
+        const ids = Array.from({ length: end - first }, (_, i) => first + i);
+        const rows = await orError(shard.file, () => shard.file.read(ids.map((id) => shard.rangeOf(id))));
+        for (const [i, id] of ids.entries()) await checkedRow(shard, id, rows[i]!);
+        each(end);
+      }
+    }
   }
 
   /** Keeps the rows of a starter; one of another blob is left out, and so is a damaged row. */

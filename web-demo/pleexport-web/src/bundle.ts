@@ -9,11 +9,12 @@ import {
   type Checksums,
 } from "./checksums.js";
 import type { Artifact } from "./contract.js";
-import { BundleError, CheckFailed, COPY_AGAIN, type PleexportError } from "./errors.js";
+import { BlobError, BundleError, CheckFailed, COPY_AGAIN, PleexportError } from "./errors.js";
 import { FileFailure, type BundleFile, type BundleFiles, type LocalFile } from "./files.js";
 import { blobFiles, DECODER, MANIFEST, modelFiles, readManifest, type FileRecord, type Manifest } from "./manifest.js";
 import { readStarter, STARTER } from "./starter.js";
 import { TIED, TiedRows } from "./tied.js";
+import { TOKENIZER_FILES } from "./tokenizer.js";
 
 const INCOMPLETE = "the copy is incomplete; copy the bundle again, or rebuild it";
 
@@ -24,6 +25,8 @@ export interface BundleOptions {
 
 /** A bundle: the folder that ships, or its copy on a server. */
 export class Bundle {
+  /** What is not as it should be, and no reason to stop: sentences without a full stop. */
+  readonly notes: string[] = [];
   /** Files of a server that were compared since they came here. */
   private readonly checked = new Set<string>();
 
@@ -74,6 +77,12 @@ export class Bundle {
     return this.manifest.files.reduce((sum, { size }) => sum + size, 0);
   }
 
+  /** What is read before a text can begin; of the blob, parts come later. */
+  get neededFiles(): FileRecord[] {
+    const own = new Set([...this.decoder.files, ...TOKENIZER_FILES]);
+    return this.manifest.files.filter((file) => own.has(file.name) || this.smallFiles().includes(file));
+  }
+
   /** Whether the manifest lists a file of that name. */
   has(name: string): boolean {
     return this.manifest.files.some((record) => record.name === name);
@@ -101,8 +110,7 @@ export class Bundle {
         COPY_AGAIN,
       );
     }
-    const files = await Promise.all(blobFiles(this.manifest).map((name) => this.openFile(name)));
-    const blob = await Blob.open(files, tied);
+    const blob = await this.openRows(tied);
     if (blob.sourceDigest !== this.manifest.tablesDigest) {
       throw new BundleError(
         `\`${blob.path}\` is the blob of another bundle: its tables are not those of the manifest`,
@@ -113,14 +121,34 @@ export class Bundle {
     return blob;
   }
 
-  /** Rows that texts use most come by one request, where whoever serves the bundle has them. */
+  /** The blob; one whose header is damaged, which may have been kept so, is asked for once more. */
+  private async openRows(tied: TiedRows | null): Promise<Blob> {
+    const names = blobFiles(this.manifest);
+    const open = async (): Promise<Blob> =>
+      Blob.open(await Promise.all(names.map((name) => this.openFile(name))), tied);
+    try {
+      return await open();
+    } catch (err) {
+      const isDamaged = err instanceof CheckFailed || err instanceof BlobError;
+      if (!isDamaged || this.files.forget === undefined) throw err;
+      for (const name of names) await this.files.forget(name);
+      return open();
+    }
+  }
+
+  /**
+   * Rows that texts use most come by one request, where whoever serves the bundle has them. All of them
+   * can come later too, so nothing of it is a reason to stop.
+   */
   private async takeStarter(blob: Blob): Promise<void> {
     try {
-      const bytes = await this.files.readWhole(STARTER);
-      await this.files.forget?.(STARTER); // its rows are kept, and not the file
+      const bytes = await this.files.readWhole(STARTER, false);
       blob.takeStarter(await readStarter(bytes, this.pathOf(STARTER)));
     } catch (err) {
-      if (!(err instanceof FileFailure && err.isMissing)) throw this.errorOf(STARTER, err);
+      if (err instanceof FileFailure && err.isMissing) return;
+      const said = this.errorOf(STARTER, err);
+      if (!(said instanceof PleexportError)) throw said;
+      this.notes.push(`${said.message}; rows come when texts need them`);
     }
   }
 
@@ -146,12 +174,16 @@ export class Bundle {
    * @throws CheckFailed names the first chunk that differs.
    */
   async openChecked(name: string): Promise<LocalFile> {
+    return this.orAgain(name, () => this.openCheckedOnce(name));
+  }
+
+  private async orAgain<T>(name: string, read: () => Promise<T>): Promise<T> {
     try {
-      return await this.openCheckedOnce(name);
+      return await read();
     } catch (err) {
       if (!(err instanceof CheckFailed) || this.files.forget === undefined) throw err;
       await this.files.forget(name);
-      return this.openCheckedOnce(name);
+      return read();
     }
   }
 
@@ -170,11 +202,15 @@ export class Bundle {
   }
 
   /**
-   * All bytes of a file, compared with its checksums.
+   * All bytes of a file, compared with its checksums. What came or was kept damaged is asked for once more.
    *
    * @throws CheckFailed they do not match.
    */
   async readWhole(name: string): Promise<Uint8Array> {
+    return this.orAgain(name, () => this.readWholeOnce(name));
+  }
+
+  private async readWholeOnce(name: string): Promise<Uint8Array> {
     const bytes = await this.orError(name, this.files.readWhole(name));
     this.checkLength(name, bytes.length);
     if (this.checksums !== null) checkBytes(bytes, this.pathOf(name), this.checksums.get(name) ?? []);

@@ -1,15 +1,29 @@
 import type { Message } from "./chat-format.js";
 import * as errors from "./errors.js";
+import type { Progress } from "./progress.js";
 import { READY, type Answer, type Facts, type Method } from "./protocol.js";
 import type { GenerationOptions } from "./runner.js";
 import type { Stats, Token } from "./stats.js";
 
+export type { Message } from "./chat-format.js";
+export { PleexportError } from "./errors.js";
+export type { Progress } from "./progress.js";
 export type { Facts } from "./protocol.js";
+export type { GenerationOptions } from "./runner.js";
+export type { Stats, Token } from "./stats.js";
 
 interface Waiting {
   resolve(result: unknown): void;
   reject(err: Error): void;
-  onToken?(token: Token): void;
+  /** Takes what comes before the end. */
+  onPart?: ((part: unknown) => void) | undefined;
+}
+
+export interface OpenOptions {
+  /** 0 for one a core, up to 4; one where the page is not isolated. */
+  readonly threads?: number;
+  /** Is told how far what is needed before the first word has come, mostly many times. */
+  readonly onProgress?: (progress: Progress) => void;
 }
 
 /** A runner in a worker of its own, so that a page stays alive while it works. */
@@ -29,15 +43,16 @@ export class WorkerRunner {
   }
 
   /**
-   * Opens a bundle on a server. Weights are kept in the browser's private file system, and rows that texts
-   * need.
+   * Opens a bundle on a server. What is needed is kept in the browser's private file system, and so are rows
+   * that texts need. Where the server does not answer, the bundle is opened from what was kept.
    *
    * @param url of the bundle's folder.
-   * @param threads 0 for one a core, up to 4; one where the page is not isolated.
+   * @throws PleexportError it cannot be opened, in one sentence.
    */
-  open(url: string, { threads = 0 } = {}): Promise<Facts> {
+  open(url: string, { threads = 0, onProgress }: OpenOptions = {}): Promise<Facts> {
     const count = globalThis.crossOriginIsolated === true ? threads : 1;
-    return this.ask("open", [new URL(url, location.href).href, count]) as Promise<Facts>;
+    const onPart = onProgress as ((part: unknown) => void) | undefined;
+    return this.ask("open", [new URL(url, location.href).href, count], onPart) as Promise<Facts>;
   }
 
   facts(): Promise<Facts> {
@@ -69,16 +84,44 @@ export class WorkerRunner {
   }
 
   /** Continues a prompt; see `Runner.generate`. Who wants no more tokens ends the text. */
-  async *generate(
+  generate(
     prompt: string | readonly number[],
-    { signal, ...options }: GenerationOptions = {},
+    options: GenerationOptions = {},
   ): AsyncGenerator<Token, void, undefined> {
-    const tokens: Token[] = [];
+    return this.stream<Token>("generate", prompt, options);
+  }
+
+  /** Answers a conversation, piece by piece, without what the model thinks before; see `Runner.chat`. */
+  chat(
+    messages: readonly Message[],
+    options: GenerationOptions & { readonly thinking?: boolean } = {},
+  ): AsyncGenerator<string, void, undefined> {
+    return this.stream<string>("chat", messages, options);
+  }
+
+  /**
+   * Fetches all rows, so that every text can go on without a network.
+   *
+   * @param onProgress is told how many rows are here.
+   * @param signal ends it; what was kept stays.
+   * @throws PleexportError rows cannot be fetched, or kept.
+   */
+  async keepRows(onProgress: (rows: number) => void, signal?: AbortSignal): Promise<void> {
+    for await (const rows of this.stream<number>("keepRows", null, { signal })) onProgress(rows);
+  }
+
+  /** Parts of an answer as they come. Who wants no more ends it. */
+  private async *stream<T>(
+    method: Method,
+    about: unknown,
+    { signal, ...options }: { readonly signal?: AbortSignal | undefined },
+  ): AsyncGenerator<T, void, undefined> {
+    const parts: T[] = [];
     let wake = (): void => {};
     let isDone = false;
     const id = this.last + 1;
-    const done = this.ask("generate", [prompt, options], (token) => {
-      tokens.push(token);
+    const done = this.ask(method, [about, options], (part) => {
+      parts.push(part as T);
       wake();
     }).finally(() => {
       isDone = true;
@@ -87,14 +130,16 @@ export class WorkerRunner {
     done.catch(() => {}); // it is thrown below
     const stop = (): void => void this.ask("stop", [id]);
     signal?.addEventListener("abort", stop);
+    if (signal?.aborted === true) stop();
     try {
       for (;;) {
-        const token = tokens.shift();
-        if (token !== undefined) yield token;
+        const part = parts.shift();
+        if (part !== undefined) yield part;
         else if (isDone) break;
         else await new Promise<void>((resolve) => (wake = resolve));
       }
-      this.stats = (await done) as Partial<Stats>;
+      const stats = await done;
+      if (stats !== undefined) this.stats = stats as Partial<Stats>;
     } finally {
       signal?.removeEventListener("abort", stop);
       if (!isDone) {
@@ -110,19 +155,19 @@ export class WorkerRunner {
     this.worker.terminate();
   }
 
-  private ask(method: Method, args: readonly unknown[], onToken?: (token: Token) => void): Promise<unknown> {
+  private ask(method: Method, args: readonly unknown[], onPart?: (part: unknown) => void): Promise<unknown> {
     const id = ++this.last;
     return new Promise((resolve, reject) => {
-      this.waiting.set(id, { resolve, reject, ...(onToken === undefined ? {} : { onToken }) });
+      this.waiting.set(id, { resolve, reject, onPart });
       void this.isReady.then(() => this.worker.postMessage({ id, method, args }));
     });
   }
 
-  private take({ id, token, result, error }: Answer): void {
+  private take({ id, part, result, error }: Answer): void {
     if (id === READY) this.ready();
     const own = this.waiting.get(id);
-    if (token !== undefined) {
-      own?.onToken?.(token);
+    if (part !== undefined) {
+      own?.onPart?.(part);
       return;
     }
     this.waiting.delete(id);

@@ -41,6 +41,11 @@ export const MIXED = "files of two bundles may be mixed; copy the bundle again, 
 export const AS_PUBLISHED = "fetch the file again; it is published with the model";
 export const NEWER = "install a newer pleexport";
 
+/** Whether what was thrown says that somebody stopped it. */
+export function isAbort(err: unknown): boolean {
+  return err instanceof DOMException && err.name === "AbortError";
+}
+
 /** What another library says of a failure, as the end of a sentence. */
 export function wordsOf(err: unknown): string {
   const words = err instanceof Error ? err.message : String(err);

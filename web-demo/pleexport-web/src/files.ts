@@ -21,8 +21,8 @@ export interface BundleFile {
   /** Reads these parts from their source again, where they were kept elsewhere: they are damaged. */
   forget?(ranges: readonly Range[]): void;
 
-  /** Whether parts that were read are kept, and none is yet. */
-  readonly keepsNothingYet?: boolean;
+  /** How many parts that were read are kept; missing where none ever is. */
+  readonly numKept?: number;
 
   /** Keeps a part that came another way as if it had been read. */
   take?(offset: number, part: Uint8Array): void;
@@ -58,8 +58,12 @@ export interface BundleFiles {
   /** Brings a file here again when it is opened next; it is damaged. */
   forget?(name: string): Promise<void>;
 
-  /** All bytes of a small file. */
-  readWhole(name: string): Promise<Uint8Array>;
+  /**
+   * All bytes of a file.
+   *
+   * @param isKept whether one of a server is kept where such are kept; true by default.
+   */
+  readWhole(name: string, isKept?: boolean): Promise<Uint8Array>;
 
   /**
    * Bytes of a file, where that can be told without reading it.
@@ -87,6 +91,18 @@ export class FileFailure extends Error {
   ) {
     super(reason, options);
   }
+}
+
+/** Whoever has the file does not answer at all. */
+export class Unreachable extends FileFailure {}
+
+/** Parts of a file that is here, each in an array of its own. */
+export function readParts(file: Pick<LocalFile, "readInto">, ranges: readonly Range[]): Uint8Array[] {
+  return ranges.map(({ offset, length }) => {
+    const bytes = new Uint8Array(length);
+    file.readInto(offset, bytes);
+    return bytes;
+  });
 }
 
 /** One part of a file. */

@@ -1,4 +1,7 @@
-import { FileFailure, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
+import { CHECKSUMS } from "./checksums.js";
+import { FileFailure, Unreachable, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
+import { MANIFEST } from "./manifest.js";
+import type { Loading } from "./progress.js";
 
 /** What a first request for parts takes: mostly the whole header of a blob. */
 const FIRST_BYTES = 16_384;
@@ -10,15 +13,30 @@ const AT_ONCE = 6;
 const MOST_RANGES = 100;
 const NO_RANGES = "serve the bundle from a server that answers requests for parts of files";
 
-/** Keeps whole files of a server where parts of them can be read at once. */
+const AGAIN = "open the bundle again";
+/** What tells one bundle from another: with these, everything else has its checksum. */
+const HEADS = [MANIFEST, CHECKSUMS];
+
+/** By name, the files that tell one bundle from another. */
+export type Heads = ReadonlyMap<string, Uint8Array>;
+
+/** Keeps files of a bundle on a server, by their URLs. */
 export interface FileStore {
+  /** Those of the bundle that was kept last with all that opening needs; null where none was. */
+  heads(): Promise<Heads | null>;
+  /** Finds and keeps from here on what belongs to these heads, and to no other bundle. */
+  choose(heads: Heads): Promise<void>;
   /** A file that was kept before; null where it was not. */
   find(path: string): Promise<LocalFile | null>;
-  /** Keeps a file no longer. */
+  /** All bytes of one; null where it was not kept. */
+  read(path: string): Promise<Uint8Array | null>;
+  /** Keeps a file, or parts of it, no longer. */
   forget(path: string): Promise<void>;
   /** A file of which single parts are asked for, and may be kept. */
-  keepParts(file: BundleFile): Promise<BundleFile>;
-  /** Takes a file's bytes as they come. */
+  keepParts(path: string, open: () => Promise<BundleFile>): Promise<BundleFile>;
+  /** Keeps a small file, where it can. */
+  keepWhole(path: string, bytes: Uint8Array): Promise<void>;
+  /** Takes a file's bytes as they come, to read parts of it at once. */
   keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile>;
   close(): void;
 }
@@ -33,6 +51,9 @@ export interface Traffic {
 export class HttpFiles implements BundleFiles {
   readonly path: string;
   readonly traffic: Traffic = { requests: 0, bytes: 0 };
+  /** Whether the server did not answer, and what was kept of the bundle was taken. */
+  isOffline = false;
+  private heads: Promise<ReadonlyMap<string, Uint8Array | FileFailure>> | null = null;
   private readonly locals = new Map<string, Promise<LocalFile>>();
   private readonly wholes = new Map<string, Promise<Uint8Array>>();
 
@@ -40,12 +61,14 @@ export class HttpFiles implements BundleFiles {
   constructor(
     url: string,
     private readonly store: FileStore,
+    private readonly loading: Loading | null = null,
   ) {
     this.path = url.replace(/\/+$/, "");
   }
 
   async open(name: string): Promise<BundleFile> {
-    return this.store.keepParts(await HttpFile.open(`${this.path}/${name}`, this.traffic));
+    const path = `${this.path}/${name}`;
+    return this.store.keepParts(path, () => HttpFile.open(path, this.traffic));
   }
 
   async forget(name: string): Promise<void> {
@@ -58,16 +81,64 @@ export class HttpFiles implements BundleFiles {
     const path = `${this.path}/${name}`;
     return remembered(this.locals, name, async () => {
       const kept = await this.store.find(path);
-      if (kept !== null) return shared(kept);
-      const response = await answered(path, {}, this.traffic);
-      return shared(await this.store.keep(path, counted(response, this.traffic)));
+      if (kept !== null) {
+        this.loading?.kept(name, kept.size);
+        return shared(kept);
+      }
+      return shared(await this.store.keep(path, await this.fetched(name)));
     });
   }
 
-  readWhole(name: string): Promise<Uint8Array> {
+  readWhole(name: string, isKept = true): Promise<Uint8Array> {
     return remembered(this.wholes, name, async () => {
-      const response = await answered(`${this.path}/${name}`, {}, this.traffic);
-      return bytesOf(response, this.traffic);
+      if (HEADS.includes(name)) {
+        const head = (await (this.heads ??= this.chosenHeads())).get(name)!;
+        if (head instanceof FileFailure) throw head;
+        return head;
+      }
+      const path = `${this.path}/${name}`;
+      const kept = isKept ? await this.store.read(path) : null;
+      if (kept !== null) {
+        this.loading?.kept(name, kept.length);
+        return kept;
+      }
+      const bytes = await wholeOf(await this.fetched(name));
+      if (isKept) await this.store.keepWhole(path, bytes);
+      return bytes;
+    });
+  }
+
+  /** Manifest and checksums of the server, or those that were kept where it does not answer: never a mix. */
+  private async chosenHeads(): Promise<ReadonlyMap<string, Uint8Array | FileFailure>> {
+    const answers = await Promise.all(
+      HEADS.map((name) => this.fetched(name).then(wholeOf).catch((err: unknown) => {
+        if (err instanceof FileFailure) return err;
+        throw err;
+      })),
+    );
+    if (answers.some((answer) => answer instanceof Unreachable)) {
+      const kept = await this.store.heads();
+      if (kept !== null) {
+        this.isOffline = true;
+        await this.store.choose(kept);
+        return kept;
+      }
+    }
+    const found = HEADS.map((name, i) => [name, answers[i]!] as const);
+    await this.store.choose(
+      new Map(found.flatMap(([name, answer]) => (answer instanceof FileFailure ? [] : [[name, answer]]))),
+    );
+    return new Map(found);
+  }
+
+  /** A file's bytes as they come from the server. */
+  private async fetched(name: string): Promise<ReadableStream<Uint8Array>> {
+    const response = await answered(`${this.path}/${name}`, {}, this.traffic);
+    const length = response.headers.has("content-encoding") ? null : response.headers.get("content-length");
+    this.loading?.begin(name, length === null ? null : Number(length));
+    return counted(response, (bytes) => {
+      this.traffic.bytes += bytes;
+      this.loading?.arrived(name, bytes);
     });
   }
 
@@ -108,19 +179,20 @@ class HttpFile implements BundleFile {
 
   private constructor(
     readonly path: string,
-    readonly size: number,
-    private readonly first: Uint8Array,
+    private readonly start: Start,
     private readonly traffic: Traffic,
   ) {}
 
   static async open(path: string, traffic: Traffic): Promise<HttpFile> {
-    const response = await answered(path, { Range: `bytes=0-${FIRST_BYTES - 1}` }, traffic);
-    const total = /^bytes 0-\d+\/(\d+)$/.exec(response.headers.get("content-range") ?? "")?.[1];
-    if (response.status !== 206 || total === undefined) {
-      await response.body?.cancel();
-      throw wholeFile(path, response);
-    }
-    return new HttpFile(path, Number(total), await bytesOf(response, traffic), traffic);
+    return new HttpFile(path, await startOf(path, traffic), traffic);
+  }
+
+  get size(): number {
+    return this.start.size;
+  }
+
+  private get first(): Uint8Array {
+    return this.start.first;
   }
 
   async read(ranges: readonly Range[]): Promise<Uint8Array[]> {
@@ -174,7 +246,21 @@ class HttpFile implements BundleFile {
     }
     const begin = /^bytes (\d+)-/.exec(response.headers.get("content-range") ?? "")?.[1];
     if (Number(begin) !== offset) throw new FileFailure("the server sent another part than was asked for");
-    return { offset, bytes: await bytesOf(response, this.traffic) };
+    const bytes = await bytesOf(response, this.traffic);
+    await this.checkVersion(response);
+    return { offset, bytes };
+  }
+
+  /**
+   * Refuses parts of another file than the one that was opened: a server may have a new bundle by now, whose
+   * rows would match their checksums. Servers of one host may tag the same file in different ways, so the
+   * first bytes tell.
+   */
+  private async checkVersion(response: Response): Promise<void> {
+    if (versionOf(response) === this.start.version) return;
+    const now = await startOf(this.path, this.traffic);
+    if (!isSameStart(now, this.start)) throw changed();
+    this.start.version = now.version;
   }
 
   /** Several parts by one request; null where the server does not answer so. */
@@ -190,9 +276,42 @@ class HttpFile implements BundleFile {
       return null;
     }
     const found = partsOf(await bytesOf(response, this.traffic), boundary);
+    await this.checkVersion(response);
     this.answersSeveral = found !== null;
     return found;
   }
+}
+
+/** Size and first bytes of a file on a server. */
+interface Start {
+  readonly size: number;
+  readonly first: Uint8Array;
+  /** What the server says to tell it from others of that name. */
+  version: string | null;
+}
+
+async function startOf(path: string, traffic: Traffic): Promise<Start> {
+  const response = await answered(path, { Range: `bytes=0-${FIRST_BYTES - 1}` }, traffic);
+  const total = /^bytes 0-\d+\/(\d+)$/.exec(response.headers.get("content-range") ?? "")?.[1];
+  if (response.status !== 206 || total === undefined) {
+    await response.body?.cancel();
+    throw wholeFile(path, response);
+  }
+  return { size: Number(total), first: await bytesOf(response, traffic), version: versionOf(response) };
+}
+
+function versionOf({ headers }: Response): string | null {
+  return headers.get("etag") ?? headers.get("last-modified");
+}
+
+function isSameStart(one: Start, other: Start): boolean {
+  const { first } = other;
+  return one.size === other.size && one.first.every((byte, i) => byte === first[i]);
+}
+
+/** What is said where a server has another file by now. */
+export function changed(): FileFailure {
+  return new FileFailure("the server has another bundle by now", false, AGAIN);
 }
 
 interface Part {
@@ -236,10 +355,12 @@ async function answered(path: string, headers: Record<string, string>, traffic: 
   traffic.requests++;
   try {
     // A browser's own cache lets one request at a time to a file.
-    response = await fetch(path, { headers, cache: "no-store" });
+    const ask = (): Promise<Response> => fetch(path, { headers, cache: "no-store" });
+    // That a server has closed a connection which nobody used for a while may be seen only when it is used.
+    response = await ask().catch(ask);
   } catch (err) {
     const reason = `the server cannot be reached: ${networkWords(err)}`;
-    throw new FileFailure(reason, false, "look at the address, and whether there is a network", { cause: err });
+    throw new Unreachable(reason, false, "look at the address, and whether there is a network", { cause: err });
   }
   if (response.ok) return response;
   await response.body?.cancel();
@@ -271,18 +392,26 @@ async function bytesOf(response: Response, traffic: Traffic): Promise<Uint8Array
   }
 }
 
-function counted(response: Response, traffic: Traffic): ReadableStream<Uint8Array> {
+function counted(response: Response, arrived: (bytes: number) => void): ReadableStream<Uint8Array> {
   const counter = new TransformStream<Uint8Array, Uint8Array>({
     transform(chunk, controller) {
-      traffic.bytes += chunk.length;
+      arrived(chunk.length);
       controller.enqueue(chunk);
     },
   });
   return response.body!.pipeThrough(counter);
 }
 
+async function wholeOf(body: ReadableStream<Uint8Array>): Promise<Uint8Array> {
+  try {
+    return new Uint8Array(await new Response(body).arrayBuffer());
+  } catch (err) {
+    throw cutOff(err);
+  }
+}
+
 /** What is said of a connection that ended too early. */
-export function cutOff(err: unknown): FileFailure {
+export function cutOff(err: unknown): Unreachable {
   const reason = `the connection ended too early: ${networkWords(err)}`;
-  return new FileFailure(reason, false, "try again; look at the network if it happens again", { cause: err });
+  return new Unreachable(reason, false, "try again; look at the network if it happens again", { cause: err });
 }

@@ -12,8 +12,9 @@ export {
 } from "./errors.js";
 export { FileFailure, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
 export type { GenerationConfig } from "./generation-config.js";
-export { HttpFiles, type FileStore, type Traffic } from "./http-files.js";
+export { HttpFiles, type FileStore, type Heads, type Traffic } from "./http-files.js";
 export type { FileRecord, Manifest } from "./manifest.js";
+export { Loading, type Progress } from "./progress.js";
 export { Runner, type GenerationOptions, type RunnerOptions } from "./runner.js";
 export { Stats, type FinishReason, type Token } from "./stats.js";
 export type { TextStream } from "./text-stream.js";

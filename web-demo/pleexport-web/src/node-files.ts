@@ -3,7 +3,7 @@ import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { getSystemErrorMap } from "node:util";
 
-import { FileFailure, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
+import { FileFailure, readParts, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
 import { cutOff, type FileStore } from "./http-files.js";
 
 /** A folder of this computer. */
@@ -46,11 +46,7 @@ export class NodeFile implements LocalFile {
   }
 
   async read(ranges: readonly Range[]): Promise<Uint8Array[]> {
-    return ranges.map(({ offset, length }) => {
-      const bytes = new Uint8Array(length);
-      this.readInto(offset, bytes);
-      return bytes;
-    });
+    return readParts(this, ranges);
   }
 
   readInto(offset: number, into: Uint8Array): void {
@@ -90,15 +86,27 @@ export function orFailure<T>(read: () => T): T {
 export class TemporaryFiles implements FileStore {
   private readonly kept: NodeFile[] = [];
 
+  async heads(): Promise<null> {
+    return null;
+  }
+
+  async choose(): Promise<void> {}
+
   async find(): Promise<null> {
+    return null;
+  }
+
+  async read(): Promise<null> {
     return null;
   }
 
   async forget(): Promise<void> {}
 
-  async keepParts(file: BundleFile): Promise<BundleFile> {
-    return file;
+  keepParts(_: string, open: () => Promise<BundleFile>): Promise<BundleFile> {
+    return open();
   }
+
+  async keepWhole(): Promise<void> {}
 
   async keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile> {
     const folder = orFailure(() => fs.mkdtempSync(join(tmpdir(), "pleexport-web-")));

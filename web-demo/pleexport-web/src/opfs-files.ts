@@ -1,7 +1,19 @@
-import { FileFailure, type BundleFile, type LocalFile, type Range } from "./files.js";
-import { cutOff, type FileStore } from "./http-files.js";
-import { xxh3Hex } from "./xxh3.js";
+import { CHECKSUMS } from "./checksums.js";
+import { FileFailure, readParts, readRange, Unreachable, type BundleFile, type LocalFile, type Range } from "./files.js";
+import { changed, cutOff, type FileStore, type Heads } from "./http-files.js";
+import { MANIFEST } from "./manifest.js";
+import { CHECKSUM_BYTES, viewOf } from "./safetensors.js";
+import { isChecksum, xxh3, xxh3Hex } from "./xxh3.js";
 
+/** Where everything is kept. */
+const FOLDER = "pleexport";
+/** In the folder of a bundle: all that opening it needs was kept. */
+const COMPLETE = "complete";
+/** A file that has not grown for so long is written by nobody any more. */
+const STALE_MS = 60_000;
+const PARTIAL = ".partial";
+const PARTS = ".rows";
+const NO_SPACE = "no space is left on this device";
 const FULL = "free space on this device, or let the browser forget other sites";
 
 /** Of workers only, so TypeScript has it in another library than that of pages. */
@@ -19,70 +31,155 @@ interface SyncFile extends FileSystemFileHandle {
   move(name: string): Promise<void>;
 }
 
-/** Keeps files of servers in the browser's private file system. For workers only. */
+/**
+ * Keeps files of one bundle's URL in the browser's private file system. For workers only.
+ *
+ * Each bundle that the URL has had has a folder of its own, named by its heads, so that files of two are
+ * never mixed; when one was opened the folders of others go.
+ */
 export class PrivateFiles implements FileStore {
-  /** Why parts are not kept; null where they are. */
+  /** Why not all is kept; null where it is. */
   notKept: string | null = null;
   /** By path. */
   private readonly opened = new Map<string, { close(): void }>();
+  /** By path, how many bytes are kept of a file. */
+  private readonly kept = new Map<string, () => number>();
+  private chosen = "";
+  private folder: FileSystemDirectoryHandle | null = null;
 
-  private constructor(private readonly folder: FileSystemDirectoryHandle) {}
+  private constructor(private readonly all: FileSystemDirectoryHandle) {}
 
-  /** @throws FileFailure the browser has no such file system, or lets no one use it. */
-  static async open(): Promise<PrivateFiles> {
+  /**
+   * @param url of the bundle.
+   * @throws FileFailure the browser has no such file system, or lets no one use it.
+   */
+  static async open(url: string): Promise<PrivateFiles> {
     try {
       const root = await navigator.storage.getDirectory();
-      return new PrivateFiles(await root.getDirectoryHandle("pleexport", { create: true }));
+      const folder = await root.getDirectoryHandle(FOLDER, { create: true });
+      return new PrivateFiles(await folder.getDirectoryHandle(nameOf(url), { create: true }));
     } catch (err) {
       throw new FileFailure("the browser keeps no files here", false, "leave the private window", { cause: err });
     }
   }
 
+  /** Bytes that are kept of the bundle. */
+  get keptBytes(): number {
+    return [...this.kept.values()].reduce((sum, bytes) => sum + bytes(), 0);
+  }
+
+  async heads(): Promise<Heads | null> {
+    let last: { folder: FileSystemDirectoryHandle; since: number } | null = null;
+    for (const folder of await this.folders()) {
+      const mark = await folder.getFileHandle(COMPLETE).catch(() => null);
+      const since = (await mark?.getFile())?.lastModified ?? 0;
+      if (since > (last?.since ?? 0)) last = { folder, since };
+    }
+    if (last === null) return null;
+    const { folder } = last;
+    const heads = await Promise.all(
+      [MANIFEST, CHECKSUMS].map(async (name) => [name, await contentOf(folder, name)] as const),
+    );
+    return heads.some(([, bytes]) => bytes === null) ? null : (new Map(heads) as Heads);
+  }
+
+  async choose(heads: Heads): Promise<void> {
+    this.chosen = xxh3Hex(...heads.values());
+    try {
+      this.folder = await this.all.getDirectoryHandle(this.chosen, { create: true });
+      await this.removeStale(this.folder);
+      for (const [name, bytes] of heads) {
+        const kept = await contentOf(this.folder, name);
+        if (kept?.length !== bytes.length || kept.some((byte, i) => byte !== bytes[i])) {
+          await writeWhole(this.folder, name, bytes);
+        }
+      }
+    } catch (err) {
+      this.keepsNot(err);
+    }
+  }
+
+  /** All that opening needs was kept: it opens without a network from now on, and what was before goes. */
+  async complete(): Promise<void> {
+    if (this.folder === null || this.notKept !== null) return;
+    for (const folder of await this.folders()) {
+      if (folder.name === this.chosen) continue;
+      await folder.removeEntry(COMPLETE).catch(() => {});
+      // Another tab may have it open still.
+      await this.all.removeEntry(folder.name, { recursive: true }).catch(() => {});
+    }
+    await this.folder.getFileHandle(COMPLETE, { create: true });
+  }
+
   async find(path: string): Promise<LocalFile | null> {
     try {
-      return await this.read(path);
+      return await this.openKept(path);
     } catch (err) {
-      if (err instanceof DOMException && err.name === "NotFoundError") return null;
+      if (isMissing(err)) return null;
       throw failureOf(err);
+    }
+  }
+
+  async read(path: string): Promise<Uint8Array | null> {
+    const bytes = await contentOf(this.own, nameOf(path));
+    if (bytes !== null) this.kept.set(path, () => bytes.length);
+    return bytes;
+  }
+
+  async keepWhole(path: string, bytes: Uint8Array): Promise<void> {
+    try {
+      await writeWhole(this.own, nameOf(path), bytes);
+      this.kept.set(path, () => bytes.length);
+    } catch (err) {
+      this.keepsNot(err);
     }
   }
 
   async keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile> {
     // Only a file that is complete gets its name: a tab may be closed meanwhile.
-    const partial = `${nameOf(path)}.${crypto.randomUUID()}.partial`;
-    const handle = (await this.folder.getFileHandle(partial, { create: true })) as SyncFile;
+    const partial = `${nameOf(path)}.${crypto.randomUUID()}${PARTIAL}`;
     try {
+      const handle = (await this.own.getFileHandle(partial, { create: true })) as SyncFile;
       const out = await handle.createSyncAccessHandle();
       try {
         await copy(body, out);
       } finally {
         out.close();
       }
-      await handle.move(nameOf(path));
+      await handle.move(nameOf(path)).catch((err: unknown) => {
+        // A second tab was faster, and has it open.
+        if (!isLocked(err)) throw err;
+        return this.own.removeEntry(partial);
+      });
     } catch (err) {
-      await this.folder.removeEntry(partial).catch(() => {});
+      await this.own.removeEntry(partial).catch(() => {});
       throw failureOf(err);
     }
-    return this.read(path);
+    return this.openKept(path);
   }
 
   async forget(path: string): Promise<void> {
     this.opened.get(path)?.close();
     this.opened.delete(path);
-    await this.folder.removeEntry(nameOf(path)).catch(() => {});
+    this.kept.delete(path);
+    await this.own.removeEntry(nameOf(path)).catch(() => {});
+    await this.own.removeEntry(`${nameOf(path)}${PARTS}`).catch(() => {});
   }
 
-  async keepParts(file: BundleFile): Promise<BundleFile> {
+  async keepParts(path: string, open: () => Promise<BundleFile>): Promise<BundleFile> {
+    let handle: SyncHandle;
     try {
-      const handle = (await this.folder.getFileHandle(`${nameOf(file.path)}.rows`, { create: true })) as SyncFile;
-      const kept = new KeptParts(file, await handle.createSyncAccessHandle(), (why) => (this.notKept = why));
-      this.opened.set(file.path, kept);
-      return kept;
+      const file = (await this.own.getFileHandle(`${nameOf(path)}${PARTS}`, { create: true })) as SyncFile;
+      handle = await file.createSyncAccessHandle();
     } catch (err) {
-      // Another tab keeps rows of the same bundle.
-      this.notKept = err instanceof Error ? err.message : String(err);
-      return file;
+      this.notKept = isLocked(err) ? "another tab keeps them" : String((err as Error).message);
+      return open();
     }
+    const parts = new KeptParts(path, handle, open, (why) => (this.notKept = why));
+    this.opened.set(path, parts);
+    this.kept.set(path, () => parts.keptBytes);
+    await parts.begin();
+    return parts;
   }
 
   close(): void {
@@ -90,17 +187,78 @@ export class PrivateFiles implements FileStore {
     this.opened.clear();
   }
 
-  private async read(path: string): Promise<LocalFile> {
-    const handle = (await this.folder.getFileHandle(nameOf(path))) as SyncFile;
+  /** A small file cannot be kept, which is no reason to stop; a tab beside this one writes the same. */
+  private keepsNot(err: unknown): void {
+    if (isLocked(err)) return;
+    const failure = failureOf(err);
+    if (!(failure instanceof FileFailure)) throw err;
+    this.notKept = failure instanceof NoSpace ? NO_SPACE : failure.reason;
+  }
+
+  /** The folder of the bundle that was chosen. */
+  private get own(): FileSystemDirectoryHandle {
+    if (this.folder === null) throw new FileFailure("nothing says which bundle it belongs to");
+    return this.folder;
+  }
+
+  private async openKept(path: string): Promise<LocalFile> {
+    const handle = (await this.own.getFileHandle(nameOf(path))) as SyncFile;
     const file = new PrivateFile(path, await handle.createSyncAccessHandle({ mode: "read-only" }));
     this.opened.set(path, file);
+    this.kept.set(path, () => file.size);
     return file;
+  }
+
+  private async folders(): Promise<FileSystemDirectoryHandle[]> {
+    const found: FileSystemDirectoryHandle[] = [];
+    for await (const entry of this.all.values()) if (entry.kind === "directory") found.push(entry);
+    return found;
+  }
+
+  /** Removes what was being written when a tab was closed. */
+  private async removeStale(folder: FileSystemDirectoryHandle): Promise<void> {
+    for await (const entry of folder.values()) {
+      if (entry.kind !== "file" || !entry.name.endsWith(PARTIAL)) continue;
+      const { lastModified } = await entry.getFile();
+      if (Date.now() - lastModified > STALE_MS) await folder.removeEntry(entry.name).catch(() => {});
+    }
   }
 }
 
 /** A name for a URL. */
 function nameOf(path: string): string {
   return xxh3Hex(new TextEncoder().encode(path));
+}
+
+async function contentOf(folder: FileSystemDirectoryHandle, name: string): Promise<Uint8Array | null> {
+  try {
+    const file = await (await folder.getFileHandle(name)).getFile();
+    return new Uint8Array(await file.arrayBuffer());
+  } catch (err) {
+    if (isMissing(err)) return null;
+    throw failureOf(err);
+  }
+}
+
+async function writeWhole(folder: FileSystemDirectoryHandle, name: string, bytes: Uint8Array): Promise<void> {
+  const out = await ((await folder.getFileHandle(name, { create: true })) as SyncFile).createSyncAccessHandle();
+  try {
+    out.truncate(0);
+    if (wrote(out, bytes, 0)) return;
+    out.truncate(0);
+    throw new NoSpace();
+  } finally {
+    out.close();
+  }
+}
+
+function isMissing(err: unknown): boolean {
+  return err instanceof DOMException && err.name === "NotFoundError";
+}
+
+/** Whether another tab has a file open. */
+function isLocked(err: unknown): boolean {
+  return err instanceof DOMException && err.name === "NoModificationAllowedError";
 }
 
 class PrivateFile implements LocalFile {
@@ -114,11 +272,7 @@ class PrivateFile implements LocalFile {
   }
 
   async read(ranges: readonly Range[]): Promise<Uint8Array[]> {
-    return ranges.map(({ offset, length }) => {
-      const bytes = new Uint8Array(length);
-      this.readInto(offset, bytes);
-      return bytes;
-    });
+    return readParts(this, ranges);
   }
 
   readInto(offset: number, into: Uint8Array): void {
@@ -132,20 +286,33 @@ class PrivateFile implements LocalFile {
   }
 }
 
-/** Before each part that is kept: where it lies in the file, and how long it is. */
-const HEAD_BYTES = 16;
+/** Before each part that is kept: where it lies in the file, how long it is, and its checksum. */
+const HEAD_BYTES = 16 + CHECKSUM_BYTES;
+/** In place of an offset: the part says how long the file is. */
+const SIZE = -1;
+/** The first part of a file, which tells it from others. */
+const START_BYTES = 16_384;
 
-/** A file on a server, of which each part that was read is kept, one behind the other. */
+/**
+ * A file on a server, of which each part that was read is kept, one behind the other. The server is asked
+ * for nothing where all is kept.
+ */
 export class KeptParts implements BundleFile {
+  size = 0;
   /** By offset, the length of a part and where it is kept. */
   private readonly index = new Map<number, { readonly length: number; readonly at: number }>();
   private end = 0;
   private isFull = false;
+  private source: Promise<BundleFile> | null = null;
 
-  /** @param tell is told why no more is kept. */
+  /**
+   * @param open asks the server for the file.
+   * @param tell is told why no more is kept.
+   */
   constructor(
-    private readonly file: BundleFile,
+    readonly path: string,
     private readonly handle: SyncHandle,
+    private readonly open: () => Promise<BundleFile>,
     private readonly tell: (why: string) => void,
   ) {
     const size = handle.getSize();
@@ -162,16 +329,31 @@ export class KeptParts implements BundleFile {
     handle.truncate(this.end);
   }
 
-  get path(): string {
-    return this.file.path;
+  /** Learns how long the file is, and how it begins: from what was kept, or from the server. */
+  async begin(): Promise<void> {
+    const size = this.kept(SIZE, 8);
+    if (size !== null && this.kept(0, 1) !== null) {
+      this.size = viewOf(size).getFloat64(0);
+      return;
+    }
+    this.index.clear();
+    this.end = 0;
+    this.handle.truncate(0);
+    const file = await this.asked();
+    this.size = file.size;
+    const number = new Uint8Array(8);
+    viewOf(number).setFloat64(0, file.size);
+    this.append(SIZE, number);
+    this.append(0, await readRange(file, 0, Math.min(START_BYTES, file.size)));
   }
 
-  get size(): number {
-    return this.file.size;
+  /** Parts but for the first. */
+  get numKept(): number {
+    return Math.max(0, this.index.size - 2);
   }
 
-  get keepsNothingYet(): boolean {
-    return this.index.size === 0;
+  get keptBytes(): number {
+    return this.end;
   }
 
   take(offset: number, part: Uint8Array): void {
@@ -179,11 +361,16 @@ export class KeptParts implements BundleFile {
   }
 
   async read(ranges: readonly Range[]): Promise<Uint8Array[]> {
-    const missing = ranges.filter(({ offset, length }) => this.index.get(offset)?.length !== length);
-    const fetched = await this.file.read(missing);
-    const parts = new Map(missing.map(({ offset }, i) => [offset, fetched[i]!]));
-    for (const [offset, part] of parts) this.append(offset, part);
-    return ranges.map(({ offset, length }) => parts.get(offset) ?? this.kept(offset, length));
+    const found = ranges.map(({ offset, length }) => this.kept(offset, length)?.subarray(0, length) ?? null);
+    const missing = ranges.filter((_, i) => found[i] === null);
+    if (missing.length === 0) return found as Uint8Array[];
+    const fetched = (await this.fetch(missing)).values();
+    return found.map((part, i) => {
+      if (part !== null) return part;
+      const own = fetched.next().value!;
+      this.append(ranges[i]!.offset, own);
+      return own;
+    });
   }
 
   forget(ranges: readonly Range[]): void {
@@ -192,27 +379,66 @@ export class KeptParts implements BundleFile {
 
   close(): void {
     this.handle.close();
-    this.file.close();
+    void this.source?.then((file) => file.close()).catch(() => {});
   }
 
-  private kept(offset: number, length: number): Uint8Array {
-    const bytes = new Uint8Array(length);
-    this.handle.read(bytes, { at: this.index.get(offset)!.at });
-    return bytes;
+  private async fetch(missing: readonly Range[]): Promise<Uint8Array[]> {
+    try {
+      return await (await this.asked()).read(missing);
+    } catch (err) {
+      if (!(err instanceof Unreachable)) throw err;
+      throw new Unreachable(`they are not kept on this device yet, and ${err.reason}`, false, err.hint, { cause: err });
+    }
+  }
+
+  /** The file on the server, which has to be the one whose parts are kept. */
+  private asked(): Promise<BundleFile> {
+    this.source ??= this.openSame();
+    this.source.catch(() => (this.source = null));
+    return this.source;
+  }
+
+  private async openSame(): Promise<BundleFile> {
+    const start = this.kept(0, 1);
+    const file = await this.open();
+    if (start === null || (await this.beginsSo(file, start))) return file;
+    file.close();
+    // What came may be damaged: it is asked for once more.
+    const again = await this.open();
+    if (await this.beginsSo(again, start)) return again;
+    again.close();
+    throw changed();
+  }
+
+  private async beginsSo(file: BundleFile, start: Uint8Array): Promise<boolean> {
+    const now = await readRange(file, 0, Math.min(start.length, START_BYTES, file.size));
+    return file.size === this.size && now.every((byte, i) => byte === start[i]);
+  }
+
+  /** The part at this offset, of `least` bytes or more; null where it is not kept, or damaged. */
+  private kept(offset: number, least: number): Uint8Array | null {
+    const { length, at } = this.index.get(offset) ?? { length: 0, at: 0 };
+    if (length < least) return null;
+    const record = new Uint8Array(HEAD_BYTES + length);
+    this.handle.read(record, { at: at - HEAD_BYTES });
+    const part = record.slice(HEAD_BYTES);
+    if (isChecksum(record.subarray(16, HEAD_BYTES), record.subarray(0, 16), part)) return part;
+    this.index.delete(offset);
+    return null;
   }
 
   private append(offset: number, part: Uint8Array): void {
-    // The header, which every opening asks for, tells whether the file is still the same.
-    if (this.isFull || offset === 0) return;
+    if (this.isFull) return;
     const record = new Uint8Array(HEAD_BYTES + part.length);
-    const head = new DataView(record.buffer);
+    const head = viewOf(record);
     head.setFloat64(0, offset);
     head.setFloat64(8, part.length);
+    record.set(xxh3(record.subarray(0, 16), part), 16);
     record.set(part, HEAD_BYTES);
     if (!wrote(this.handle, record, this.end)) {
       this.isFull = true;
       this.handle.truncate(this.end);
-      this.tell("no space is left on this device");
+      this.tell(NO_SPACE);
       return;
     }
     this.index.set(offset, { length: part.length, at: this.end + HEAD_BYTES });
@@ -227,7 +453,7 @@ async function copy(body: ReadableStream<Uint8Array>, out: SyncHandle): Promise<
       throw cutOff(err);
     });
     if (done) break;
-    if (!wrote(out, value, at)) throw new FileFailure("no space is left on this device", false, FULL);
+    if (!wrote(out, value, at)) throw new NoSpace();
     at += value.length;
   }
   out.flush();
@@ -244,8 +470,12 @@ function wrote(handle: SyncHandle, bytes: Uint8Array, at: number): boolean {
 
 function failureOf(err: unknown): unknown {
   if (!(err instanceof DOMException)) return err;
-  if (err.name === "QuotaExceededError") {
-    return new FileFailure("no space is left on this device", false, FULL, { cause: err });
-  }
+  if (err.name === "QuotaExceededError") return new NoSpace({ cause: err });
   return new FileFailure(err.message, false, "close other tabs with this page", { cause: err });
+}
+
+class NoSpace extends FileFailure {
+  constructor(options?: ErrorOptions) {
+    super(`${NO_SPACE} to keep it`, false, FULL, options);
+  }
 }

@@ -47,6 +47,8 @@ const ERRORS_ONLY = 3;
 export const runtimeFiles = {
   module: (): string => new URL("./ort-module.js", import.meta.url).href,
   wasm: (): string => import.meta.resolve("onnxruntime-web/ort-wasm-simd-threaded.wasm"),
+  /** The content of the same, where a page has fetched it already. */
+  binary: async (): Promise<ArrayBuffer | null> => null,
 };
 
 /** A graph is refused by ONNX Runtime, or fails while it runs; its words are the message. */
@@ -126,12 +128,15 @@ export class Graph {
     ort.env.logLevel = "error";
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.wasmPaths = { mjs: runtimeFiles.module(), wasm: runtimeFiles.wasm() };
+    const binary = await runtimeFiles.binary();
+    if (binary !== null) ort.env.wasm.wasmBinary = binary;
     try {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["wasm"],
         logSeverityLevel: ERRORS_ONLY,
         externalData: lazy,
       });
+      delete ort.env.wasm.wasmBinary;
       const { instance } = (await import(runtimeFiles.module())) as { instance: OrtModule };
       return new Graph(session, instance);
     } catch (err) {
@@ -147,6 +152,10 @@ export class Graph {
 
   get outputs(): ReadonlyMap<string, readonly (number | string)[]> {
     return shapesOf(this.session.outputMetadata);
+  }
+
+  get heapBytes(): number {
+    return this.module.HEAPU8.length;
   }
 
   tensor(type: HeapType, dims: readonly number[]): HeapTensor {

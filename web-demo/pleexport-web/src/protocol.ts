@@ -1,5 +1,3 @@
-import type { Token } from "./stats.js";
-
 export type Method =
   | "open"
   | "facts"
@@ -10,6 +8,8 @@ export type Method =
   | "decode"
   | "encodeChat"
   | "generate"
+  | "chat"
+  | "keepRows"
   | "stop"
   | "close";
 
@@ -23,33 +23,49 @@ export interface Question {
   readonly args: readonly unknown[];
 }
 
-/** What the worker answers: tokens as they come, and at the end a result or an error. */
+/** What the worker answers: parts as they come, and at the end a result or an error. */
 export interface Answer {
   readonly id: number;
-  readonly token?: Token;
+  /** Of `open`, a `Progress`; of `generate`, a `Token`; of `chat`, text; of `keepRows`, a number of rows. */
+  readonly part?: unknown;
   readonly result?: unknown;
   readonly error?: { readonly kind: string; readonly message: string; readonly hint: string };
 }
 
 /** Of an open bundle. */
 export interface Facts {
+  readonly family: string;
   readonly vocabSize: number;
   readonly numRows: number;
   /** Most tokens of one `feed`. */
   readonly chunk: number;
   readonly context: number;
   readonly target: string;
+  /** Of the runtime. */
+  readonly threads: number;
   /** Of all files. */
   readonly bundleBytes: number;
   /** Of caches and states. */
   readonly heldBytes: number;
+  /** Of the memory that WebAssembly has: weights, caches and all else. */
+  readonly heapBytes: number;
   /** Rows that a text needed, from the server or what was kept. */
   readonly rowsRead: number;
+  /** Rows that are kept on this device. */
+  readonly rowsKept: number;
+  /** Of the bundle that are kept on this device. */
+  readonly keptBytes: number;
   /** Of the server, since the bundle was opened. */
   readonly requests: number;
   readonly bytes: number;
+  /** Whether the server did not answer when the bundle was opened, so that it is what was kept. */
+  readonly isOffline: boolean;
   /** Why rows are not kept for the next time; null where they are. */
   readonly notKept: string | null;
+  /** What is not as it should be, and no reason to stop. */
+  readonly notes: readonly string[];
   readonly hasChatTemplate: boolean;
+  /** Whether the bundle says how to choose among likely tokens. */
+  readonly hasSamplingAdvice: boolean;
   readonly hasTokenizer: boolean;
 }

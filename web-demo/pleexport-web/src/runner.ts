@@ -118,9 +118,24 @@ export class Runner {
     return this.session.heldBytes;
   }
 
+  /** Bytes of the memory that WebAssembly has, which never shrinks. */
+  get heapBytes(): number {
+    return this.session.heapBytes;
+  }
+
   /** Rows that were taken from the blob's file. */
   get rowsFetched(): number {
     return this.blob.rowsFetched;
+  }
+
+  /** Rows of a server that are kept for the next time. */
+  get rowsKept(): number {
+    return this.blob.rowsKept;
+  }
+
+  /** Reads all rows once, so that those of a server are kept; see `Blob.readAll`. */
+  readAllRows(each: (rows: number) => void): Promise<void> {
+    return this.blob.readAll(each);
   }
 
   /**

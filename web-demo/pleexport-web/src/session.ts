@@ -65,7 +65,7 @@ export async function openSession(bundle: Bundle, threads: number): Promise<Sess
 /** More threads than these wait for each other more than they help. */
 const DEFAULT_THREADS = 4;
 
-function defaultThreads(): number {
+export function defaultThreads(): number {
   return Math.max(1, Math.min(DEFAULT_THREADS, globalThis.navigator?.hardwareConcurrency ?? 1));
 }
 
@@ -103,6 +103,11 @@ export class Session {
   /** Bytes of caches and states. */
   get heldBytes(): number {
     return this.held.bytes;
+  }
+
+  /** Bytes of the memory that WebAssembly has. */
+  get heapBytes(): number {
+    return this.graph.heapBytes;
   }
 
   /**

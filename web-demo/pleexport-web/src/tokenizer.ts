@@ -8,6 +8,7 @@ import { VOCABULARY, WorldTokenizer } from "./world-tokenizer.js";
 export const TOKENIZER = "tokenizer.json";
 export const TOKENIZER_CONFIG = "tokenizer_config.json";
 export const CHAT_TEMPLATE = "chat_template.jinja";
+export const TOKENIZER_FILES = [TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE, VOCABULARY];
 
 /** The tokenizer of a bundle: text to token ids and back. */
 export interface Tokenizer {

@@ -1,30 +1,52 @@
 // Runs in a worker of a page: it owns bundle and runner, and answers the messages of client.ts.
 import { Bundle } from "./bundle.js";
 import type { Message } from "./chat-format.js";
-import { PleexportError, wordsOf } from "./errors.js";
+import { BundleError, isAbort, PleexportError, wordsOf } from "./errors.js";
+import { FileFailure } from "./files.js";
 import { HttpFiles } from "./http-files.js";
 import { PrivateFiles } from "./opfs-files.js";
 import { runtimeFiles } from "./ort.js";
+import { Loading } from "./progress.js";
 import { READY, type Answer, type Facts, type Question } from "./protocol.js";
 import { Runner, type GenerationOptions } from "./runner.js";
+import { defaultThreads } from "./session.js";
+import { ThoughtFilter } from "./thought-filter.js";
+
+/** Of the file of the runtime; the build puts it in. */
+declare const RUNTIME_BYTES: number;
+const RUNTIME = "ort-wasm-simd-threaded.wasm";
 
 runtimeFiles.module = () => new URL("./ort-module.js", import.meta.url).href;
-runtimeFiles.wasm = () => new URL("./ort-wasm-simd-threaded.wasm", import.meta.url).href;
+runtimeFiles.wasm = () => new URL(`./${RUNTIME}`, import.meta.url).href;
 
-let opened: { files: HttpFiles; store: PrivateFiles; runner: Runner } | null = null;
+interface Opened {
+  readonly files: HttpFiles;
+  readonly store: PrivateFiles;
+  readonly runner: Runner;
+  readonly threads: number;
+}
+
+let opened: Opened | null = null;
 const stopping = new Map<number, AbortController>();
 
 function tell(answer: Answer): void {
   postMessage(answer);
 }
 
-async function open(url: string, threads: number): Promise<Facts> {
+async function open(id: number, url: string, threads: number): Promise<Facts> {
   await close();
-  const store = await PrivateFiles.open();
-  const files = new HttpFiles(url, store);
+  const loading = new Loading((part) => tell({ id, part }));
+  const store = await privateFiles(url);
+  const files = new HttpFiles(url, store, loading);
   try {
-    const runner = await Runner.open(await Bundle.openFiles(files), { threads });
-    opened = { files, store, runner };
+    const runtime = runtimeOf(loading);
+    runtime.catch(() => {}); // it is thrown where the runtime is needed
+    runtimeFiles.binary = () => runtime;
+    const bundle = await Bundle.openFiles(files);
+    for (const { name, size } of bundle.neededFiles) loading.need(name, size);
+    const runner = await Runner.open(bundle, { threads });
+    await store.complete();
+    opened = { files, store, runner, threads: threads || defaultThreads() };
   } catch (err) {
     files.close();
     throw err;
@@ -32,21 +54,66 @@ async function open(url: string, threads: number): Promise<Facts> {
   return facts();
 }
 
+async function privateFiles(url: string): Promise<PrivateFiles> {
+  try {
+    return await PrivateFiles.open(url);
+  } catch (err) {
+    if (!(err instanceof FileFailure)) throw err;
+    throw new BundleError(`\`${url}\` cannot be opened: ${err.reason}`, err.hint ?? "", { cause: err });
+  }
+}
+
+let isRuntimeHere = false;
+
+/** Fetches what is largest of the runtime, once, where others can be told how far it has come. */
+async function runtimeOf(loading: Loading): Promise<ArrayBuffer | null> {
+  if (isRuntimeHere) return null;
+  loading.need(RUNTIME, RUNTIME_BYTES);
+  const bytes = new Uint8Array(RUNTIME_BYTES);
+  let at = 0;
+  try {
+    const response = await fetch(runtimeFiles.wasm());
+    if (!response.ok) throw new Error(`the server answered ${response.status}`);
+    for (const reader = response.body!.getReader(); ; ) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      bytes.set(value, at);
+      at += value.length;
+      loading.arrived(RUNTIME, value.length);
+    }
+    if (at !== bytes.length) throw new Error(`it has ${at} bytes in place of ${bytes.length}`);
+  } catch (err) {
+    const what = `the runtime, \`${RUNTIME}\`, cannot be fetched: ${wordsOf(err)}`;
+    throw new BundleError(what, "open the page again; look at the network if it happens again", { cause: err });
+  }
+  isRuntimeHere = true;
+  return bytes.buffer;
+}
+
 function facts(): Facts {
-  const { files, store, runner } = needed();
+  const { files, store, runner, threads } = needed();
+  const { family, generation } = runner.bundle.manifest;
   return {
+    family,
     vocabSize: runner.vocabSize,
     numRows: runner.numRows,
     chunk: runner.chunk,
     context: runner.context,
     target: runner.bundle.manifest.target,
+    threads,
     bundleBytes: runner.bundle.bytes,
     heldBytes: runner.heldBytes,
+    heapBytes: runner.heapBytes,
     rowsRead: runner.rowsFetched,
+    rowsKept: runner.rowsKept,
+    keptBytes: store.keptBytes,
     requests: files.traffic.requests,
     bytes: files.traffic.bytes,
+    isOffline: files.isOffline,
     notKept: store.notKept,
+    notes: runner.bundle.notes,
     hasChatTemplate: runner.hasChatTemplate,
+    hasSamplingAdvice: generation?.doSample !== undefined || generation?.temperature !== undefined,
     hasTokenizer: runner.tokenizer !== null,
   };
 }
@@ -63,26 +130,62 @@ async function close(): Promise<void> {
   old?.files.close();
 }
 
-async function generate(id: number, prompt: string | readonly number[], options: GenerationOptions): Promise<unknown> {
-  const { runner } = needed();
+/** Does what a question of this id can be stopped in. */
+async function stoppable<T>(id: number, body: (signal: AbortSignal) => Promise<T>): Promise<T> {
   const stop = new AbortController();
   stopping.set(id, stop);
   try {
-    for await (const token of runner.generate(prompt, { ...options, signal: stop.signal })) {
-      tell({ id, token });
-    }
+    return await body(stop.signal);
   } finally {
     stopping.delete(id);
   }
-  const { stats } = runner;
+}
+
+async function generate(id: number, prompt: string | readonly number[], options: GenerationOptions): Promise<unknown> {
+  const { runner } = needed();
+  await stoppable(id, async (signal) => {
+    for await (const token of runner.generate(prompt, { ...options, signal })) tell({ id, part: token });
+  });
+  return statsOf(runner);
+}
+
+async function chat(
+  id: number,
+  messages: readonly Message[],
+  { thinking, ...options }: GenerationOptions & { readonly thinking?: boolean },
+): Promise<unknown> {
+  const { runner } = needed();
+  const ids = runner.encodeChat(messages, thinking ?? null);
+  const filter = new ThoughtFilter(runner.tokenizer!, ids);
+  const show = (text: string): void => void (text === "" || tell({ id, part: text }));
+  await stoppable(id, async (signal) => {
+    for await (const token of runner.generate(ids, { ...options, signal })) show(filter.push(token));
+  });
+  show(filter.flush());
+  return statsOf(runner);
+}
+
+function statsOf({ stats }: Runner): unknown {
   return { ...stats, decodeTokensPerSecond: stats.decodeTokensPerSecond };
+}
+
+async function keepRows(id: number): Promise<void> {
+  const { runner, store } = needed();
+  await stoppable(id, (signal) =>
+    runner.readAllRows((rows) => {
+      signal.throwIfAborted();
+      const { notKept } = store;
+      if (notKept !== null) throw new BundleError(`rows cannot be kept: ${notKept}`, "close other tabs, or free space");
+      tell({ id, part: rows });
+    }),
+  );
 }
 
 async function answer(question: Question): Promise<unknown> {
   const { id, method, args } = question;
   switch (method) {
     case "open":
-      return open(args[0] as string, args[1] as number);
+      return open(id, args[0] as string, args[1] as number);
     case "facts":
       return facts();
     case "logits":
@@ -99,6 +202,10 @@ async function answer(question: Question): Promise<unknown> {
       return needed().runner.encodeChat(args[0] as Message[], args[1] as boolean | null);
     case "generate":
       return generate(id, args[0] as string | number[], args[1] as GenerationOptions);
+    case "chat":
+      return chat(id, args[0] as Message[], args[1] as GenerationOptions);
+    case "keepRows":
+      return keepRows(id);
     case "stop":
       return stopping.get(args[0] as number)?.abort();
     case "close":
@@ -110,8 +217,8 @@ onmessage = async ({ data }: MessageEvent<Question>) => {
   try {
     tell({ id: data.id, result: await answer(data) });
   } catch (err) {
-    const isStop = err instanceof DOMException && err.name === "AbortError";
-    const [kind, hint] = err instanceof PleexportError ? [err.name, err.hint] : [isStop ? "AbortError" : "Error", ""];
+    const isOwn = err instanceof PleexportError;
+    const [kind, hint] = isOwn ? [err.name, err.hint] : [isAbort(err) ? "AbortError" : "Error", ""];
     tell({ id: data.id, error: { kind, message: wordsOf(err), hint } });
   }
 };

@@ -11,9 +11,10 @@ export function xxh3(...parts: Uint8Array[]): Uint8Array {
 }
 
 /** The same as 16 hexadecimal digits, as `checksums.json` has them. */
-export function xxh3Hex(bytes: Uint8Array): string {
+export function xxh3Hex(...parts: Uint8Array[]): string {
   hasher.init();
-  return hasher.update(bytes).digest("hex");
+  for (const part of parts) hasher.update(part);
+  return hasher.digest("hex");
 }
 
 /** Whether 8 bytes are the checksum of what they follow. */

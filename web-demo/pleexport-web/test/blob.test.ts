@@ -60,7 +60,7 @@ async function keeping(kept: Map<number, Uint8Array>): Promise<Blob> {
   const file = new NodeFile(`${VECTORS}/int8.safetensors`);
   return Blob.open([
     Object.assign(file, {
-      keepsNothingYet: true,
+      numKept: 0,
       take: (offset: number, part: Uint8Array) => void kept.set(offset, part),
     }),
   ]);

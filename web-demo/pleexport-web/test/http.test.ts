@@ -62,6 +62,15 @@ test("near rows are one part, and known ones are not asked for", () =>
     bundle.close();
   }));
 
+test("a connection that the server has closed meanwhile is made again", () => {
+  let count = 0;
+  const isAway = (name: string): boolean => name.endsWith("model.onnx.data") && ++count === 1;
+  return served({ isAway }, async (url) => {
+    await logitsOf(url);
+    assert.equal(count, 2);
+  });
+});
+
 test("nothing stays behind of what was brought here", async () => {
   const left = (): string[] => fs.readdirSync(tmpdir()).filter((name) => name.startsWith("pleexport-web-"));
   const before = left();

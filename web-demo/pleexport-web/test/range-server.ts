@@ -1,9 +1,12 @@
+import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createServer, type IncomingMessage, type ServerResponse } from "node:http";
 import type { AddressInfo } from "node:net";
 import { extname, join, normalize } from "node:path";
 
-const TYPES: Record<string, string> = { ".html": "text/html", ".js": "text/javascript", ".wasm": "application/wasm" };
+const TYPES: Record<string, string> = { ".css": "text/css", ".html": "text/html", ".svg": "image/svg+xml", ".js": "text/javascript", ".wasm": "application/wasm" };
+
+const ISOLATED = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
 
 /** What a server does otherwise than it should. */
 export interface Manners {
@@ -15,6 +18,12 @@ export interface Manners {
   damages?: (name: string) => boolean;
   /** Ends connections within the body. */
   cutsOff?: (name: string) => boolean;
+  /** Does not answer at all. */
+  isAway?: (name: string) => boolean;
+  /** Sends half of a file, and the rest when this is over. */
+  halts?: (name: string) => Promise<void> | undefined;
+  /** Sends something else in place of a file. */
+  replaces?: (name: string, data: Buffer) => Buffer;
   status?: (name: string) => number | undefined;
   /** Lets pages have threads. */
   isolates?: boolean;
@@ -35,16 +44,29 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
   const server = createServer((request, response) => answer(request, response));
   const found = { asked, manners, bytes: 0 };
 
+  let tag = "";
+
   function answer(request: IncomingMessage, response: ServerResponse): void {
-    const name = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
+    const place = normalize(decodeURIComponent(new URL(request.url!, "http://x").pathname)).slice(1);
+    const name = /(^|\/)$/.test(place) ? `${place}index.html` : place;
     asked.push([name, request.headers.range]);
+    if (manners.isAway?.(name) === true) {
+      request.socket.destroy();
+      return;
+    }
     const status = manners.status?.(name);
     const path = join(folder, name);
     if (status !== undefined || !fs.existsSync(path)) {
       response.writeHead(status ?? 404).end();
       return;
     }
-    const data = fs.readFileSync(path);
+    const read = fs.readFileSync(path);
+    const data = manners.replaces?.(name, read) ?? read;
+    tag = createHash("sha1").update(data).digest("hex");
+    if (request.headers["if-none-match"] === `"${tag}"`) {
+      response.writeHead(304, manners.isolates === true ? ISOLATED : {}).end();
+      return;
+    }
     const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d+)/g)].map(([, begin, end]) => {
       return [Number(begin), Math.min(Number(end), data.length - 1)] as const;
     });
@@ -74,18 +96,20 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       sent = Buffer.from(body);
       sent[sent.length >> 1]! ^= 1;
     }
-    const isolated = { "cross-origin-opener-policy": "same-origin", "cross-origin-embedder-policy": "require-corp" };
     response.writeHead(status, {
       "content-type": TYPES[extname(name)] ?? "application/octet-stream",
       "content-length": String(sent.length),
-      ...(manners.isolates === true ? isolated : {}),
+      etag: `"${tag}"`,
+      ...(manners.isolates === true ? ISOLATED : {}),
       ...headers,
     });
     if (manners.cutsOff?.(name) === true) {
       response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
     } else {
+      const half = sent.length >> 1;
+      response.write(sent.subarray(0, half));
       found.bytes += sent.length;
-      response.end(sent);
+      void Promise.resolve(manners.halts?.(name)).then(() => response.end(sent.subarray(half)));
     }
   }
 
