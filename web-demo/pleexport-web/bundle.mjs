@@ -13,8 +13,7 @@ const wasmOnly = {
     });
   },
 };
-await build({
-  entryPoints: ["dist/worker.js", "dist/ort-module.js", "dist/client.js"],
+const common = {
   outdir: "dist/browser",
   bundle: true,
   minify: true,
@@ -25,6 +24,12 @@ await build({
   conditions: ["onnxruntime-web-use-extern-wasm"],
   external: ["node:*", "module", "worker_threads", "fs", "path"],
   logLevel: "warning",
-});
-const wasm = "ort-wasm-simd-threaded.wasm";
-copyFileSync(resolve(`onnxruntime-web/${wasm}`), `dist/browser/${wasm}`);
+};
+await build({ ...common, entryPoints: ["dist/ort-module.js", "dist/client.js"] });
+// What WebGPU needs is a file of its own, which is loaded where it is needed.
+await build({ ...common, entryPoints: ["dist/worker.js"], splitting: true, chunkNames: "[name]" });
+const runtime = "ort-wasm-simd-threaded";
+for (const name of [`${runtime}.wasm`, `${runtime}.asyncify.wasm`, `${runtime}.asyncify.mjs`]) {
+  // Not every server knows that a file of that last ending is a module.
+  copyFileSync(resolve(`onnxruntime-web/${name}`), `dist/browser/${name.replace(".mjs", ".js")}`);
+}

@@ -9,7 +9,8 @@ export type { Facts } from "./protocol.js";
 interface Waiting {
   resolve(result: unknown): void;
   reject(err: Error): void;
-  onToken?(token: Token): void;
+  onToken?: ((token: Token) => void) | undefined;
+  onNote?: ((sentence: string) => void) | undefined;
 }
 
 /** A runner in a worker of its own, so that a page stays alive while it works. */
@@ -34,10 +35,15 @@ export class WorkerRunner {
    *
    * @param url of the bundle's folder.
    * @param threads 0 for one a core, up to 4; one where the page is not isolated.
+   * @param onNote is told in a sentence, before anything large is fetched, where the bundle is made for what
+   *   this browser lacks.
    */
-  open(url: string, { threads = 0 } = {}): Promise<Facts> {
+  open(
+    url: string,
+    { threads = 0, onNote }: { threads?: number; onNote?: (sentence: string) => void } = {},
+  ): Promise<Facts> {
     const count = globalThis.crossOriginIsolated === true ? threads : 1;
-    return this.ask("open", [new URL(url, location.href).href, count]) as Promise<Facts>;
+    return this.ask("open", [new URL(url, location.href).href, count], { onNote }) as Promise<Facts>;
   }
 
   facts(): Promise<Facts> {
@@ -77,10 +83,11 @@ export class WorkerRunner {
     let wake = (): void => {};
     let isDone = false;
     const id = this.last + 1;
-    const done = this.ask("generate", [prompt, options], (token) => {
+    const onToken = (token: Token): void => {
       tokens.push(token);
       wake();
-    }).finally(() => {
+    };
+    const done = this.ask("generate", [prompt, options], { onToken }).finally(() => {
       isDone = true;
       wake();
     });
@@ -110,19 +117,27 @@ export class WorkerRunner {
     this.worker.terminate();
   }
 
-  private ask(method: Method, args: readonly unknown[], onToken?: (token: Token) => void): Promise<unknown> {
+  private ask(
+    method: Method,
+    args: readonly unknown[],
+    { onToken, onNote }: Pick<Waiting, "onToken" | "onNote"> = {},
+  ): Promise<unknown> {
     const id = ++this.last;
     return new Promise((resolve, reject) => {
-      this.waiting.set(id, { resolve, reject, ...(onToken === undefined ? {} : { onToken }) });
+      this.waiting.set(id, { resolve, reject, onToken, onNote });
       void this.isReady.then(() => this.worker.postMessage({ id, method, args }));
     });
   }
 
-  private take({ id, token, result, error }: Answer): void {
+  private take({ id, token, note, result, error }: Answer): void {
     if (id === READY) this.ready();
     const own = this.waiting.get(id);
     if (token !== undefined) {
       own?.onToken?.(token);
+      return;
+    }
+    if (note !== undefined) {
+      own?.onNote?.(note);
       return;
     }
     this.waiting.delete(id);

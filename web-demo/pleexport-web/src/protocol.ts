@@ -27,6 +27,8 @@ export interface Question {
 export interface Answer {
   readonly id: number;
   readonly token?: Token;
+  /** What is not as it should be, while a bundle is opened. */
+  readonly note?: string;
   readonly result?: unknown;
   readonly error?: { readonly kind: string; readonly message: string; readonly hint: string };
 }

@@ -18,12 +18,15 @@ function tell(answer: Answer): void {
   postMessage(answer);
 }
 
-async function open(url: string, threads: number): Promise<Facts> {
+async function open(id: number, url: string, threads: number): Promise<Facts> {
   await close();
   const store = await PrivateFiles.open();
   const files = new HttpFiles(url, store);
   try {
-    const runner = await Runner.open(await Bundle.openFiles(files), { threads });
+    const runner = await Runner.open(await Bundle.openFiles(files), {
+      threads,
+      onNote: (note) => tell({ id, note }),
+    });
     opened = { files, store, runner };
   } catch (err) {
     files.close();
@@ -82,7 +85,7 @@ async function answer(question: Question): Promise<unknown> {
   const { id, method, args } = question;
   switch (method) {
     case "open":
-      return open(args[0] as string, args[1] as number);
+      return open(id, args[0] as string, args[1] as number);
     case "facts":
       return facts();
     case "logits":
