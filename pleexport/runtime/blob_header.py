@@ -213,9 +213,11 @@ def _problem(segment: Segment) -> str | None:
         return f"has dtype `{segment.dtype}`, which this reader does not know"
     if not abs(segment.multiplier) <= float(np.finfo(np.float32).max):
         return f"has multiplier {segment.multiplier}"
-    scaled = (segment.group_size, segment.scale_dtype, segment.scale_offset)
-    if any((field is not None) != (segment.dtype in CODED) for field in scaled):
-        return "does not say how it is scaled, or says too much"
+    for field in ("group_size", "scale_dtype", "scale_offset"):
+        given = getattr(segment, field) is not None
+        if given != (segment.dtype in CODED):
+            scaled = "has no scales" if given else "needs scales"
+            return f"of dtype `{segment.dtype}` {scaled}, but `{field}` is {'not ' * given}null"
     if segment.scale_dtype not in (None, *_SCALE_DTYPES):
         return f"has scales of dtype `{segment.scale_dtype}`, which this reader does not know"
     if (segment.group_size or 1) > segment.width:
@@ -230,8 +232,14 @@ def _check_places(file: SafetensorsFile, segments: list[Segment], stride: int) -
         codes_end = segment.offset + segment.code_bytes
         scales_begin = codes_end if segment.scale_offset is None else segment.scale_offset
         alignment = scale_bytes(segment.scale_dtype) if segment.scale_dtype else 1
-        if segment.offset % SEGMENT_ALIGNMENT or scales_begin % alignment:
-            raise _broken(file, f"{where} begins at byte {segment.offset}, unaligned (B-08)")
+        for what, place, unit in (
+            ("begins", segment.offset, SEGMENT_ALIGNMENT),
+            ("has scales", scales_begin, alignment),
+        ):
+            if place % unit:
+                raise _broken(
+                    file, f"{where} {what} at byte {place}, which is no multiple of {unit} (B-08)"
+                )
         if segment.offset < position or scales_begin < codes_end:
             raise _broken(file, f"{where} overlaps what lies before it (B-08)")
         if segment.end > stride - CHECKSUM_BYTES:

@@ -21,15 +21,14 @@ from pleexport.runtime.blob_layout import (
     row_checksums,
     stored_checksums,
 )
-from pleexport.runtime.pages import PageRuns, ask_for, page_runs
-from pleexport.safetensors_file import SafetensorsFile
+from pleexport.runtime.pages import PageRuns, RowsFile, page_runs
 from pleexport.sizes import groups
 
 _DAMAGED = "copy the bundle again, or rebuild it"
 _MIXED = "files of two bundles may be mixed; copy the bundle again, or rebuild it"
 
 
-class Shard:
+class Shard(RowsFile):
     """A mapped file of rows. Opening it reads its header only; rows are those of the blob.
 
     Attributes:
@@ -41,8 +40,7 @@ class Shard:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = SafetensorsFile(path, error=BlobError)
+        super().__init__(path)
         self.header = read_header(self._file)
         self.first = self.header.first_row
         self.end = self.first + self.header.num_rows
@@ -67,11 +65,6 @@ class Shard:
         """Byte of the file at which its first row begins."""
         return self._file.entries[ROWS].offset
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self._file.file_bytes
-
     def rows(self, row_ids: NDArray[np.int64]) -> NDArray[np.uint8]:
         """A copy of rows `[n, row_stride]`, each compared with its checksum.
 
@@ -86,10 +79,6 @@ class Shard:
         """The pages of the file that rows lie on."""
         stride = self.header.row_stride
         return page_runs(row_ids - self.first, begin=self.rows_offset, row_bytes=stride)
-
-    def prefetch(self, row_ids: NDArray[np.int64]) -> None:
-        """Ask the system to read the pages of all distinct rows at once."""
-        ask_for(self._file.mapping, self.page_runs(row_ids))
 
     def forget_pages(self) -> None:
         """Drop the file from this process's memory and from the page cache, on Linux."""

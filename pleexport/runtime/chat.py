@@ -9,13 +9,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache, wraps
-from types import FrameType
 from typing import Any
 
 from jinja2 import Template, TemplateError, filters, nodes
@@ -26,18 +22,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
 from pleexport.errors import InputError
-from pleexport.process import memory
+from pleexport.runtime.template_limit import within_limits
 
-SECONDS = 5.0
-# What a template may add to the memory of this process, and how long a text it may make at once.
-_MORE_BYTES = 256 << 20
+# How long a text a template may make at once.
 _MOST_CHARACTERS = 16 << 20
 _MOST_BITS = 1 << 16  # of a number
 _MOST_DIGITS = 400  # that a number is rounded to; the largest has 309
 # Of `%5.2f` and `{:>5}`; at most six digits, written out.
 _LARGE_WIDTH = re.compile(r"%[-#0 +]*(\*|\d{7}|\d*\.(\*|\d{7}))|\{[^{}]*:[^{}]*(\{|\d{7})")
-# Memory is looked at where so many lines, or so many seconds, have gone by.
-_LINES, _A_WHILE = 20_000, 0.01
 
 Message = Mapping[str, Any]
 # Of a message's thoughts; the first is the standard one, and templates know one or the other.
@@ -79,8 +71,7 @@ def render_chat(
         }
         if now:
             names["strftime_now"] = now.strftime
-        with limited():
-            text = _compile(template).render(messages=chat, **names)
+        text = within_limits(lambda: _compile(template).render(messages=chat, **names))
         return _cut_open(text, last) if continued else text
     except (
         TemplateError,
@@ -97,54 +88,6 @@ def render_chat(
             f"the chat template cannot render this conversation: {err or type(err).__name__}",
             hint="add `--no-chat` to continue plain text",
         ) from err
-
-
-@contextmanager
-def limited(seconds: float = SECONDS) -> Iterator[None]:
-    """Stop Python code that takes longer, or more memory, with a `TemplateError`.
-
-    Every line of a template is looked at as it runs, by a trace function of this thread. One step
-    of C code cannot be stopped; `_Sandbox` refuses those that could be very large.
-    """
-    started = seen = time.perf_counter()
-    lines, most = 0, None
-
-    def trace(_frame: FrameType, _event: str, _argument: object) -> Callable[..., Any]:
-        nonlocal lines, seen, most
-        now = time.perf_counter()
-        if now - started > seconds:
-            raise _Stopped(f"it takes longer than {seconds:g} seconds")
-        lines += 1
-        if lines % _LINES == 0 or now - seen > _A_WHILE:
-            # The first look, which loads what looks, is taken for the beginning.
-            taken, seen = memory().anonymous or 0, time.perf_counter()
-            most = most or taken + _MORE_BYTES
-            if taken > most:
-                raise _Stopped(f"it takes more than {_MORE_BYTES >> 20} MiB of memory")
-        return trace
-
-    before, told = sys.gettrace(), sys.unraisablehook
-
-    def tell(args: sys.UnraisableHookArgs) -> None:
-        # Raised where a generator is closed, it goes nowhere, and Python traces no more.
-        if isinstance(args.exc_value, _Stopped):
-            sys.settrace(trace)
-        elif not isinstance(args.exc_value, RecursionError | MemoryError):
-            told(args)
-
-    sys.unraisablehook = tell
-    sys.settrace(trace)
-    try:
-        yield
-    except _Stopped as err:
-        raise TemplateError(str(err)) from None
-    finally:
-        sys.settrace(before)
-        sys.unraisablehook = told
-
-
-class _Stopped(BaseException):
-    """Not an Exception: jinja takes one in what it computes beforehand for no reason to stop."""
 
 
 @lru_cache(maxsize=4)

@@ -3,12 +3,42 @@
 from __future__ import annotations
 
 import mmap
+from abc import ABC, abstractmethod
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pleexport.errors import BlobError
+from pleexport.safetensors_file import SafetensorsFile
+
 # Page ranges `[first, end)` of a file.
 PageRuns = list[tuple[int, int]]
+
+
+class RowsFile(ABC):
+    """A mapped file of rows. Opening it reads its header only.
+
+    Raises:
+        BlobError: it is missing, truncated or malformed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = SafetensorsFile(path, error=BlobError)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._file.file_bytes
+
+    @abstractmethod
+    def page_runs(self, row_ids: NDArray[np.int64]) -> PageRuns:
+        """The pages of the file that rows lie on."""
+
+    def prefetch(self, row_ids: NDArray[np.int64]) -> None:
+        """Ask the system to read the pages of all distinct rows at once."""
+        ask_for(self._file.mapping, self.page_runs(row_ids))
 
 
 def page_runs(

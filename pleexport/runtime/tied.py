@@ -15,7 +15,7 @@ from pleexport.codes import dequantize_rows, unpack_codes
 from pleexport.dtypes import CODED, bits
 from pleexport.errors import BlobError, CheckFailed
 from pleexport.runtime.blob_layout import Segment
-from pleexport.runtime.pages import PageRuns, ask_for, page_runs
+from pleexport.runtime.pages import PageRuns, RowsFile, page_runs
 from pleexport.safetensors_file import SafetensorsFile
 from pleexport.tied_layout import (
     CHECKSUMS,
@@ -52,7 +52,7 @@ class _Metadata(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only
     weights_digest: str
 
 
-class TiedRows:
+class TiedRows(RowsFile):
     """A table whose rows are those of a mapped matrix. Opening it reads its header only.
 
     Args:
@@ -66,8 +66,7 @@ class TiedRows:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = SafetensorsFile(path, error=BlobError)
+        super().__init__(path)
         metadata = _read_metadata(self._file)
         _check_tensors(self._file, metadata)
         self.num_rows, code_bytes = self._file.entries[CODES].shape
@@ -84,11 +83,6 @@ class TiedRows:
             scale_offset=code_bytes,
             multiplier=metadata.multiplier,
         )
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the file."""
-        return self._file.file_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -127,10 +121,6 @@ class TiedRows:
             entry = self._file.entries[name]
             runs += page_runs(row_ids, begin=entry.offset, row_bytes=entry.nbytes // self.num_rows)
         return runs
-
-    def prefetch(self, row_ids: NDArray[np.int64]) -> None:
-        """Ask the system to read the pages of all distinct rows at once."""
-        ask_for(self._file.mapping, self.page_runs(row_ids))
 
     def verify(self, progress: Callable[[int], object] = lambda _: None) -> None:
         """Compare every row with its checksum.

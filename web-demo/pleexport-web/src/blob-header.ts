@@ -225,9 +225,8 @@ class BlobHeaderReader {
       }
       const scalesBegin = own.scaleOffset ?? codesEnd;
       const alignment = own.scaleDtype === null ? 1 : BITS[own.scaleDtype]! / 8;
-      if (own.offset % SEGMENT_ALIGNMENT !== 0 || scalesBegin % alignment !== 0) {
-        throw this.broken(`${where} begins at byte ${own.offset}, unaligned (B-08)`);
-      }
+      this.checkAlignment(`${where} begins`, own.offset, SEGMENT_ALIGNMENT);
+      this.checkAlignment(`${where} has scales`, scalesBegin, alignment);
       if (own.offset < position || scalesBegin < codesEnd) {
         throw this.broken(`${where} overlaps what lies before it (B-08)`);
       }
@@ -237,6 +236,12 @@ class BlobHeaderReader {
         );
       }
       position = end;
+    }
+  }
+
+  private checkAlignment(what: string, place: number, unit: number): void {
+    if (place % unit !== 0) {
+      throw this.broken(`${what} at byte ${place}, which is no multiple of ${unit} (B-08)`);
     }
   }
 
@@ -292,9 +297,13 @@ class BlobHeaderReader {
 function problemOf(own: Segment): string | null {
   if (!(own.dtype in BITS)) return `has dtype \`${own.dtype}\`, which this reader does not know`;
   if (!isBinary32(own.multiplier)) return `has multiplier ${own.multiplier}`;
-  const scaled = [own.groupSize, own.scaleDtype, own.scaleOffset];
-  if (scaled.some((field) => (field !== null) !== CODED.has(own.dtype))) {
-    return "does not say how it is scaled, or says too much";
+  const coded = CODED.has(own.dtype);
+  const scaling = { group_size: own.groupSize, scale_dtype: own.scaleDtype, scale_offset: own.scaleOffset };
+  for (const [field, value] of Object.entries(scaling)) {
+    if (value === null && coded) return `of dtype \`${own.dtype}\` needs scales, but \`${field}\` is null`;
+    if (value !== null && !coded) {
+      return `of dtype \`${own.dtype}\` has no scales, but \`${field}\` is not null`;
+    }
   }
   if (own.scaleDtype !== null && own.scaleDtype !== "fp16" && own.scaleDtype !== "fp32") {
     return `has scales of dtype \`${own.scaleDtype}\`, which this reader does not know`;

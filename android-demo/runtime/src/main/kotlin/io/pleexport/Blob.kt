@@ -3,6 +3,7 @@ package io.pleexport
 import java.io.File
 import java.nio.FloatBuffer
 import java.util.concurrent.Callable
+import java.util.concurrent.ExecutionException
 import java.util.concurrent.ExecutorService
 import java.util.concurrent.Executors
 
@@ -79,8 +80,11 @@ internal constructor(files: List<File>, private val tied: TiedRows?, mapBytes: L
         val distinct = rowIds.distinct()
         if (distinct.size < ROWS_FOR_THREADS) return distinct.forEach(::load)
         val parts = distinct.chunked((distinct.size + READERS - 1) / READERS)
-        readers.value.invokeAll(parts.map { part -> Callable { part.forEach(::load) } }).forEach {
-            it.get()
+        val loads = readers.value.invokeAll(parts.map { Callable { it.forEach(::load) } })
+        try {
+            loads.forEach { it.get() }
+        } catch (err: ExecutionException) {
+            throw err.cause ?: err
         }
     }
 

@@ -192,15 +192,28 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
                 "has dtype `${segment.dtype}`, which this reader does not know"
             !(Math.abs(segment.multiplier) <= Float.MAX_VALUE) ->
                 "has multiplier ${segment.multiplier}"
-            listOf(segment.groupSize, segment.scaleDtype, segment.scaleOffset).any {
-                (it != null) != (segment.dtype in CODED)
-            } -> "does not say how it is scaled, or says too much"
+            scaling(segment) != null -> scaling(segment)
             segment.scaleDtype !in listOf(null, "fp16", "fp32") ->
                 "has scales of dtype `${segment.scaleDtype}`, which this reader does not know"
             (segment.groupSize ?: 1) > segment.width ->
                 "has groups of ${segment.groupSize} of its ${segment.width} elements"
             else -> null
         }
+
+    /** What contradicts the dtype in what a segment says of its scales. */
+    private fun scaling(segment: Segment): String? {
+        val fields =
+            listOf(
+                "group_size" to segment.groupSize,
+                "scale_dtype" to segment.scaleDtype,
+                "scale_offset" to segment.scaleOffset,
+            )
+        val coded = segment.dtype in CODED
+        val (field, _) = fields.firstOrNull { (it.second != null) != coded } ?: return null
+        return "of dtype `${segment.dtype}` " +
+            if (coded) "needs scales, but `$field` is null"
+            else "has no scales, but `$field` is not null"
+    }
 
     private fun checkPlaces(segments: List<Segment>, stride: Long) {
         var position = 0L
@@ -214,9 +227,8 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
                 }
             val scalesBegin = segment.scaleOffset ?: codesEnd
             val alignment = segment.scaleDtype?.let { BITS.getValue(it) / 8 } ?: 1
-            if (segment.offset % SEGMENT_ALIGNMENT != 0L || scalesBegin % alignment != 0L) {
-                throw broken("$where begins at byte ${segment.offset}, unaligned (B-08)")
-            }
+            checkAlignment("$where begins", segment.offset, SEGMENT_ALIGNMENT)
+            checkAlignment("$where has scales", scalesBegin, alignment)
             if (segment.offset < position || scalesBegin < codesEnd) {
                 throw broken("$where overlaps what lies before it (B-08)")
             }
@@ -226,6 +238,12 @@ private class BlobHeaderReader(private val file: SafetensorsFile) {
                 )
             }
             position = end
+        }
+    }
+
+    private fun checkAlignment(what: String, place: Long, unit: Int) {
+        if (place % unit != 0L) {
+            throw broken("$what at byte $place, which is no multiple of $unit (B-08)")
         }
     }
 

@@ -78,13 +78,23 @@ class Bundle(val path: File, verify: Boolean = true) {
     }
 
     /**
-     * Compares every file with its checksums, and every row with its own.
+     * Compares every file with its digest and its checksums, and every row with its own.
      *
      * @throws CheckFailed names the first that differs.
      */
     fun verify() {
-        checkFiles(manifest.files.map { File(path, it.name) }, checksums ?: readChecksums(path))
+        val expected = checksums ?: readChecksums(path)
+        manifest.files.forEach { compare(it, expected) }
         openBlob().use(Blob::verify)
+    }
+
+    private fun compare(record: FileRecord, expected: Checksums) {
+        val file = File(path, record.name)
+        val (digest, found) = sha256AndChecksums(file)
+        if (digest != record.sha256 || found != expected.files[record.name]) {
+            val where = if (digest != record.sha256) "the manifest" else "`$CHECKSUMS`"
+            throw CheckFailed("`$file` does not match its digest in $where", COPY_AGAIN)
+        }
     }
 
     /** The file of that name; null where the manifest lists none. */

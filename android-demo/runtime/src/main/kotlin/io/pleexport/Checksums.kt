@@ -3,6 +3,7 @@ package io.pleexport
 import java.io.File
 import java.io.IOException
 import java.io.RandomAccessFile
+import java.security.MessageDigest
 import java.util.concurrent.ExecutionException
 import java.util.concurrent.Executors
 import java.util.concurrent.Future
@@ -45,6 +46,35 @@ internal fun readChecksums(folder: File): Checksums {
         throw CheckFailed("`$path` is damaged: ${err.message}", COPY_AGAIN, err)
     }
 }
+
+/**
+ * A file's SHA-256 in hexadecimal digits, and its checksums.
+ *
+ * @throws BundleError it cannot be read.
+ */
+internal fun sha256AndChecksums(path: File): Pair<String, List<String>> {
+    val digest = MessageDigest.getInstance("SHA-256")
+    val buffer = ByteArray(CHUNK_BYTES)
+    try {
+        RandomAccessFile(path, "r").use { file ->
+            val checksums =
+                (0 until groups(file.length(), CHUNK_BYTES.toLong())).map {
+                    val filled =
+                        minOf(CHUNK_BYTES.toLong(), file.length() - file.filePointer).toInt()
+                    file.readFully(buffer, 0, filled)
+                    digest.update(buffer, 0, filled)
+                    Xxh3.hex(Xxh3.hash(buffer, 0, filled))
+                }
+            return hexadecimal(digest.digest()) to checksums
+        }
+    } catch (err: IOException) {
+        throw BundleError("`$path` cannot be read (${reason(err)})", COPY_AGAIN, err)
+    }
+}
+
+/** Bytes as hexadecimal digits. */
+internal fun hexadecimal(bytes: ByteArray): String =
+    bytes.joinToString("") { "%02x".format(java.util.Locale.ROOT, it) }
 
 /**
  * Compares the content of a file, which was read already.

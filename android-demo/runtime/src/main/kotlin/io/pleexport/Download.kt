@@ -345,5 +345,5 @@ private fun sha256(file: File): String {
             }
         }
     }
-    return digest.digest().joinToString("") { "%02x".format(java.util.Locale.ROOT, it) }
+    return hexadecimal(digest.digest())
 }

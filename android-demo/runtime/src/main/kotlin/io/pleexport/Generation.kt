@@ -8,6 +8,7 @@ import java.util.Random
  *
  * @property eos ids that end the text.
  * @property ends ids that rules take for an end; as `eos`, unless these are to be passed over.
+ * @property drafter guesses tokens that are read ahead, or null.
  */
 internal class Request(
     val config: GenerationConfig,
@@ -16,6 +17,7 @@ internal class Request(
     val stop: List<String>,
     val eos: Set<Int>,
     val ends: Set<Int>,
+    val drafter: Drafter? = null,
 )
 
 /**
@@ -42,6 +44,7 @@ internal class Generation(
             maxLength = promptIds.size + request.maxNewTokens,
         )
     private val text = AnswerText(tokenizer?.stream(promptIds), request.stop)
+    private val drafting = Drafting(reader, request.drafter, stats)
     private var ids = promptIds
     private var scores = FloatArray(0)
     private var started = 0L
@@ -97,6 +100,7 @@ internal class Generation(
         reader.alone { now ->
             turn = now
             if (stopped) throw Stopped()
+            reader.forgetGuesses()
             val known = reader.ids
             val goesOn =
                 known.isNotEmpty() &&
@@ -112,10 +116,12 @@ internal class Generation(
     }
 
     private fun readLast() {
-        reader.alone(turn) { take(reader.read(ids.copyOfRange(ids.size - 1, ids.size), keep = 1)) }
+        val wanted =
+            minOf(request.maxNewTokens - stats.generatedTokens, reader.context - ids.size)
+        reader.alone(turn) { take(drafting.logitsAfter(ids, wanted)) }
     }
 
-    /** Takes logits `[1, vocab]`, if they are numbers. */
+    /** Takes logits `[vocab]`, if they are numbers. */
     private fun take(logits: FloatBuffer) {
         if (scores.size != logits.remaining()) scores = FloatArray(logits.remaining())
         logits.get(scores)

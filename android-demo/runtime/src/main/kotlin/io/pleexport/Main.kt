@@ -16,7 +16,7 @@ object Main {
   logits BUNDLE --ids 1,2,3 --out FILE.npy     logits of all positions, float32 [T, vocab]
   run BUNDLE --prompt TEXT --max-new-tokens N  continue a text; --ids 1,2,3 continues token ids
       [--temperature X] [--top-k N] [--top-p X] [--min-p X] [--repetition-penalty X] [--greedy]
-      [--seed N] [--stop TEXT] [--no-chat] [--stats]
+      [--seed N] [--stop TEXT] [--draft lookup] [--no-chat] [--stats]
   bench BUNDLE --prompt-tokens 128,512 --decode-tokens 64 [--repeat 3] [--json]
   encode BUNDLE --text TEXT                    token ids of a text
   decode BUNDLE --ids 1,2,3                    the text of token ids
@@ -91,6 +91,7 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
                 greedy = options.has("greedy"),
                 seed = options.number("seed", String::toLongOrNull),
                 stop = listOfNotNull(options["stop"]),
+                draft = options["draft"]?.let(::drafterOf),
             )
         options.open().use { runner ->
             val given = options.ids("ids")
@@ -155,13 +156,17 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
     private fun plain(text: String) = text.map { if (it.isISOControl()) '?' else it }.joinToString("")
 
     private fun describe(stats: Stats): String =
-        listOf(
+        listOfNotNull(
                 "finished: ${stats.finishReason?.label ?: ""}",
                 "prefill: ${stats.promptTokens} tokens, ${stats.prefillTokensPerSecond.toInt()} tokens/s",
                 "decode: ${stats.generatedTokens} tokens, ${stats.decodeTokensPerSecond.toInt()} tokens/s",
+                drafts(stats).takeIf { stats.draftedTokens > 0 },
                 "rows: ${stats.rows}",
             )
             .joinToString("\n")
+
+    private fun drafts(stats: Stats): String =
+        stats.run { "drafts: $acceptedTokens of $draftedTokens tokens accepted, $decodeCalls calls" }
 
     private val RUN =
         setOf(
@@ -175,6 +180,7 @@ options of all commands: --threads N, --spin, --no-spin, --no-verify"""
             "repetition-penalty",
             "seed",
             "stop",
+            "draft",
         )
 }
 

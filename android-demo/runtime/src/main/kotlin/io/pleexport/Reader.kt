@@ -25,6 +25,10 @@ internal class Reader(
     var ids: IntArray = IntArray(0)
         private set
 
+    /** How many of the last ids are guesses that have not come true yet. */
+    var guessed = 0
+        private set
+
     /** How many rows were looked up since `begin`. */
     var rowsRead = 0L
         private set
@@ -54,6 +58,7 @@ internal class Reader(
      *
      * @param turn of a text that goes on, as it was given when it began; null for one that begins.
      * @throws InputError another thread is at work, or another text has begun since.
+     * @throws CheckFailed a file that is mapped was cut.
      */
     fun <T> alone(turn: Long? = null, body: (turn: Long) -> T): T {
         if (!lock.tryLock()) throw InputError("another thread is using this runner", OWN_RUNNER)
@@ -69,6 +74,14 @@ internal class Reader(
                 )
             }
             return body(this.turn)
+        } catch (err: InternalError) {
+            // So the JVM calls pages of a map that are no longer there. It may do so some time after
+            // they were read; systems without a JVM end the process.
+            throw CheckFailed(
+                "`${blob.file}` is damaged: a file of rows has become shorter while it was open",
+                COPY_AGAIN,
+                err,
+            )
         } finally {
             lock.unlock()
         }
@@ -81,12 +94,20 @@ internal class Reader(
 
     /**
      * Logits `[n, vocab]` after the next tokens, fed in pieces; overwritten by the next call.
+     * Earlier guesses are forgotten.
      *
      * @param keep n, how many of the last piece's positions want logits; 0 for all of every piece.
+     * @param guessed how many of the last tokens are guesses, fewer than a call takes.
      * @param each gets the logits of every piece.
      * @throws InputError an id without a row, or more tokens than the context has positions.
      */
-    fun read(tokenIds: IntArray, keep: Int, each: (FloatBuffer) -> Unit = {}): FloatBuffer {
+    fun read(
+        tokenIds: IntArray,
+        keep: Int,
+        guessed: Int = 0,
+        each: (FloatBuffer) -> Unit = {},
+    ): FloatBuffer {
+        forgetGuesses()
         val rows = blob.rowIds(tokenIds)
         checkLength(ids.size + rows.size)
         // Page faults, one after the other, would take forty times as long from a cold disk.
@@ -100,12 +121,27 @@ internal class Reader(
             rowsRead += end - begin
             each(logits)
         }
+        this.guessed = guessed
         return logits
+    }
+
+    /** The first guess came true. */
+    fun accept() {
+        guessed--
+    }
+
+    /** Goes back to what is certain, or further where the session cannot stop there. */
+    fun forgetGuesses() {
+        if (guessed == 0) return
+        val forgotten = session.rewind(guessed)
+        ids = ids.copyOf(ids.size - forgotten)
+        guessed = 0
     }
 
     /** Forgets the text so far. */
     fun reset() {
         ids = IntArray(0)
+        guessed = 0
         session.reset()
     }
 

@@ -20,6 +20,8 @@ private const val DEFAULT_TOKENS = 256
  * @property seed makes sampling repeatable.
  * @property stop strings that end the text, beside the checkpoint's; they are not part of it.
  * @property ignoreEos go on past end-of-text ids, for timing.
+ * @property draft makes what guesses how a text goes on, so that a call of the graph may write
+ *   several tokens. `::PromptLookup` reads ahead what followed when the text had these words before.
  */
 data class GenerationOptions(
     val config: GenerationConfig = GenerationConfig(),
@@ -27,6 +29,7 @@ data class GenerationOptions(
     val seed: Long? = null,
     val stop: List<String> = emptyList(),
     val ignoreEos: Boolean = false,
+    val draft: (() -> Drafter)? = null,
 )
 
 /**
@@ -254,7 +257,18 @@ class Runner(val bundle: Bundle, threads: Int = 0, spin: Boolean? = null) : Auto
             stop = options.stop + (config.stopStrings ?: emptyList()),
             eos = if (options.ignoreEos) emptySet() else ends,
             ends = ends,
+            drafter = options.draft?.let(::drafter),
         )
+    }
+
+    private fun drafter(draft: () -> Drafter): Drafter {
+        if (chunk < 2) {
+            throw InputError(
+                "drafts are checked several tokens a call, and this bundle's graph takes one",
+                "leave drafts out: in such a model a token passes all layers before the next",
+            )
+        }
+        return draft()
     }
 
     /** How many tokens an answer may have. */

@@ -1,6 +1,8 @@
 package io.pleexport
 
+import java.util.PriorityQueue
 import java.util.Random
+import java.util.SplittableRandom
 import kotlin.math.exp
 import kotlin.math.ln
 import kotlin.math.sqrt
@@ -43,15 +45,21 @@ data class Sampling(
         if (temperature == 0.0) return best
         val (ids, probabilities) = distribution(scores)
         // Every token waits for a time of its own, the likely ones less, and the first to come is
-        // chosen: logits that differ by little give the same token. See the Python library.
-        val waits = DoubleArray(ids.size) { -ln(1 - random.nextDouble()) / probabilities[it] }
+        // chosen. The time follows from the id and one number a step, wherever the token stands:
+        // logits that differ by little, as those of a token alone and of one among many do, so give
+        // the same token.
+        val step = random.nextLong()
+        val waits =
+            DoubleArray(ids.size) {
+                -ln(1 - SplittableRandom(step + ids[it]).nextDouble()) / probabilities[it]
+            }
         return ids[waits.indices.minByOrNull { waits[it] }!!]
     }
 
     /** The ids that may be chosen, likeliest first, and their probabilities. */
-    fun distribution(scores: FloatArray): Pair<List<Int>, DoubleArray> {
+    fun distribution(scores: FloatArray): Pair<IntArray, DoubleArray> {
         var ids = likeliest(scores, if (topH != null) TOP_H_TOKENS else topK)
-        if (topH != null) ids = ids.take(TOP_H_TOKENS)
+        if (topH != null) ids = ids.copyOf(minOf(ids.size, TOP_H_TOKENS))
         var scaled =
             DoubleArray(ids.size) { (scores[ids[it]].toDouble() - scores[ids[0]]) / temperature }
         // All but the last three keep a beginning of what is sorted.
@@ -71,10 +79,10 @@ data class Sampling(
                 sum - probabilities[i] < topP && probabilities[i] >= minP * probabilities[0]
             }
         scaled = scaled.copyOf(maxOf(1, kept))
-        ids = ids.take(scaled.size)
+        ids = ids.copyOf(scaled.size)
         for (keeps in listOf(::typical, ::aboveEpsilon, ::aboveEta)) {
             val isKept = keeps(softmax(scaled))
-            ids = ids.filterIndexed { i, _ -> isKept[i] }
+            ids = ids.filterIndexed { i, _ -> isKept[i] }.toIntArray()
             scaled = scaled.filterIndexed { i, _ -> isKept[i] }.toDoubleArray()
         }
         return ids to softmax(scaled)
@@ -123,12 +131,38 @@ data class Sampling(
     /**
      * Ids that may come, best first: at least `count`, with what is as good as the last; 0: all.
      */
-    private fun likeliest(scores: FloatArray, count: Int): List<Int> {
+    private fun likeliest(scores: FloatArray, count: Int): IntArray {
         var least = -Float.MAX_VALUE
-        if (count in 1 until scores.size) {
-            least = maxOf(least, scores.copyOf().also { it.sort() }[scores.size - count])
+        if (count in 1 until scores.size) least = maxOf(least, largest(scores, count))
+        // Sorted as numbers of 64 bits: the score, reversed, and below it the id.
+        val keys = LongArray(scores.count { it >= least })
+        var filled = 0
+        for (id in scores.indices) if (scores[id] >= least) {
+            keys[filled++] = (descending(scores[id]).toLong() shl 32) or id.toLong()
         }
-        return scores.indices.filter { scores[it] >= least }.sortedByDescending { scores[it] }
+        keys.sort()
+        return IntArray(keys.size) { keys[it].toInt() }
+    }
+
+    /** The `count`-th largest, without sorting the others. */
+    private fun largest(scores: FloatArray, count: Int): Float {
+        val kept = PriorityQueue<Float>(count)
+        var least = Float.NEGATIVE_INFINITY
+        for (score in scores) {
+            if (kept.size == count) {
+                if (score <= least) continue
+                kept.poll()
+            }
+            kept.add(score)
+            least = kept.peek()
+        }
+        return least
+    }
+
+    /** Numbers that order as floats do, the largest first; 0 and -0 are equal. */
+    private fun descending(score: Float): Int {
+        val bits = (score + 0f).toRawBits()
+        return if (bits < 0) bits and Int.MAX_VALUE else bits.inv()
     }
 
     private fun softmax(scores: DoubleArray): DoubleArray {

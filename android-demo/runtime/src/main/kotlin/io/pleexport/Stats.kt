@@ -25,6 +25,9 @@ enum class FinishReason(val label: String) {
  *
  * @property finishReason null while it runs.
  * @property promptTokens tokens that were prefilled; those of an earlier turn are not read again.
+ * @property decodeCalls calls of the graph after the prompt; fewer than tokens where drafts come true.
+ * @property draftedTokens guesses that were read ahead.
+ * @property acceptedTokens guesses that came true.
  * @property firstTokenSeconds from the call to the first token.
  * @property rows rows looked up.
  */
@@ -36,6 +39,15 @@ class Stats {
         internal set
 
     var generatedTokens = 0
+        internal set
+
+    var decodeCalls = 0
+        internal set
+
+    var draftedTokens = 0
+        internal set
+
+    var acceptedTokens = 0
         internal set
 
     var prefillSeconds = 0.0
@@ -57,6 +69,14 @@ class Stats {
     /** Tokens per second after the first. */
     val decodeTokensPerSecond: Double
         get() = if (decodeSeconds > 0) (generatedTokens - 1) / decodeSeconds else 0.0
+
+    /** Tokens after the first for each call that gave some. */
+    val tokensPerCall: Double
+        get() = if (decodeCalls > 0) (generatedTokens - 1.0) / decodeCalls else 0.0
+
+    /** The share of guesses that came true. */
+    val acceptance: Double
+        get() = if (draftedTokens > 0) acceptedTokens.toDouble() / draftedTokens else 0.0
 }
 
 /** Resident memory of this process in bytes: its own, and pages of files, which can be dropped. */

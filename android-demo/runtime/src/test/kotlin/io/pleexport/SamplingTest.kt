@@ -19,7 +19,7 @@ class SamplingTest {
         for (case in Cases.list("sampling.json")) {
             val config = config(case)
             val (ids, probabilities) = Sampling.of(config).distribution(floats(case["scores"]))
-            assertEquals(ids(case, "ids").toList(), ids, "$config")
+            assertArrayEquals(ids(case, "ids"), ids, "$config")
             val expected = case.getAsJsonArray("probabilities").map { it.asDouble }.toDoubleArray()
             assertArrayEquals(expected, probabilities, 1e-12, "$config")
         }
@@ -60,6 +60,33 @@ class SamplingTest {
         repeat(4000) { counts[Sampling(temperature = 1.0).choose(scores, random)]++ }
         assertEquals(3000.0, counts[1].toDouble(), 100.0)
         assertEquals(0, counts[2])
+    }
+
+    @Test
+    fun `tokens that change places in the order are chosen all the same`() {
+        val scores = FloatArray(200) { (it * 37 % 200) / 100f }
+        val near = FloatArray(200) { scores[it] + if (it % 2 == 0) 6e-3f else -6e-3f }
+        val sampling = Sampling(temperature = 1.0)
+        assertTrue(!sampling.distribution(scores).first.contentEquals(sampling.distribution(near).first))
+        val same =
+            (0L until 300).count { seed ->
+                sampling.choose(scores, Random(seed)) == sampling.choose(near, Random(seed))
+            }
+        assertTrue(same > 290, "$same of 300")
+    }
+
+    @Test
+    fun `the likeliest are those of a full sort`() {
+        val random = Random(3)
+        val scores = FloatArray(5000) { Math.round(random.nextGaussian() * 40) / 16f }
+        scores[7] = Float.NEGATIVE_INFINITY
+        scores[8] = -0f
+        val sorted = scores.indices.filter { it != 7 }.sortedByDescending { scores[it] + 0f }
+        for (count in listOf(0, 1, 2, 64, 4000)) {
+            val least = if (count == 0) -1e9f else scores[sorted[count - 1]]
+            val (ids, _) = Sampling(temperature = 1.0, topK = count).distribution(scores)
+            assertEquals(sorted.filter { scores[it] >= least }, ids.toList())
+        }
     }
 
     @Test

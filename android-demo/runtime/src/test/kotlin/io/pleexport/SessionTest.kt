@@ -1,6 +1,9 @@
 package io.pleexport
 
 import java.io.File
+import java.io.RandomAccessFile
+import java.nio.file.Path
+import java.util.Collections
 import java.util.Random
 import java.util.concurrent.CountDownLatch
 import java.util.concurrent.TimeUnit
@@ -16,6 +19,7 @@ import org.junit.jupiter.api.Assertions.assertEquals
 import org.junit.jupiter.api.Assertions.assertNull
 import org.junit.jupiter.api.Assertions.assertTrue
 import org.junit.jupiter.api.Test
+import org.junit.jupiter.api.io.TempDir
 import org.junit.jupiter.params.ParameterizedTest
 import org.junit.jupiter.params.provider.ValueSource
 
@@ -23,6 +27,8 @@ import org.junit.jupiter.params.provider.ValueSource
 private const val TOLERANCE = 1e-4f
 
 class SessionTest {
+    @TempDir lateinit var folder: Path
+
     private val random = Random(5)
 
     private fun bundle(name: String) = Bundle(File("../../conformance/$name"))
@@ -228,14 +234,100 @@ class SessionTest {
     }
 
     @Test
-    fun `opening and closing many times takes no memory`() {
+    fun `runners on one bundle write the same texts at the same time`() {
+        val bundle = bundle("gemma4-int4")
+        val ids = Runner(bundle, threads = 1).use { text(it, 40) }
+        val options =
+            GenerationOptions(GenerationConfig(maxNewTokens = 30), greedy = true, ignoreEos = true)
+        fun written() =
+            Runner(bundle, threads = 1).use { runBlocking { it.generate(ids, options).toList() } }
+        val expected = written()
+        val found = Collections.synchronizedList(ArrayList<List<Token>>())
+        List(4) { thread { repeat(2) { found += written() } } }.forEach { it.join() }
+        assertEquals(List(8) { expected }, found)
+    }
+
+    @Test
+    fun `a row that is damaged while it is mapped is told, and others still work`() {
+        val copy = folder.resolve("copy").toFile()
+        File("../../conformance/gemma4-int4").copyRecursively(copy)
+        Runner(copy, threads = 1).use { runner ->
+            val expected = runner.logits(intArrayOf(5, 6))
+            val rows = SafetensorsFile(File(copy, BLOB)).entry("rows")
+            val stride = rows.bytes / runner.numRows
+            RandomAccessFile(File(copy, BLOB), "rw").use { file ->
+                file.seek(rows.offset + 7 * stride + 3)
+                val byte = file.read()
+                file.seek(rows.offset + 7 * stride + 3)
+                file.write(byte xor 16)
+            }
+            assertEquals(
+                "`${File(copy, BLOB)}` is damaged: the row of token id 7 does not match its " +
+                    "checksum (B-16)",
+                refusal<CheckFailed> { runner.logits(intArrayOf(5, 7)) },
+            )
+            assertArrayEquals(expected, runner.logits(intArrayOf(5, 6)))
+            // Another opens: only rows that are read are compared.
+            Runner(copy, threads = 1).use {
+                assertArrayEquals(expected, it.logits(intArrayOf(5, 6)))
+            }
+        }
+    }
+
+    @Test
+    fun `a file of rows that is cut while it is mapped is told`() {
+        val copy = folder.resolve("copy").toFile()
+        File("../../conformance/gemma4-int4").copyRecursively(copy)
+        Runner(copy, threads = 1).use { runner ->
+            RandomAccessFile(File(copy, BLOB), "rw").use { it.setLength(4096) }
+            for (count in listOf(1, 100)) {
+                assertEquals(
+                    "`${File(copy, BLOB)}` is damaged: a file of rows has become shorter while " +
+                        "it was open",
+                    refusal<CheckFailed> { runner.logits(IntArray(count) { 200 + it % 50 }) },
+                )
+            }
+        }
+    }
+
+    /** What opening takes of the system: memory of any kind, files and threads. */
+    private class Taken(val bytes: Long, val files: Int, val threads: Int, val maps: Int)
+
+    private fun taken(): Taken {
+        repeat(2) {
+            System.gc() // maps end when garbage is collected, by a thread of its own
+            Thread.sleep(100)
+        }
+        fun count(what: String) = File("/proc/self/$what").list()!!.size
+        val maps = File("/proc/self/maps").readLines()
+        return Taken(
+            residentMemory()!!.anonymous,
+            count("fd"),
+            count("task"),
+            maps.count { "pleexport" in it || BLOB in it || "model.onnx" in it },
+        )
+    }
+
+    @Test
+    fun `opening and closing many times takes no memory, files or threads`() {
         fun cycle() = open("lckv-fp16").use { it.logits(text(it, 20)) }
         repeat(10) { cycle() }
-        System.gc()
-        val before = residentMemory()!!.anonymous
-        repeat(System.getProperty("pleexport.cycles").toInt()) { cycle() }
-        System.gc()
-        val grown = residentMemory()!!.anonymous - before
+        val before = taken()
+        val cycles = System.getProperty("pleexport.cycles").toInt()
+        repeat(cycles) { cycle() }
+        val after = taken()
+        // The heap does not grow: what did would be ONNX Runtime's, or maps.
+        val grown = after.bytes - before.bytes
         assertTrue(grown < 16L shl 20, "$grown bytes")
+        assertTrue(after.files <= before.files + 2, "${before.files} to ${after.files} files")
+        assertTrue(after.threads <= before.threads + 2, "${before.threads} to ${after.threads}")
+        // A cycle has several, and those of the last one may still be there.
+        assertTrue(after.maps < before.maps + cycles, "${before.maps} to ${after.maps} maps")
+        // The control: what stays open counts.
+        val kept = List(20) { open("lckv-fp16").also { it.logits(text(it, 20)) } }
+        val open = taken()
+        assertTrue(open.bytes > after.bytes + (1L shl 20), "${open.bytes - after.bytes} bytes")
+        assertTrue(open.maps >= after.maps + kept.size, "${open.maps} maps")
+        kept.forEach(Runner::close)
     }
 }
