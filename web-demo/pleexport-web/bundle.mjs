@@ -1,5 +1,5 @@
 // Makes of dist what a page loads: dist/browser, with all that it needs.
-import { copyFileSync } from "node:fs";
+import { copyFileSync, rmSync } from "node:fs";
 import { createRequire } from "node:module";
 import { build } from "esbuild";
 
@@ -25,6 +25,7 @@ const common = {
   external: ["node:*", "module", "worker_threads", "fs", "path"],
   logLevel: "warning",
 };
+rmSync("dist/browser", { recursive: true, force: true }); // what an older build left
 await build({ ...common, entryPoints: ["dist/ort-module.js", "dist/client.js"] });
 // What WebGPU needs is a file of its own, which is loaded where it is needed.
 await build({ ...common, entryPoints: ["dist/worker.js"], splitting: true, chunkNames: "[name]" });
