@@ -100,6 +100,12 @@ def exact_bundle(
     )
 
 
+def gpu_bundle_of(checkpoint: Path, out: Path) -> pleexport.Bundle:
+    """The same with a graph for a GPU."""
+    exact = {"table_dtype": "source", "weight_dtype": "fp32", "verify": False}
+    return pleexport.build(checkpoint, out, target="web-gpu", **exact)
+
+
 def original_of(folder: Path) -> Oracle:
     """The PyTorch original of a checkpoint."""
     checkpoint = Checkpoint(folder)
@@ -110,6 +116,12 @@ def original_of(folder: Path) -> Oracle:
 def gemma4_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact bundle of `gemma4_checkpoint`; read only."""
     return exact_bundle(gemma4_checkpoint, tmp_path_factory.mktemp("bundles") / "gemma4").path
+
+
+@pytest.fixture(scope="session")
+def gpu_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact bundle of `gemma4_checkpoint` with a graph for a GPU; read only."""
+    return gpu_bundle_of(gemma4_checkpoint, tmp_path_factory.mktemp("bundles") / "gpu").path
 
 
 # Bytes of a file of weights in `many_files_bundle`.
