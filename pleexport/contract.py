@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
@@ -18,6 +18,8 @@ POSITION_IDS = "position_ids"
 LOGITS_OUTPUT = "logits"
 
 Array = TypeVar("Array", bound=Any)
+# What a graph is written for. Any processor computes it, if slowly where it is not its own.
+Processor = Literal["cpu", "gpu"]
 
 
 class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,13 +35,15 @@ class LookupInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.shape[1] == ALL_TOKENS
 
 
-class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """A tensor of a cache: graph input and output of one shape, meant to share a buffer.
 
     Attributes:
         shape: the one that is a name counts slots.
         block: the capacity is a multiple of it.
-        window: positions that a token sees, its own included; None for all.
+        window: positions that a token sees, its own included, of a ring; None where it has slots
+            for all.
+        shared_outputs: further outputs that are meant to share the buffer, in the graph's order.
     """
 
     input: str
@@ -49,6 +53,12 @@ class CacheInput(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: CacheDtype
     block: Annotated[int, msgspec.Meta(ge=1)]
     window: int | None
+    shared_outputs: list[str] = []
+
+    @property
+    def outputs(self) -> list[str]:
+        """All outputs of the buffer."""
+        return [self.output, *self.shared_outputs]
 
     @property
     def slot_axis(self) -> int:
@@ -71,6 +81,7 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
         id: names the meaning of every input and output.
         tokens_per_call: most tokens of one call; None for any number.
         bounds: by dynamic dimension, the largest size; of those that are limited.
+        processor: what its operators are chosen for.
     """
 
     id: str
@@ -81,6 +92,7 @@ class GraphContract(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omi
     vocab_size: int
     num_layers: int
     bounds: dict[str, int] = {}
+    processor: Processor = "cpu"
 
     @property
     def held(self) -> list[CacheInput | StateInput]:

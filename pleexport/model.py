@@ -20,6 +20,7 @@ from pleexport.errors import FamilyError, UnsupportedError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pleexport.contract import Processor
     from pleexport.families.layers import Parameters
 
 Precision = Literal["quantizable", "sensitive", "head", "full"]
@@ -201,12 +202,14 @@ class CacheBuffer:
     Attributes:
         input, output: names in the graph.
         dtype: of its values, never "none".
+        shared_outputs: names of what the layers that share it give, where they write it once more.
     """
 
     input: str
     output: str
     width: int
     dtype: CacheDtype
+    shared_outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,7 @@ class Cache:
 
     Attributes:
         dtype: of its tensors, "none" left out.
+        shared_by: further layers that attend to it.
     """
 
     layer: int
@@ -227,6 +231,7 @@ class Cache:
     window: int | None
     value_dim: int | None = None
     dtype: CacheDtype = "fp32"
+    shared_by: tuple[int, ...] = ()
 
     @property
     def block(self) -> int:
@@ -244,7 +249,11 @@ class Cache:
             parts += [("key_scale", 1, "fp32"), ("value_scale", 1, "fp32")]
         return tuple(
             CacheBuffer(
-                f"past_key_values.{self.layer}.{name}", f"present.{self.layer}.{name}", width, kind
+                f"past_key_values.{self.layer}.{name}",
+                f"present.{self.layer}.{name}",
+                width,
+                kind,
+                tuple(f"present.{layer}.{name}" for layer in self.shared_by),
             )
             for name, width, kind in parts
         )
@@ -295,6 +304,7 @@ class GraphInputs:
         position_ids: `[1, T]` int64, consecutive.
         caches: by layer, the tensors of `Cache.buffers`.
         capacities: by layer, the slots of its cache.
+        windows: by layer, that of its cache, which is a ring then; None where it has all positions.
         states: by name, what the call before handed on.
         logit_positions: `[N]` int64, which of the T positions want logits, ascending.
     """
@@ -303,6 +313,7 @@ class GraphInputs:
     position_ids: Tensor
     caches: Mapping[int, tuple[Tensor, ...]]
     capacities: Mapping[int, int]
+    windows: Mapping[int, int | None]
     states: Mapping[str, Tensor]
     logit_positions: Tensor
 
@@ -412,7 +423,9 @@ class Model:
         ignored_prefixes: what names of tensors begin with that belong to parts that are left out
             (towers), with what the parts are called.
         eos_token_ids: ids that end a text, as far as the config says.
+        strict_attention: in some layer a token does not see its own position.
         without_cache: the same model, which reads rows again in place of keeping keys and values.
+        processor: what its graph is to be written for; see `on`.
         leaves_rounding_out: the original rounds activations, and the dense graph does not.
         published: shapes of published models, with the figures that their makers state.
         counts_only_tables_out: the makers' "effective" count is all but the tables; otherwise it is
@@ -439,7 +452,9 @@ class Model:
     text_prefixes: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: {"": ()})
     ignored_prefixes: Mapping[str, str] = field(default_factory=dict)
     eos_token_ids: tuple[int, ...] = ()
+    strict_attention: bool = False
     without_cache: Model | None = None
+    processor: Processor = "cpu"
     leaves_rounding_out: bool = False
     published: tuple[Published, ...] = ()
     counts_only_tables_out: bool = False
@@ -472,6 +487,18 @@ class Model:
                 hint="choose fp32, fp16 or int8",
             )
         return self.without_cache
+
+    def on(self, processor: Processor) -> Model:
+        """The model with the caches and calls that a graph for a processor has.
+
+        Attention of a GPU knows no rings, so that windows too have slots for all positions. And it
+        runs no loops, so that a recurrence takes one token a call.
+        """
+        if processor == "cpu":
+            return self
+        caches = tuple(replace(cache, window=None) for cache in self.caches)
+        at_once = 1 if self.states else self.tokens_per_call
+        return replace(self, processor=processor, caches=caches, tokens_per_call=at_once)
 
     def without_activation_rounding(self) -> Model:
         """The model that leaves inputs and outputs of matrices as they are."""

@@ -11,6 +11,7 @@ from typing import Annotated, Literal, cast, get_args, get_origin
 
 import msgspec
 
+from pleexport.contract import Processor
 from pleexport.dtypes import CacheDtype, TableDtype, WeightDtype
 from pleexport.errors import TargetError
 from pleexport.runtime.blob_layout import MINIMUM_PAGE_SIZE
@@ -85,6 +86,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
         name: the file's name without `.toml`, unless the file gives another.
         description: one line.
         backend: what bundles are written for unless the build says otherwise.
+        processor: what computes there; a graph for a GPU has other operators.
         page_size: bytes, a power of two; the blob's rows begin at a multiple of it.
         table_dtype: how tables are stored unless the build says otherwise.
         weight_dtype: how dense weights are stored, likewise.
@@ -105,6 +107,7 @@ class Target(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     name: Name
     description: Text
     backend: Backend
+    processor: Processor = "cpu"
     page_size: Annotated[int, msgspec.Meta(ge=MINIMUM_PAGE_SIZE, le=1 << 20)]
     table_dtype: TableDtype
     weight_dtype: WeightDtype

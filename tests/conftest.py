@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from checkpoints import gemma3n, gemma4
@@ -17,10 +18,11 @@ from numpy.typing import NDArray
 
 import pleexport
 from pleexport import families
-from pleexport.backends.onnx import files, storage
+from pleexport.backends.onnx import files, lower, storage
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.parity.oracle import Oracle, open_oracle
+from pleexport.program import Program
 
 # Tests run side by side, and threads that wait for each other slow small models down tenfold.
 torch.set_num_threads(1)
@@ -51,6 +53,27 @@ def one_thread_a_session() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def each_program_translated_once() -> Iterator[None]:
+    """Keep what traced programs become in ONNX: most of a small build is spent on that.
+
+    Programs that are alike to the letter, the values of their constants included, become the same.
+    """
+    translate, kept = lower.translate, {}
+
+    def once(program: Program) -> ir.Model:
+        exported = program.exported
+        values = [(name, repr(value)) for name, value in exported.constants.items()]
+        alike = repr((str(exported), values, program.arguments, program.results, program.hidden))
+        if alike not in kept:
+            kept[alike] = translate(program)
+        return kept[alike].clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lower, "translate", once)
+        yield
+
+
 @pytest.fixture(scope="session")
 def gemma4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Gemma 4 checkpoint, bf16, without a tokenizer."""
@@ -77,6 +100,12 @@ def exact_bundle(
     )
 
 
+def gpu_bundle_of(checkpoint: Path, out: Path) -> pleexport.Bundle:
+    """The same with a graph for a GPU."""
+    exact = {"table_dtype": "source", "weight_dtype": "fp32", "verify": False}
+    return pleexport.build(checkpoint, out, target="web-gpu", **exact)
+
+
 def original_of(folder: Path) -> Oracle:
     """The PyTorch original of a checkpoint."""
     checkpoint = Checkpoint(folder)
@@ -87,6 +116,12 @@ def original_of(folder: Path) -> Oracle:
 def gemma4_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exact bundle of `gemma4_checkpoint`; read only."""
     return exact_bundle(gemma4_checkpoint, tmp_path_factory.mktemp("bundles") / "gemma4").path
+
+
+@pytest.fixture(scope="session")
+def gpu_bundle(gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exact bundle of `gemma4_checkpoint` with a graph for a GPU; read only."""
+    return gpu_bundle_of(gemma4_checkpoint, tmp_path_factory.mktemp("bundles") / "gpu").path
 
 
 # Bytes of a file of weights in `many_files_bundle`.

@@ -121,6 +121,7 @@ def test_targets_lists_and_shows() -> None:
         "laptop",
         "raspberry-pi",
         "web",
+        "web-gpu",
     ]
     assert "16,384" in pleexport("targets", "android").stdout
 

@@ -141,6 +141,17 @@ def test_logits_are_those_of_python(bundle: Path, jar: Path, tmp_path: Path) -> 
     assert relative_error(expected, runner.logits(ids)) > tolerance
 
 
+def test_a_graph_for_a_gpu_runs_without_one(jar: Path, gpu_bundle: Path, tmp_path: Path) -> None:
+    ids = list(range(1, 80))
+    expected = pleexport.Runner(gpu_bundle, threads=1).logits(ids)
+    assert (
+        relative_error(expected, logits(jar, gpu_bundle, ids, tmp_path / "found.npy")) < TOLERANCE
+    )
+    # The control: one id is another.
+    ids[40] = 3
+    assert relative_error(expected, logits(jar, gpu_bundle, ids, tmp_path / "o.npy")) > TOLERANCE
+
+
 def test_weights_in_many_files_are_loaded_and_checked(
     jar: Path, many_files_bundle: Path, tmp_path: Path
 ) -> None:

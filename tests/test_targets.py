@@ -13,7 +13,7 @@ from pleexport.errors import TargetError
 from pleexport.export.options import resolve
 from pleexport.show.targets import describe_target
 
-NAMES = ["android", "ios", "laptop", "raspberry-pi", "web"]
+NAMES = ["android", "ios", "laptop", "raspberry-pi", "web", "web-gpu"]
 OWN = """
 description = "a test board"
 backend = "onnx"
@@ -111,7 +111,7 @@ def test_load_unknown_name_lists_known_and_nearest() -> None:
     with pytest.raises(TargetError) as raised:
         targets.load("andriod")
     assert raised.value.message == (
-        "target `andriod` is not known; known: android, ios, laptop, raspberry-pi, web "
+        "target `andriod` is not known; known: android, ios, laptop, raspberry-pi, web, web-gpu "
         "(the nearest name is `android`)"
     )
     assert raised.value.hint is not None
@@ -119,7 +119,7 @@ def test_load_unknown_name_lists_known_and_nearest() -> None:
 
 
 def test_load_name_like_nothing_has_no_nearest() -> None:
-    with pytest.raises(TargetError, match=r"web$"):
+    with pytest.raises(TargetError, match=r"web-gpu$"):
         targets.load("zzzz")
 
 

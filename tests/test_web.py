@@ -5,6 +5,7 @@ npm builds it once. Where there is no Node the tests are skipped, but not in CI.
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import hashlib
 import json
@@ -32,6 +33,7 @@ from conftest import TOLERANCE, relative_error
 from numpy.typing import NDArray
 from refusals import damaged_copies, sentence_of
 from resealed import change_manifest
+from rwkv_checkpoints import rwkv
 from unrounded import unrounded
 
 import pleexport
@@ -221,6 +223,61 @@ def test_the_demo_server_answers_as_a_page_needs_it(
     assert server.wait(10) == 0
 
 
+def test_a_graph_for_a_gpu_runs_without_one(
+    program: Path, gpu_bundle: Path, tmp_path: Path
+) -> None:
+    runner = pleexport.Runner(gpu_bundle, threads=1)
+    ids = np.random.default_rng(3).integers(0, runner.blob.num_rows, 150).tolist()
+    found = logits(program, gpu_bundle, ids, tmp_path / "logits.npy")
+    assert relative_error(runner.logits(ids), found) < TOLERANCE
+    # The control: one id is another.
+    ids[50] = (ids[50] + 1) % runner.blob.num_rows
+    assert relative_error(runner.logits(ids), found) > TOLERANCE
+
+
+# Past 512 positions caches grow; a recurrence takes a call for each token.
+ON_WEBGPU = {"gemma4": 530, "gemma3n": 70, "rwkv7a": 45}
+
+
+@pytest.mark.skipif(not CHROMIUM.exists(), reason="needs Chromium: `apt-get install chromium`")
+@pytest.mark.slow
+def test_graphs_for_a_gpu_run_on_webgpu(
+    program: Path, gemma4_checkpoint: Path, gemma3n_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In int4, against Python; SwiftShader stands in for a GPU."""
+    recurrent = rwkv(tmp_path / "model.pth", "7a")
+    checkpoints = {"gemma4": gemma4_checkpoint, "gemma3n": gemma3n_checkpoint, "rwkv7a": recurrent}
+    folder = PROJECT / "build" / "gpu"
+    shutil.rmtree(folder, ignore_errors=True)
+    for name, count in ON_WEBGPU.items():
+        bundle = pleexport.build(checkpoints[name], folder / name, target="web-gpu", verify=False)
+        runner = pleexport.Runner(bundle, threads=1)
+        ids = np.random.default_rng(4).integers(0, runner.blob.num_rows, count).tolist()
+        expected = runner.logits(ids).astype("<f4")
+        options: dict[str, Any] = {"max_new_tokens": 12, "greedy": True, "ignore_eos": True}
+        vectors = {
+            "ids": ids,
+            "logits": base64.b64encode(expected.tobytes()).decode(),
+            "prompt": ids[:9],
+            "greedy": [token.id for token in runner.generate(ids[:9], **options)],
+        }
+        (folder / f"{name}.json").write_text(json.dumps(vectors))
+    tests = program.parents[1] / "build" / "test" / "test" / "webgpu.test.js"
+    done = subprocess.run(
+        ["node", "--test", "--test-reporter=tap", tests],
+        env=os.environ
+        | {"PLEEXPORT_CHROMIUM": str(CHROMIUM), "PLEEXPORT_GPU": str(folder.relative_to(ROOT))},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    failed = [line for line in done.stdout.splitlines() if "not ok" in line or "error:" in line]
+    assert done.returncode == 0, "\n".join(failed)
+    counts = dict(re.findall(r"^# (\w+) (\d+)$", done.stdout, re.MULTILINE))
+    assert (counts["pass"], counts["skipped"]) == ("4", "0")
+
+
 def logits(program: Path, bundle: Path | str, ids: list[int], out: Path) -> NDArray[np.float32]:
     done = web(program, "logits", bundle, "--ids", ",".join(map(str, ids)), "--out", out)
     assert done.returncode == 0, done.stderr
@@ -355,7 +412,8 @@ export const files = HttpFiles;
 def test_the_package_holds_what_a_user_needs(program: Path, tmp_path: Path) -> None:
     npm("pack", "--ignore-scripts", "--pack-destination", str(tmp_path))
     (packed,) = tmp_path.glob("*.tgz")
-    assert packed.stat().st_size < 4_500_000  # nearly all of it is what a page loads of the runtime
+    # Nearly all of it is what a page loads of the runtime: of WebAssembly, or of WebGPU.
+    assert packed.stat().st_size < 12_000_000
     with tarfile.open(packed) as archive:
         archive.extractall(tmp_path, filter="data")
     package = tmp_path / "package"
@@ -364,8 +422,9 @@ def test_the_package_holds_what_a_user_needs(program: Path, tmp_path: Path) -> N
     assert described["version"] == project["version"]
     names = {path.name for path in (package / "dist").iterdir()} - {"browser"}
     runtime = {"ort-module.js", "ort-wasm-simd-threaded.wasm"}
+    webgpu = {"ort-gpu.js", *(f"ort-wasm-simd-threaded.asyncify.{end}" for end in ("js", "wasm"))}
     loaded = {path.name for path in (package / "dist" / "browser").iterdir()}
-    assert loaded == {"client.js", "worker.js"} | runtime
+    assert loaded == {"client.js", "worker.js", "chunk.js"} | runtime | webgpu
     sources = {path.stem for path in (PROJECT / "src").glob("*.ts") if ".d" not in path.name}
     assert names == {f"{name}{ending}" for name in sources for ending in (".js", ".d.ts")}
     beside = {path.name for path in package.iterdir()}

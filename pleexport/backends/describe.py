@@ -33,6 +33,7 @@ def describe(model: Model, backend: Backend, *, context: int) -> GraphContract:
                 dtype=buffer.dtype,
                 block=cache.block,
                 window=cache.window,
+                shared_outputs=list(buffer.shared_outputs) if model.processor == "gpu" else [],
             )
             for cache in model.caches
             for buffer in cache.buffers
@@ -41,6 +42,7 @@ def describe(model: Model, backend: Backend, *, context: int) -> GraphContract:
         tokens_per_call=model.tokens_per_call,
         vocab_size=model.vocab_size,
         num_layers=model.num_layers,
+        processor=model.processor,
     )
     return msgspec.structs.replace(contract, bounds=backend.bounds(contract, context=context))
 

@@ -121,7 +121,7 @@ def _build(
     overwrite = bool(options.get("overwrite"))
     check = partial(check_replaceable, destination.resolve(), overwrite=overwrite)
     check()
-    model = model.with_cache(settings.cache_dtype)
+    model = model.with_cache(settings.cache_dtype).on(settings.target.processor)
     if not settings.activation_rounding:
         model = model.without_activation_rounding()
     matched = MatchedModel(model, opened)

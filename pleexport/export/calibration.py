@@ -99,6 +99,7 @@ def _read(matched: MatchedModel, weights: Parameters, ids: NDArray[np.int64]) ->
             position_ids=torch.arange(begin, end)[None],
             caches=caches,
             capacities={layer: tensors[0].shape[2] for layer, tensors in caches.items()},
+            windows={cache.layer: cache.window for cache in model.caches},
             states=states,
             logit_positions=torch.arange(end - begin),
         )

@@ -159,6 +159,7 @@ def _read(
             position_ids=torch.arange(begin, end)[None],
             caches=caches,
             capacities={layer: tensors[0].shape[2] for layer, tensors in caches.items()},
+            windows={cache.layer: cache.window for cache in model.caches},
             states=states,
             logit_positions=torch.arange(end - begin),
         )

@@ -5,11 +5,10 @@ Shape suffixes: B = 1 sequence, T tokens, H hidden, N heads, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families.config_reader import ConfigReader
-from pleexport.model import CONTEXT_BLOCK, Cache, GraphInputs, Precision, Unused, Weight
+from pleexport.model import CONTEXT_BLOCK, GraphInputs, Precision, Unused, Weight
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,9 +80,8 @@ class AttentionContext:
     Once `narrow` was called, queries are the positions that want logits only.
     """
 
-    def __init__(self, weights: Parameters, inputs: GraphInputs, caches: Iterable[Cache]) -> None:
+    def __init__(self, weights: Parameters, inputs: GraphInputs) -> None:
         self._weights = weights
-        self._windows = {cache.layer: cache.window for cache in caches}
         self._inputs = inputs
         self._query_ids = inputs.position_ids
         self._angles: dict[str, tuple[Tensor, Tensor]] = {}
@@ -111,7 +109,7 @@ class AttentionContext:
         """Put a layer's new keys and values into its cache."""
         from pleexport.families import layers
 
-        slides = self._windows[layer] is not None
+        slides = self._inputs.windows[layer] is not None
         if slides not in self._slots:
             self._slots[slides] = layers.slots(
                 self._inputs.position_ids, capacity=self._inputs.capacities[layer]
@@ -145,7 +143,7 @@ class AttentionContext:
         if strict:
             query_ids = query_ids - 1
             window = None if window is None else window - 1
-        if self._windows[kv_layer] is None:
+        if self._inputs.windows[kv_layer] is None:
             attended: Tensor = operators.attend_context(
                 query_BQND,
                 list(cache),
@@ -168,7 +166,7 @@ class AttentionContext:
         """The position in each slot of a layer's cache."""
         from pleexport.families import layers
 
-        slides = self._windows[layer] is not None
+        slides = self._inputs.windows[layer] is not None
         if slides not in self._held:
             self._held[slides] = layers.held_positions(
                 self._inputs.position_ids, capacity=self._inputs.capacities[layer]

@@ -166,7 +166,7 @@ class _Forward:
         from pleexport.families import layers
 
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
-        context = decoder.AttentionContext(w, inputs, c.caches if self.keeps else ())
+        context = decoder.AttentionContext(w, inputs)
         query_angles = key_angles = context.angles(llama.INV_FREQ)
         positions = inputs.position_ids
         if not self.keeps:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pleexport.dtypes import rounded
@@ -143,7 +143,12 @@ def transformers_original(
 
 def caches(attentions: Sequence[Attention]) -> tuple[Cache, ...]:
     """The caches of a model's layers."""
-    return tuple(a.cache for a in attentions if a.owns_cache)
+    sharing = [a for a in attentions if not a.owns_cache]
+    return tuple(
+        replace(a.cache, shared_by=tuple(b.layer for b in sharing if b.kv_layer == a.layer))
+        for a in attentions
+        if a.owns_cache
+    )
 
 
 def kv_layers(layer_types: list[str], shared: int) -> list[int]:

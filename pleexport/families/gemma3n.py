@@ -130,7 +130,7 @@ class _Forward:
         from pleexport.families import layers
 
         config = self.config
-        context = decoder.AttentionContext(w, inputs, gemma.caches(config.attentions))
+        context = decoder.AttentionContext(w, inputs)
         per_layer_BTLP = gemma.per_layer_inputs(
             w,
             inputs.rows,

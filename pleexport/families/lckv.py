@@ -57,6 +57,7 @@ def configure(config: dict[str, Any], *, dtype: str) -> Model:
         family="lckv",
         makes_keys={one.layer for one in attended},
         caches=_caches(c, attended),
+        strict_attention=any(one.strict for one in attended),
         tokens_per_call=1 if above else None,
         forward=_Forward(c, attended),
         reference=_reference,
@@ -93,7 +94,16 @@ def _caches(c: llama.LlamaConfig, attended: tuple[Attended, ...]) -> tuple[Cache
     for one in attended:
         is_all = one.window is None or windows.get(one.layer, 0) is None
         windows[one.layer] = None if is_all else one.window
-    return tuple(Cache(i, c.kv_heads, c.head_dim, windows[i]) for i in sorted(windows))
+    return tuple(
+        Cache(
+            i,
+            c.kv_heads,
+            c.head_dim,
+            windows[i],
+            shared_by=tuple(j for j, one in enumerate(attended) if one.layer == i and j != i),
+        )
+        for i in sorted(windows)
+    )
 
 
 def _reference(tensors: Mapping[str, Tensor], config: dict[str, Any]) -> Reference:
@@ -111,7 +121,7 @@ class _Forward:
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
-        context = decoder.AttentionContext(w, inputs, _caches(c, self.attended))
+        context = decoder.AttentionContext(w, inputs)
         for i, one in enumerate(self.attended):
             layer = w.below(f"layers.{i}")
             attention = layer.below("self_attn")

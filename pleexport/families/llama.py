@@ -166,6 +166,7 @@ def build_model(
     forward: Forward,
     reference: MakeReference,
     tokens_per_call: int | None = None,
+    strict_attention: bool = False,
 ) -> Model:
     """The model of a Llama-like family; finishes the reader.
 
@@ -187,6 +188,7 @@ def build_model(
         weights=(*layer_weights(c, makes_keys=makes_keys), rotary, head),
         caches=caches,
         tokens_per_call=tokens_per_call,
+        strict_attention=strict_attention,
         forward=forward,
         unused=unused,
         text_prefixes=PREFIXES,

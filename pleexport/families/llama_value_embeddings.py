@@ -76,7 +76,7 @@ class _Forward:
 
     def __call__(self, w: Parameters, inputs: GraphInputs) -> GraphOutputs:
         c, x_BTH, hidden = self.config, inputs.rows["inputs_embeds"], []
-        context = decoder.AttentionContext(w, inputs, _caches(c))
+        context = decoder.AttentionContext(w, inputs)
         for i in range(c.layers):
             layer = w.below(f"layers.{i}")
             attention = layer.below("self_attn")

@@ -355,7 +355,7 @@ class _Forward:
         x_BTC = inputs.rows["inputs_embeds"]
         first_BTC: Tensor | None = None
         states: dict[str, Tensor] = {}
-        context = AttentionContext(w, inputs, _caches(self.variant, self.sizes))
+        context = AttentionContext(w, inputs)
         hidden = []
         for i in range(self.sizes.layers):
             block = w.below(f"blocks.{i}")

@@ -57,6 +57,7 @@ class _Dense(nn.Module):
                 position_ids=given[POSITION_IDS],
                 caches=caches,
                 capacities=capacities,
+                windows={cache.layer: cache.window for cache in self._contract.caches},
                 states={state.name: given[state.input] for state in self._model.states},
                 logit_positions=given[LOGIT_POSITIONS],
             ),

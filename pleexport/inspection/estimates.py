@@ -28,7 +28,7 @@ def estimate(
         copied: files that a bundle gets as they are.
     """
     settings = of_target(target, quantized=model.is_quantized)
-    model = model.with_cache(target.cache_dtype)
+    model = model.with_cache(target.cache_dtype).on(target.processor)
     plan = make_plan(model, settings, source=source, copied=copied)
     blob = plan.sizes[BLOB]
     return TargetEstimate(

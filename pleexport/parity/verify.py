@@ -73,13 +73,13 @@ def verify(
         progress=progress,
     )
     _check_adapters(opened, source)
-    model = model.with_cache(opened.manifest.cache_dtype)
+    graph = opened.decoder
+    model = model.with_cache(opened.manifest.cache_dtype).on(graph.contract.processor)
     if not opened.manifest.activation_rounding:
         model = model.without_activation_rounding()
     matched = mark_grids(MatchedModel(model, source))
     for note in matched.checkpoint.notes:
         progress.note(f"note: {note}")
-    graph = opened.decoder
     context = opened.manifest.context
     if describe(model, load(graph.backend), context=context) != graph.contract:
         raise CheckpointError(

@@ -17,7 +17,7 @@ def describe_target(target: Target) -> str:
     blocks = f"blocks of up to {target.block_size}"
     scales = "one scale for each output" if target.per_channel else blocks
     settings = {
-        "backend": f"{target.backend}, opset {target.opset}",
+        "backend": f"{target.backend}, opset {target.opset}, for a {target.processor.upper()}",
         "runtime": _packages(target.runtime),
         "page size": f"{target.page_size:,} bytes",
         "table dtype": target.table_dtype,

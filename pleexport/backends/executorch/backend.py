@@ -55,6 +55,11 @@ class ExecutorchBackend:
 
     def check(self, model: Model, request: WeightRequest) -> None:
         """See `Backend.check`."""
+        if model.processor == "gpu":
+            raise TargetError(
+                "this target is for a GPU, and XNNPACK computes on CPUs",
+                hint="choose another target, or build with `--backend onnx`",
+            )
         if not request.symmetric:
             raise TargetError(
                 "`--no-symmetric` asks for zero points, which XNNPACK's kernels do not have "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pleexport.backends.base import Conventions, Original, WeightStorage, check_threads
 from pleexport.checksums import Checksums, check_files, checked_beside
 from pleexport.contract import Artifact, GraphContract
-from pleexport.errors import TargetError
+from pleexport.errors import TargetError, UnsupportedError
 from pleexport.program import Program
 from pleexport.tied_layout import TIED, TiedLayout
 
@@ -37,7 +37,9 @@ class OnnxBackend:
         """What builds is of the extra `export`, and what runs comes with this package."""
 
     def check(self, model: Model, request: WeightRequest) -> None:
-        """Every model and dtype goes; zero points go with blocks."""
+        """On a CPU every model and dtype goes; zero points go with blocks."""
+        if model.processor == "gpu":
+            _check_for_gpu(model)
         if request.per_channel and not request.symmetric:
             raise TargetError(
                 "`--no-symmetric` asks for zero points, and this target has one scale for each "
@@ -91,7 +93,14 @@ class OnnxBackend:
         from pleexport.backends.onnx.weights import attach_weights, save
 
         assert isinstance(storage, OnnxStorage)
-        graph = attach_weights(translate(program), matched, storage, importance, tied=tied)
+        graph = attach_weights(
+            translate(program),
+            matched,
+            storage,
+            importance,
+            tied=tied,
+            rounds_inputs=program.contract.processor == "cpu",
+        )
         digest = save(graph, folder / GRAPH, progress=progress)
         return Artifact(
             backend=self.name,
@@ -145,6 +154,28 @@ class OnnxBackend:
         from pleexport.backends.onnx.hidden import hidden_values
 
         return hidden_values(folder, artifact.contract, vectors, count)
+
+
+def _check_for_gpu(model: Model) -> None:
+    """Refuse what `GroupQueryAttention` does not compute on WebGPU, and loops."""
+    other = "choose a target whose `processor` is `cpu`, such as `web`"
+    if any(c.dtype != "fp32" for c in model.caches) or any(t.whole_text for t in model.tables):
+        raise TargetError(
+            "a graph for a GPU keeps keys and values in fp32, and another cache dtype is asked for",
+            hint="leave `--cache-dtype` out, or choose another target",
+        )
+    if any(c.value_dim not in (None, c.head_dim) for c in model.caches):
+        raise UnsupportedError(
+            f"`{model.family}` has values that are wider than keys, and a GPU's attention takes "
+            "both in one width",
+            hint=other,
+        )
+    if model.strict_attention:
+        raise UnsupportedError(
+            f"`{model.family}` has layers in which a token does not see itself, and a GPU's "
+            "attention always does",
+            hint=other,
+        )
 
 
 BACKEND = OnnxBackend()

@@ -18,6 +18,7 @@ from onnxscript.values import Op, Opset
 
 OPSET = 24
 DOMAIN = "pleexport"
+MICROSOFT = "com.microsoft"
 _TENSORS = ["tensor(float)", "tensor(float16)", "tensor(int8)", "tensor(int64)"]
 
 

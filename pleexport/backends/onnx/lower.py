@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import common as passes
 from onnxscript.values import Opset
 
 import pleexport.operators  # noqa: F401  registers torch.ops.pleexport
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
 from pleexport.backends.onnx.expansion import OPSET, Expand
+from pleexport.backends.onnx.grouped import ATTEND_CACHE, WRITE_CACHE, GroupAttention
 from pleexport.backends.onnx.passes import (
+    AnglesOnHost,
     CountLogits,
     FixReshapes,
     KeepOutputs,
+    LeaveCasts,
     MergeReshapes,
     NameDimensions,
 )
-from pleexport.backends.onnx.recurrence import WKV7
+from pleexport.backends.onnx.recurrence import WKV7, WKV7_SINGLE
 from pleexport.backends.onnx.rotation import ROTATE
 from pleexport.program import LOGIT_POSITIONS, Program
 from pleexport.progress import quiet
 
 _onnx = Opset("", OPSET)
 _OPERATORS = (ROTATE, ATTEND_WINDOW, ATTEND_CONTEXT, WKV7)
+_OPERATORS_ON_GPU = (ROTATE, WKV7_SINGLE)
 _rotate_op, _attend_window_op, _attend_context_op, _wkv7_op = (o.op for o in _OPERATORS)
+_write_cache_op, _attend_cache_op = WRITE_CACHE.op, ATTEND_CACHE.op
 
 
 def translate(program: Program) -> ir.Model:
     """The ONNX form of a traced program, its weights still without values."""
     results = [*program.results, *program.hidden]
+    on_gpu = program.contract.processor == "gpu"
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(
@@ -45,14 +52,7 @@ def translate(program: Program) -> ir.Model:
             verbose=False,
             input_names=[argument.name for argument in program.arguments],
             output_names=results,
-            custom_translation_table={
-                torch.ops.pleexport.rotate.default: _rotate,
-                torch.ops.pleexport.write_cache.default: _write_cache,
-                torch.ops.pleexport.attend_window.default: _attend_window,
-                torch.ops.pleexport.attend_context.default: _attend_context,
-                torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
-                torch.ops.pleexport.wkv7.default: _wkv7,
-            },
+            custom_translation_table=_TRANSLATIONS | (_ON_GPU if on_gpu else {}),
         )
     assert exported is not None
     model = exported.model
@@ -61,7 +61,8 @@ def translate(program: Program) -> ir.Model:
         CountLogits(LOGIT_POSITIONS),
         KeepOutputs(program.results),
         FixReshapes(),
-        Expand(_OPERATORS),
+        *(_steps_for_gpu(program) if on_gpu else ()),
+        Expand(_OPERATORS_ON_GPU if on_gpu else _OPERATORS),
         MergeReshapes(),
         passes.IdentityEliminationPass(),
         passes.CommonSubexpressionEliminationPass(),
@@ -74,6 +75,10 @@ def translate(program: Program) -> ir.Model:
     model.producer_name = "pleexport"
     model.producer_version = None
     return model
+
+
+def _steps_for_gpu(program: Program) -> list[InPlacePass]:
+    return [GroupAttention(program.contract.caches), AnglesOnHost(), LeaveCasts()]
 
 
 def _rotate(x: Any, cos: Any, sin: Any) -> Any:
@@ -104,6 +109,24 @@ def _attend_context(
     )
 
 
+def _keep_written(cache: Any, new: Any, slots: Any) -> Any:
+    return _write_cache_op(cache, new, slots)
+
+
+def _attend_cache(
+    query: Any,
+    cache: Sequence[Any],
+    query_ids: Any,
+    held: Any,
+    block: int,
+    softcap: float = 0.0,
+    window: int = 0,
+) -> Any:
+    return _attend_cache_op(
+        query, *cache, query_ids, held, block=block, softcap=softcap, window=window
+    )
+
+
 def _linear_in_steps(x: Any, weight: Any, bias: Any, input_step: Any, output_step: Any) -> Any:
     product = _onnx.MatMul(_in_steps(x, input_step), _onnx.Transpose(weight, perm=[1, 0]))
     return _in_steps(product if bias is None else _onnx.Add(product, bias), output_step)
@@ -121,3 +144,17 @@ def _in_steps(x: Any, step: Any) -> Any:
 
 def _wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any) -> Any:
     return _wkv7_op(r, log_w, k, v, a, b, state)
+
+
+_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.pleexport.rotate.default: _rotate,
+    torch.ops.pleexport.write_cache.default: _write_cache,
+    torch.ops.pleexport.attend_window.default: _attend_window,
+    torch.ops.pleexport.attend_context.default: _attend_context,
+    torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
+    torch.ops.pleexport.wkv7.default: _wkv7,
+}
+_ON_GPU: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.pleexport.write_cache.default: _keep_written,
+    torch.ops.pleexport.attend_context.default: _attend_cache,
+}

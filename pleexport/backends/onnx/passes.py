@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
+from pleexport.backends.onnx.expansion import MICROSOFT
 from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
 from pleexport.program import Argument
 
@@ -141,6 +142,54 @@ class MergeReshapes(InPlacePass):
                 node.replace_input_with(0, before.inputs[0])
                 modified = True
                 before = before.inputs[0].producer() if before.inputs[0] else None
+        return PassResult(model, modified=modified)
+
+
+class LeaveCasts(InPlacePass):
+    """Take what has the wanted dtype as it is.
+
+    A bound that is cast to the dtype of a vector on a GPU lies there, and the operator that takes
+    it wants it in the processor's memory.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type != "CastLike" or not all(node.inputs):
+                continue
+            given, like = (ir.convenience.get_const_tensor(x) or x for x in node.inputs)
+            if given.dtype == like.dtype is not None:
+                node.outputs[0].replace_all_uses_with(node.inputs[0])
+                model.graph.remove(node, safe=True)
+                modified = True
+        return PassResult(model, modified=modified)
+
+
+class AnglesOnHost(InPlacePass):
+    """Compute angles of positions where their cosines and sines are, which is not on a GPU.
+
+    ONNX Runtime multiplies elements on WebGPU, and has no cosines of this opset there. So angles
+    would go to the GPU and come back. `FusedMatMul` it has for CPUs only, and a product of a column
+    with a row multiplies the same elements.
+    """
+
+    def call(self, model: ir.Model) -> PassResult:
+        graph, modified = model.graph, False
+        for node in list(graph):
+            takers = [user.op_type for user in node.outputs[0].consumers()]
+            if node.op_type != "Mul" or not takers or set(takers) - {"Cos", "Sin"}:
+                continue
+            positions, frequencies = node.inputs
+            tape = ir.tape.Tape()
+            shape = tape.op("Constant", [], {"value": ir.tensor(np.array([1, -1]))})
+            row = tape.op("Reshape", [frequencies, shape])
+            angles = tape.op("FusedMatMul", [positions, row], domain=MICROSOFT)
+            angles.shape, angles.type = node.outputs[0].shape, node.outputs[0].type
+            graph.insert_before(node, tape.nodes)
+            node.outputs[0].replace_all_uses_with(angles)
+            graph.remove(node, safe=True)
+            graph.opset_imports[MICROSOFT] = 1
+            modified = True
         return PassResult(model, modified=modified)
 
 

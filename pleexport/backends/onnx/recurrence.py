@@ -22,6 +22,24 @@ from pleexport.backends.onnx.expansion import Operator, sizes
 
 _CHUNK = 32
 _LEVELS = 5  # blocks of 1 to 16 tokens are merged
+# One token: its outputs y_1, and the state s_1 after it.
+_SINGLE = """
+      a_column = Reshape (a, columns)
+      v_column = Reshape (v, columns)
+      r_column = Reshape (r, columns)
+      b_row = Reshape (b, rows)
+      k_row = Reshape (k, rows)
+      log_w_row = Reshape (log_w, rows)
+      w_row = Exp (log_w_row)
+      u = MatMul (s_0, a_column)
+      new_columns = Concat <axis = 2> (u, v_column)
+      new_rows = Concat <axis = 1> (b_row, k_row)
+      new = MatMul (new_columns, new_rows)
+      decayed = Mul (s_0, w_row)
+      s_1 = Add (decayed, new)
+      y_column = MatMul (s_1, r_column)
+      y_1 = Reshape (y_column, of_tokens)
+"""
 
 
 def _body(node: ir.Node) -> str:
@@ -57,9 +75,7 @@ def _body(node: ir.Node) -> str:
   zero = Constant <value = int64 {{0}}> ()
   axis_0 = Constant <value = int64[1] {{0}}> ()
   axis_1 = Constant <value = int64[1] {{1}}> ()
-  rows = Constant <value = int64[3] {{{heads}, 1, {size}}}> ()
-  columns = Constant <value = int64[3] {{{heads}, {size}, 1}}> ()
-  of_tokens = Constant <value = int64[4] {{1, -1, {heads}, {size}}}> ()
+{_shapes(heads, size)}
   of_heads = Constant <value = int64[2] {{{heads}, {size}}}> ()
   most = Constant <value = int64[1] {{{_CHUNK}}}> ()
   no_pads = Constant <value = int64[5] {{0, 0, 0, 0, 0}}> ()
@@ -72,22 +88,7 @@ def _body(node: ir.Node) -> str:
   s_0 = Squeeze (state, axis_0)
   y, s_n = If (is_single) <
     then_branch = single () => (y_1, s_1) {{
-      a_column = Reshape (a, columns)
-      v_column = Reshape (v, columns)
-      r_column = Reshape (r, columns)
-      b_row = Reshape (b, rows)
-      k_row = Reshape (k, rows)
-      log_w_row = Reshape (log_w, rows)
-      w_row = Exp (log_w_row)
-      u = MatMul (s_0, a_column)
-      new_columns = Concat <axis = 2> (u, v_column)
-      new_rows = Concat <axis = 1> (b_row, k_row)
-      new = MatMul (new_columns, new_rows)
-      decayed = Mul (s_0, w_row)
-      s_1 = Add (decayed, new)
-      y_column = MatMul (s_1, r_column)
-      y_1 = Reshape (y_column, of_tokens)
-    }},
+{_SINGLE}    }},
     else_branch = chunked () => (y_t, s_t) {{
     chunk = Min (tokens_1, most)
     rest = Mod (tokens_1, chunk)
@@ -156,4 +157,24 @@ def _body(node: ir.Node) -> str:
 }}"""
 
 
+def _shapes(heads: int, size: int) -> str:
+    return f"""  rows = Constant <value = int64[3] {{{heads}, 1, {size}}}> ()
+  columns = Constant <value = int64[3] {{{heads}, {size}, 1}}> ()
+  of_tokens = Constant <value = int64[4] {{1, -1, {heads}, {size}}}> ()"""
+
+
+def _single_body(node: ir.Node) -> str:
+    """The operators for calls of one token, without a branch or a loop."""
+    _, _, heads, size = sizes(node.inputs[0])
+    return f"""(r, log_w, k, v, a, b, state) => (y_1, state_out) {{
+{_shapes(heads, size)}
+  of_heads = Constant <value = int64[3] {{{heads}, {size}, {size}}}> ()
+  of_state = Constant <value = int64[4] {{1, {heads}, {size}, {size}}}> ()
+  s_0 = Reshape (state, of_heads)
+{_SINGLE}
+  state_out = Reshape (s_1, of_state)
+}}"""
+
+
 WKV7 = Operator("Wkv7", ("y", "state_out"), {}, _body)
+WKV7_SINGLE = Operator("Wkv7", ("y", "state_out"), {}, _single_body)

@@ -114,6 +114,7 @@ def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where
     for held in contract.held:
         if inputs.get(held.input) != held.shape or held.output not in outputs:
             names.add(held.input)
+    names |= {name for c in contract.caches for name in c.shared_outputs} - set(outputs)
     names |= {n.name for n in contract.lookup_inputs if inputs.get(n.name) != n.shape}
     if outputs.get(LOGITS_OUTPUT, [None])[-1] != contract.vocab_size:
         names.add(LOGITS_OUTPUT)
@@ -148,7 +149,8 @@ class _Caches:
                 new[0, head, :held] = old[0, head]
             self._bound[i] = new
             _bind_input(io, cache.input, new)
-            _bind_output(io, cache.output, new)
+            for output in cache.outputs:
+                _bind_output(io, output, new)
 
 
 class _States:

@@ -21,6 +21,7 @@ from pleexport.backends.onnx.channels import (
     channel_scales,
     stored_codes,
 )
+from pleexport.backends.onnx.expansion import MICROSOFT
 from pleexport.backends.onnx.files import GRAPH_DATA, data_file
 from pleexport.backends.onnx.storage import OnnxStorage, data_places
 from pleexport.checkpoint.matching import MatchedModel
@@ -31,7 +32,6 @@ from pleexport.parallel import map_in_order
 from pleexport.sizes import align, groups
 from pleexport.tied_layout import TIED, TiedLayout, tied_checksums
 
-MICROSOFT = "com.microsoft"
 _BATCH_VALUES = 4 << 20
 
 
@@ -67,10 +67,12 @@ class OnnxGraph:
     Attributes:
         tensors: in the order in which they are written.
         tied: the matrix with a file of its own.
+        rounds_inputs: products with codes take inputs in 8 bits, which is fast on a CPU.
     """
 
     model: ir.Model
     tied: TiedLayout | None = None
+    rounds_inputs: bool = True
     tensors: list[StoredTensor] = field(default_factory=list)
 
     @property
@@ -87,6 +89,7 @@ def attach_weights(
     importance: Mapping[str, NDArray[np.float32]],
     *,
     tied: TiedLayout | None = None,
+    rounds_inputs: bool = True,
 ) -> OnnxGraph:
     """Replace the weights by references into data files, in their stored form.
 
@@ -96,10 +99,11 @@ def attach_weights(
     Args:
         importance: by weight, see `quantize_blocks`; none for those that were not measured.
         tied: the matrix that gets a file of its own.
+        rounds_inputs: see `OnnxGraph`.
     Raises:
         FamilyError: declared weights and the traced function contradict each other.
     """
-    result = OnnxGraph(graph_model, tied)
+    result = OnnxGraph(graph_model, tied, rounds_inputs)
     graph = graph_model.graph
     products = IntegerProducts(graph)
     for weight in matched.model.weights:
@@ -213,7 +217,7 @@ def _replace_matmul(
             "N": weight.shape[0],
             "bits": bits(dtype),
             "block_size": storage.block_size_of(weight),
-            "accuracy_level": 4,
+            "accuracy_level": 4 if result.rounds_inputs else 0,
         }
         tied = result.tied if result.tied and result.tied.weight == weight.name else None
         tensors = _quantized(matched, weight, storage, importance, tied)

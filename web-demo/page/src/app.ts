@@ -41,6 +41,8 @@ let conversation: Conversation;
 let stopping: AbortController | null = null;
 let keeping: AbortController | null = null;
 let update: (() => void) | null = null;
+/** That the bundle is made for what is not here. */
+let misfit: string | null = null;
 
 async function start(): Promise<void> {
   element("failure", HTMLElement).hidden = true;
@@ -54,11 +56,16 @@ async function start(): Promise<void> {
   element("loading", HTMLElement).hidden = false;
   runner = new WorkerRunner(worker);
   try {
-    ready(await runner.open(BUNDLE, { onProgress: showProgress }));
+    ready(await runner.open(BUNDLE, { onProgress: showProgress, onNote: showMisfit }));
   } catch (err) {
     worker.terminate();
     failed(wordsOf(err), hintOf(err), () => void start());
   }
+}
+
+function showMisfit(note: string): void {
+  misfit = sentenceOf(note);
+  showNotes([[misfit]]);
 }
 
 function failed(sentence: string, hint: string, again: (() => void) | null): void {
@@ -109,6 +116,7 @@ function ready(facts: Facts): void {
 /** Shows what is so, and what it takes. */
 function showState(facts: Facts): void {
   const notes: [string, (() => void)?][] = facts.notes.map((note) => [sentenceOf(note)]);
+  if (misfit !== null) notes.push([misfit]);
   if (facts.isOffline) notes.push(["There is no network: this is what was kept on this device."]);
   if (!crossOriginIsolated) {
     notes.push(["One thread only: the server does not send what lets a page have more (COOP and COEP)."]);
@@ -119,7 +127,7 @@ function showState(facts: Facts): void {
   const speed = runner.stats.decodeTokensPerSecond ?? 0;
   showFacts([
     ["Speed", speed > 0 ? `${speed.toFixed(speed < 10 ? 1 : 0)} tokens/s` : "–"],
-    ["Memory", bytesText(facts.heapBytes)],
+    ["Memory", facts.heapBytes === null ? `GPU, of it ${bytesText(facts.heldBytes)} caches` : bytesText(facts.heapBytes)],
     ["Rows read", countText(facts.rowsRead)],
     ["Requests", countText(facts.requests)],
     ["Loaded", bytesText(facts.bytes)],

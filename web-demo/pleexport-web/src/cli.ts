@@ -203,8 +203,9 @@ async function withRunner(
 }
 
 /** What is said of a bundle whose weights have a form that WebAssembly is slow with; null of others. */
-function slowFormOf({ manifest, path }: Bundle): string | null {
-  if (manifest.target.startsWith("web") || manifest.weightDtype === "fp32") return null;
+function slowFormOf({ manifest, decoder, path }: Bundle): string | null {
+  const isForHere = manifest.target.startsWith("web") && decoder.contract.processor === "cpu";
+  if (isForHere || manifest.weightDtype === "fp32") return null;
   return (
     `\`${plain(path)}\` was built for the target \`${plain(manifest.target)}\`, whose form of weights is ` +
     "slow in WebAssembly; build it with `--target web` for here"

@@ -17,6 +17,7 @@ interface Waiting {
   reject(err: Error): void;
   /** Takes what comes before the end. */
   onPart?: ((part: unknown) => void) | undefined;
+  onNote?: ((sentence: string) => void) | undefined;
 }
 
 export interface OpenOptions {
@@ -24,6 +25,8 @@ export interface OpenOptions {
   readonly threads?: number;
   /** Is told how far what is needed before the first word has come, mostly many times. */
   readonly onProgress?: (progress: Progress) => void;
+  /** Is told in a sentence, before anything large is fetched, where the bundle is made for what is not here. */
+  readonly onNote?: (sentence: string) => void;
 }
 
 /** A runner in a worker of its own, so that a page stays alive while it works. */
@@ -49,10 +52,10 @@ export class WorkerRunner {
    * @param url of the bundle's folder.
    * @throws PleexportError it cannot be opened, in one sentence.
    */
-  open(url: string, { threads = 0, onProgress }: OpenOptions = {}): Promise<Facts> {
+  open(url: string, { threads = 0, onProgress, onNote }: OpenOptions = {}): Promise<Facts> {
     const count = globalThis.crossOriginIsolated === true ? threads : 1;
     const onPart = onProgress as ((part: unknown) => void) | undefined;
-    return this.ask("open", [new URL(url, location.href).href, count], onPart) as Promise<Facts>;
+    return this.ask("open", [new URL(url, location.href).href, count], { onPart, onNote }) as Promise<Facts>;
   }
 
   facts(): Promise<Facts> {
@@ -120,10 +123,11 @@ export class WorkerRunner {
     let wake = (): void => {};
     let isDone = false;
     const id = this.last + 1;
-    const done = this.ask(method, [about, options], (part) => {
+    const onPart = (part: unknown): void => {
       parts.push(part as T);
       wake();
-    }).finally(() => {
+    };
+    const done = this.ask(method, [about, options], { onPart }).finally(() => {
       isDone = true;
       wake();
     });
@@ -155,19 +159,27 @@ export class WorkerRunner {
     this.worker.terminate();
   }
 
-  private ask(method: Method, args: readonly unknown[], onPart?: (part: unknown) => void): Promise<unknown> {
+  private ask(
+    method: Method,
+    args: readonly unknown[],
+    { onPart, onNote }: Pick<Waiting, "onPart" | "onNote"> = {},
+  ): Promise<unknown> {
     const id = ++this.last;
     return new Promise((resolve, reject) => {
-      this.waiting.set(id, { resolve, reject, onPart });
+      this.waiting.set(id, { resolve, reject, onPart, onNote });
       void this.isReady.then(() => this.worker.postMessage({ id, method, args }));
     });
   }
 
-  private take({ id, part, result, error }: Answer): void {
+  private take({ id, part, note, result, error }: Answer): void {
     if (id === READY) this.ready();
     const own = this.waiting.get(id);
     if (part !== undefined) {
       own?.onPart?.(part);
+      return;
+    }
+    if (note !== undefined) {
+      own?.onNote?.(note);
       return;
     }
     this.waiting.delete(id);

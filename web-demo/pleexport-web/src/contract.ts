@@ -26,8 +26,10 @@ export interface CacheInput {
   readonly dtype: "fp32" | "fp16" | "int8";
   /** The number of slots is a multiple of it. */
   readonly block: number;
-  /** Positions that a token sees, its own included; null for all. */
+  /** Positions that a token sees, its own included, of a ring; null where it has slots for all. */
   readonly window: number | null;
+  /** Outputs that share the buffer: its own, and those of layers that write it once more. */
+  readonly outputs: readonly string[];
 }
 
 /** A float32 tensor that a call gives and the next call takes; zeros before a text. */
@@ -46,6 +48,8 @@ export interface GraphContract {
   /** Most tokens of one call; null for any number. */
   readonly tokensPerCall: number | null;
   readonly vocabSize: number;
+  /** What its operators are chosen for. */
+  readonly processor: "cpu" | "gpu";
 }
 
 /** A graph of a bundle, as its backend wrote it. */
@@ -73,9 +77,11 @@ const lookupInput = object<LookupInput>((fields) => ({
 
 const cacheInput = object<CacheInput>((fields) => {
   fields.required("layer", integer);
+  const output = fields.required("output", string);
   return {
     input: fields.required("input", string),
-    output: fields.required("output", string),
+    output,
+    outputs: [output, ...fields.orElse("shared_outputs", [], list(string))],
     shape: fields.required("shape", list(dimension)),
     dtype: fields.required("dtype", oneOf("fp32", "fp16", "int8")),
     block: fields.required("block", count),
@@ -99,6 +105,7 @@ const contract = object<GraphContract>((fields) => {
     states: fields.required("states", list(stateInput)),
     tokensPerCall: fields.required("tokens_per_call", orNull(count)),
     vocabSize: fields.required("vocab_size", count),
+    processor: fields.orElse("processor", "cpu", oneOf("cpu", "gpu")),
   };
 });
 

@@ -6,6 +6,8 @@
 import * as ort from "onnxruntime-web";
 
 import type { LocalFile } from "./files.js";
+import { OrtFailure, shapesOf, type HeldTensor, type OpenGraph, type OpenTensor, type TensorType } from "./graph.js";
+import { withWeights } from "./lazy-bytes.js";
 
 /** The version whose inside this file knows. */
 export const ORT_VERSION = "1.30.0";
@@ -37,7 +39,6 @@ interface OrtModule {
 
 /** By dtype: ONNX's number of it, and bytes of an element. */
 const TYPES = { fp32: [1, 4], int8: [3, 1], int64: [7, 8], fp16: [10, 2] } as const;
-export type HeapType = keyof typeof TYPES;
 
 const ON_CPU = 1;
 const ALIGNMENT = 64;
@@ -51,11 +52,8 @@ export const runtimeFiles = {
   binary: async (): Promise<ArrayBuffer | null> => null,
 };
 
-/** A graph is refused by ONNX Runtime, or fails while it runs; its words are the message. */
-export class OrtFailure extends Error {}
-
 /** A tensor in the heap of WebAssembly, with zeros at first. */
-export class HeapTensor {
+export class HeapTensor implements OpenTensor, HeldTensor {
   readonly bytes: number;
   readonly handle: number;
   private readonly block: number;
@@ -63,7 +61,7 @@ export class HeapTensor {
 
   constructor(
     private readonly module: OrtModule,
-    readonly type: HeapType,
+    readonly type: TensorType,
     readonly dims: readonly number[],
   ) {
     const [code, size] = TYPES[type];
@@ -71,7 +69,7 @@ export class HeapTensor {
     this.block = module._malloc(this.bytes + ALIGNMENT) >>> 0;
     if (this.block === 0) throw new OrtFailure(`no memory for ${this.bytes} bytes`);
     this.begin = Math.ceil(this.block / ALIGNMENT) * ALIGNMENT;
-    this.data.fill(0);
+    this.clear();
     const shape = module._malloc(4 * dims.length + 4);
     dims.forEach((n, i) => module.setValue(shape + 4 * i, n, "i32"));
     this.handle = module._OrtCreateTensor(code, this.begin, this.bytes, shape, dims.length, ON_CPU);
@@ -93,14 +91,27 @@ export class HeapTensor {
     return new BigInt64Array(this.module.HEAPU8.buffer, this.begin, this.bytes / 8);
   }
 
+  clear(): void {
+    this.data.fill(0);
+  }
+
+  takeSlots(smaller: HeldTensor): void {
+    const { data: from, bytes, dims } = smaller as HeapTensor;
+    const into = this.data;
+    const [heads, oldBytes, newBytes] = [dims[1]!, bytes / dims[1]!, this.bytes / dims[1]!];
+    for (let head = 0; head < heads; head++) {
+      into.set(from.subarray(head * oldBytes, (head + 1) * oldBytes), head * newBytes);
+    }
+  }
+
   free(): void {
     this.module._OrtReleaseTensor(this.handle);
     this.module._free(this.block);
   }
 }
 
-/** An open graph. */
-export class Graph {
+/** An open graph on WebAssembly. */
+export class Graph implements OpenGraph {
   private readonly names = new Map<string, number>();
   private readonly options: number;
 
@@ -124,28 +135,23 @@ export class Graph {
     weights: ReadonlyMap<string, LocalFile>,
     threads: number,
   ): Promise<Graph> {
-    const lazy = [...weights].map(([path, file]) => ({ path, data: new LazyBytes(file) as Uint8Array }));
     ort.env.logLevel = "error";
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.wasmPaths = { mjs: runtimeFiles.module(), wasm: runtimeFiles.wasm() };
     const binary = await runtimeFiles.binary();
     if (binary !== null) ort.env.wasm.wasmBinary = binary;
-    try {
+    return withWeights(weights, async (externalData) => {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["wasm"],
         logSeverityLevel: ERRORS_ONLY,
-        externalData: lazy,
+        externalData,
       });
       delete ort.env.wasm.wasmBinary;
       const { instance } = (await import(runtimeFiles.module())) as { instance: OrtModule };
       return new Graph(session, instance);
-    } catch (err) {
-      for (const { data } of lazy) if ((data as LazyBytes).failure !== null) throw (data as LazyBytes).failure;
-      throw new OrtFailure(err instanceof Error ? err.message : String(err), { cause: err });
-    }
+    });
   }
 
-  /** By name, the shape of each input: numbers, and names where the size changes. */
   get inputs(): ReadonlyMap<string, readonly (number | string)[]> {
     return shapesOf(this.session.inputMetadata);
   }
@@ -158,24 +164,26 @@ export class Graph {
     return this.module.HEAPU8.length;
   }
 
-  tensor(type: HeapType, dims: readonly number[]): HeapTensor {
+  tensor(type: TensorType, dims: readonly number[]): HeapTensor {
     return new HeapTensor(this.module, type, dims);
   }
 
-  /**
-   * Runs the graph; outputs are written into the tensors given.
-   *
-   * @throws OrtFailure
-   */
-  async run(inputs: ReadonlyMap<string, HeapTensor>, outputs: ReadonlyMap<string, HeapTensor>): Promise<void> {
+  heldTensor(type: TensorType, dims: readonly number[]): HeapTensor {
+    return this.tensor(type, dims);
+  }
+
+  async run(
+    inputs: ReadonlyMap<string, OpenTensor | HeldTensor>,
+    outputs: ReadonlyMap<string, OpenTensor | HeldTensor>,
+  ): Promise<void> {
     const { module } = this;
     const session = (this.session as unknown as { handler: { sessionId: number } }).handler.sessionId;
     const count = inputs.size + outputs.size;
     const names = module._malloc(8 * count);
     const handles = names + 4 * count;
-    [...inputs, ...outputs].forEach(([name, { handle }], i) => {
+    [...inputs, ...outputs].forEach(([name, tensor], i) => {
       module.setValue(names + 4 * i, this.nameOf(name), "*");
-      module.setValue(handles + 4 * i, handle, "*");
+      module.setValue(handles + 4 * i, (tensor as HeapTensor).handle, "*");
     });
     const [outputNames, outputHandles] = [names + 4 * inputs.size, handles + 4 * inputs.size];
     try {
@@ -211,34 +219,4 @@ export class Graph {
     this.module._free(place);
     return message;
   }
-}
-
-/**
- * A file that ONNX Runtime takes for an array in memory. Of it, it asks for `byteLength`, and for
- * `subarray` once for each tensor, which it copies at once; so one buffer serves all.
- */
-class LazyBytes extends Uint8Array {
-  failure: unknown = null;
-  private buffered = new Uint8Array(0);
-
-  constructor(private readonly file: LocalFile) {
-    super(0);
-    Object.defineProperty(this, "byteLength", { value: file.size });
-  }
-
-  override subarray(begin: number, end: number): Uint8Array<ArrayBuffer> {
-    if (this.buffered.length < end - begin) this.buffered = new Uint8Array(end - begin);
-    const part = this.buffered.subarray(0, end - begin);
-    try {
-      this.file.readInto(begin, part);
-    } catch (err) {
-      this.failure = err;
-      throw err;
-    }
-    return part;
-  }
-}
-
-function shapesOf(metadata: readonly ort.InferenceSession.ValueMetadata[]): Map<string, readonly (number | string)[]> {
-  return new Map(metadata.map((value) => [value.name, value.isTensor ? value.shape : []]));
 }

@@ -28,6 +28,8 @@ export interface Answer {
   readonly id: number;
   /** Of `open`, a `Progress`; of `generate`, a `Token`; of `chat`, text; of `keepRows`, a number of rows. */
   readonly part?: unknown;
+  /** What is not as it should be, while a bundle is opened. */
+  readonly note?: string;
   readonly result?: unknown;
   readonly error?: { readonly kind: string; readonly message: string; readonly hint: string };
 }
@@ -47,8 +49,8 @@ export interface Facts {
   readonly bundleBytes: number;
   /** Of caches and states. */
   readonly heldBytes: number;
-  /** Of the memory that WebAssembly has: weights, caches and all else. */
-  readonly heapBytes: number;
+  /** Of the memory that WebAssembly has: weights, caches and all else. Null where these are on a GPU. */
+  readonly heapBytes: number | null;
   /** Rows that a text needed, from the server or what was kept. */
   readonly rowsRead: number;
   /** Rows that are kept on this device. */

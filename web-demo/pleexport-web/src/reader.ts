@@ -1,7 +1,7 @@
 import type { Blob } from "./blob.js";
 import { takesWholeText, type GraphContract, type LookupInput } from "./contract.js";
 import { BundleError, InputError, MIXED } from "./errors.js";
-import type { HeapTensor } from "./ort.js";
+import type { OpenTensor } from "./graph.js";
 import type { Session } from "./session.js";
 
 const OWN_RUNNER = "take a `Runner` for each text at a time";
@@ -119,7 +119,7 @@ export class Reader {
   }
 
   /** Puts into each graph input the vectors of the new tokens, or of all tokens so far. */
-  private async lookup(rows: readonly number[], into: ReadonlyMap<string, HeapTensor>): Promise<void> {
+  private async lookup(rows: readonly number[], into: ReadonlyMap<string, OpenTensor>): Promise<void> {
     const whole = this.contract.lookupInputs.filter(takesWholeText);
     const own = this.contract.lookupInputs.filter((lookup) => !takesWholeText(lookup));
     await this.put(rows, own, into);
@@ -129,7 +129,7 @@ export class Reader {
   private async put(
     rows: readonly number[],
     lookups: readonly LookupInput[],
-    into: ReadonlyMap<string, HeapTensor>,
+    into: ReadonlyMap<string, OpenTensor>,
   ): Promise<void> {
     await this.blob.lookup(
       rows,

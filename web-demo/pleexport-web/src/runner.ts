@@ -6,7 +6,7 @@ import { BundleError, InputError } from "./errors.js";
 import { Generation, type Request } from "./generation.js";
 import { outOfRange, overridden, type GenerationConfig } from "./generation-config.js";
 import { Reader } from "./reader.js";
-import { openSession, type Session } from "./session.js";
+import { openSession, placeOf, type Session } from "./session.js";
 import { Stats, type Token } from "./stats.js";
 import { openTokenizer, type OpenTokenizer, type Tokenizer } from "./tokenizer.js";
 
@@ -15,6 +15,8 @@ const DEFAULT_TOKENS = 256;
 export interface RunnerOptions {
   /** Of the runtime; 0 for one a core, up to 4. Those of the first runner count for all. */
   readonly threads?: number;
+  /** Is told in a sentence, before anything large is fetched, where a bundle is made for what is not here. */
+  readonly onNote?: (sentence: string) => void;
 }
 
 /**
@@ -57,7 +59,7 @@ export class Runner {
    * @throws CheckFailed files are damaged.
    * @throws InputError an impossible number of threads.
    */
-  static async open(bundle: Bundle, { threads = 0 }: RunnerOptions = {}): Promise<Runner> {
+  static async open(bundle: Bundle, { threads = 0, onNote = () => {} }: RunnerOptions = {}): Promise<Runner> {
     const { backend, contract } = bundle.decoder;
     if (backend !== "onnx") {
       throw new BundleError(
@@ -65,10 +67,11 @@ export class Runner {
         "build the bundle with `--backend onnx`",
       );
     }
+    const place = await placeOf(bundle, onNote);
     const blob = await bundle.openBlob();
     try {
       const text = await openTokenizer(bundle);
-      const session = await openSession(bundle, threads);
+      const session = await openSession(bundle, threads, place);
       try {
         const reader = new Reader(blob, session, contract, bundle.manifest.context);
         return new Runner(bundle, blob, text, session, reader);
@@ -118,8 +121,8 @@ export class Runner {
     return this.session.heldBytes;
   }
 
-  /** Bytes of the memory that WebAssembly has, which never shrinks. */
-  get heapBytes(): number {
+  /** Bytes of the memory that WebAssembly has, which never shrinks; null where the graph is on a GPU. */
+  get heapBytes(): number | null {
     return this.session.heapBytes;
   }
 

@@ -10,16 +10,41 @@ import {
 } from "./contract.js";
 import { BundleError, InputError, MIXED, wordsOf } from "./errors.js";
 import type { LocalFile } from "./files.js";
-import { Graph, HeapTensor, OrtFailure } from "./ort.js";
+import { OrtFailure, type HeldTensor, type OpenGraph, type OpenTensor } from "./graph.js";
+import { Graph } from "./ort.js";
 import { Slots } from "./slots.js";
+import { hasWebGpu } from "./webgpu.js";
 
 /** Tokens of one call: more are no faster here, and between calls a text can be stopped. */
 const PREFILL_CHUNK = 64;
+/**
+ * The same on WebGPU. Of 32 tokens and more, onnxruntime-web 1.30 computes attention by another shader,
+ * whose results are wrong where few threads run in step, as in SwiftShader.
+ */
+const PREFILL_CHUNK_ON_GPU = 31;
 const MOST_THREADS = 256;
 const DAMAGED = "`pleexport verify BUNDLE` tells whether its files are damaged";
 
 /** Puts looked-up vectors into the graph's inputs, by name. */
-export type Fill = (into: ReadonlyMap<string, HeapTensor>) => Promise<void>;
+export type Fill = (into: ReadonlyMap<string, OpenTensor>) => Promise<void>;
+
+/** Where a graph is computed. */
+export type Place = "WebAssembly" | "WebGPU";
+
+/**
+ * Where the graph of a bundle is to be computed: on WebGPU, if it is made for a GPU and there is one.
+ *
+ * @param onNote is told in a sentence where it is made for one, and there is none.
+ */
+export async function placeOf(bundle: Bundle, onNote: (sentence: string) => void): Promise<Place> {
+  if (bundle.decoder.contract.processor === "cpu") return "WebAssembly";
+  if (await hasWebGpu()) return "WebGPU";
+  onNote(
+    `\`${bundle.path}\` is made for WebGPU, which is not here: WebAssembly computes it many times slower ` +
+      "than a bundle for the target `web`",
+  );
+  return "WebAssembly";
+}
 
 /**
  * Opens the graph of a bundle.
@@ -29,7 +54,7 @@ export type Fill = (into: ReadonlyMap<string, HeapTensor>) => Promise<void>;
  * @throws BundleError the files cannot be loaded, or contradict the contract.
  * @throws CheckFailed a file does not match its checksums.
  */
-export async function openSession(bundle: Bundle, threads: number): Promise<Session> {
+export async function openSession(bundle: Bundle, threads: number, place: Place): Promise<Session> {
   if (!Number.isInteger(threads) || threads < 0 || threads > MOST_THREADS) {
     throw new InputError(
       `threads is ${threads}; it must be 0 to ${MOST_THREADS}`,
@@ -46,10 +71,14 @@ export async function openSession(bundle: Bundle, threads: number): Promise<Sess
     for (const name of weightNames) {
       weights.set(name, await bundle.openChecked(name));
     }
-    const graph = await Graph.open(model, weights, threads || defaultThreads());
+    const graph =
+      place === "WebGPU"
+        ? await openOnGpu(model, weights, contract)
+        : await Graph.open(model, weights, threads || defaultThreads());
     try {
       checkGraph(graph, contract, path);
-      return new Session(graph, contract, bundle.manifest.context);
+      const most = place === "WebGPU" ? PREFILL_CHUNK_ON_GPU : PREFILL_CHUNK;
+      return new Session(graph, contract, bundle.manifest.context, most);
     } catch (err) {
       await graph.close();
       throw err;
@@ -60,6 +89,16 @@ export async function openSession(bundle: Bundle, threads: number): Promise<Sess
   } finally {
     for (const file of weights.values()) file.close();
   }
+}
+
+async function openOnGpu(
+  model: Uint8Array,
+  weights: ReadonlyMap<string, LocalFile>,
+  { caches, states }: GraphContract,
+): Promise<OpenGraph> {
+  const { GpuGraph } = await import("./ort-gpu.js");
+  const held = [...caches.flatMap(({ outputs }) => outputs), ...states.map(({ output }) => output)];
+  return GpuGraph.open(model, weights, held);
 }
 
 /** More threads than these wait for each other more than they help. */
@@ -74,9 +113,9 @@ interface Call {
   readonly count: number;
   readonly total: number | null;
   readonly keep: number;
-  readonly vectors: ReadonlyMap<string, HeapTensor>;
-  readonly positions: HeapTensor;
-  readonly logits: HeapTensor;
+  readonly vectors: ReadonlyMap<string, OpenTensor>;
+  readonly positions: OpenTensor;
+  readonly logits: OpenTensor;
 }
 
 /** An open graph with the caches and states of one text. One call at a time. */
@@ -84,18 +123,19 @@ export class Session {
   /** Most tokens of one call. */
   readonly chunk: number;
   private readonly held: HeldTensors;
-  private readonly inputs = new Map<string, HeapTensor>();
-  private readonly outputs = new Map<string, HeapTensor>();
-  private readonly numLogits: HeapTensor;
+  private readonly inputs = new Map<string, OpenTensor | HeldTensor>();
+  private readonly outputs = new Map<string, OpenTensor | HeldTensor>();
+  private readonly numLogits: OpenTensor;
   private call: Call | null = null;
   private position = 0;
 
   constructor(
-    private readonly graph: Graph,
+    private readonly graph: OpenGraph,
     private readonly contract: GraphContract,
     context: number,
+    most: number,
   ) {
-    this.chunk = Math.min(PREFILL_CHUNK, contract.tokensPerCall ?? PREFILL_CHUNK);
+    this.chunk = Math.min(most, contract.tokensPerCall ?? most);
     this.held = new HeldTensors(graph, contract, context, this.chunk);
     this.numLogits = graph.tensor("int64", []);
   }
@@ -105,8 +145,8 @@ export class Session {
     return this.held.bytes;
   }
 
-  /** Bytes of the memory that WebAssembly has. */
-  get heapBytes(): number {
+  /** Bytes of the memory that WebAssembly has; null where the graph is on a GPU. */
+  get heapBytes(): number | null {
     return this.graph.heapBytes;
   }
 
@@ -154,7 +194,7 @@ export class Session {
     const last = this.call;
     if (last?.count === count && last.total === total && last.keep === keep) return last;
     this.freeCall();
-    const vectors = new Map<string, HeapTensor>();
+    const vectors = new Map<string, OpenTensor>();
     for (const { name, shape } of contract.lookupInputs) {
       const dims = shape.map((n) => (typeof n === "number" ? n : n === ALL_TOKENS ? total! : count));
       vectors.set(name, graph.tensor("fp32", dims));
@@ -179,20 +219,20 @@ export class Session {
 /** The tensors that a call hands to the next: caches in place, states in two sets that change roles. */
 class HeldTensors {
   private readonly slots: Slots;
-  private readonly caches: (HeapTensor | null)[];
-  private taken: HeapTensor[];
-  private given: HeapTensor[];
+  private readonly caches: (HeldTensor | null)[];
+  private taken: HeldTensor[];
+  private given: HeldTensor[];
 
   constructor(
-    private readonly graph: Graph,
+    private readonly graph: OpenGraph,
     private readonly contract: GraphContract,
     context: number,
     chunk: number,
   ) {
     this.slots = new Slots(contract.caches, context, chunk);
     this.caches = contract.caches.map(() => null);
-    this.taken = contract.states.map(({ shape }) => graph.tensor("fp32", shape));
-    this.given = contract.states.map(({ shape }) => graph.tensor("fp32", shape));
+    this.taken = contract.states.map(({ shape }) => graph.heldTensor("fp32", shape));
+    this.given = contract.states.map(({ shape }) => graph.heldTensor("fp32", shape));
   }
 
   get bytes(): number {
@@ -200,13 +240,17 @@ class HeldTensors {
   }
 
   /** Makes room for a text of `positions`, and names what the next call takes and gives. */
-  bind(positions: number, inputs: Map<string, HeapTensor>, outputs: Map<string, HeapTensor>): void {
+  bind(
+    positions: number,
+    inputs: Map<string, OpenTensor | HeldTensor>,
+    outputs: Map<string, OpenTensor | HeldTensor>,
+  ): void {
     this.slots.grow(positions)?.forEach((slots, i) => {
       const cache = this.contract.caches[i]!;
       const grown = this.grown(cache, this.caches[i]!, slots);
       this.caches[i] = grown;
       inputs.set(cache.input, grown);
-      outputs.set(cache.output, grown);
+      for (const output of cache.outputs) outputs.set(output, grown);
     });
     this.contract.states.forEach(({ input, output }, i) => {
       inputs.set(input, this.taken[i]!);
@@ -221,7 +265,7 @@ class HeldTensors {
 
   /** Begins a text. Caches mask what an old one left. */
   clear(): void {
-    for (const tensor of this.taken) tensor.data.fill(0);
+    for (const tensor of this.taken) tensor.clear();
   }
 
   free(): void {
@@ -229,16 +273,12 @@ class HeldTensors {
   }
 
   /** A cache of more slots, with what the old one holds in front. */
-  private grown(cache: CacheInput, old: HeapTensor | null, slots: number): HeapTensor {
+  private grown(cache: CacheInput, old: HeldTensor | null, slots: number): HeldTensor {
     const [one, heads, , width] = cache.shape as [number, number, string, number];
     if (old?.dims[2] === slots) return old;
-    const grown = this.graph.tensor(cache.dtype, [one, heads, slots, width]);
+    const grown = this.graph.heldTensor(cache.dtype, [one, heads, slots, width]);
     if (old !== null) {
-      const [from, into] = [old.data, grown.data];
-      const [oldBytes, newBytes] = [old.bytes / heads, grown.bytes / heads];
-      for (let head = 0; head < heads; head++) {
-        into.set(from.subarray(head * oldBytes, (head + 1) * oldBytes), head * newBytes);
-      }
+      grown.takeSlots(old);
       old.free();
     }
     return grown;
@@ -246,7 +286,7 @@ class HeldTensors {
 }
 
 /** Refuses a graph whose inputs and outputs are not those of the contract. */
-function checkGraph(graph: Graph, contract: GraphContract, path: string): void {
+function checkGraph(graph: OpenGraph, contract: GraphContract, path: string): void {
   const held = [...contract.caches, ...contract.states];
   const shapes = new Map<string, string>([
     ...contract.lookupInputs.map(({ name, shape }): [string, string] => [name, shape.join()]),
@@ -258,6 +298,7 @@ function checkGraph(graph: Graph, contract: GraphContract, path: string): void {
     ...[...expected, ...inputs.keys()].filter((name) => !expected.has(name) || !inputs.has(name)),
     ...[...shapes].filter(([name, shape]) => inputs.get(name)?.join() !== shape).map(([name]) => name),
     ...held.filter(({ output }) => !outputs.has(output)).map(({ input }) => input),
+    ...contract.caches.flatMap((cache) => cache.outputs.slice(1)).filter((name) => !outputs.has(name)),
     ...(outputs.get(LOGITS)?.at(-1) === contract.vocabSize ? [] : [LOGITS]),
   ]);
   if (names.size > 0) {

@@ -39,12 +39,14 @@ async function open(id: number, url: string, threads: number): Promise<Facts> {
   const store = await privateFiles(url);
   const files = new HttpFiles(url, store, loading);
   try {
-    const runtime = runtimeOf(loading);
-    runtime.catch(() => {}); // it is thrown where the runtime is needed
-    runtimeFiles.binary = () => runtime;
     const bundle = await Bundle.openFiles(files);
+    if (bundle.decoder.contract.processor === "cpu") {
+      const runtime = runtimeOf(loading);
+      runtime.catch(() => {}); // it is thrown where the runtime is needed
+      runtimeFiles.binary = () => runtime;
+    }
     for (const { name, size } of bundle.neededFiles) loading.need(name, size);
-    const runner = await Runner.open(bundle, { threads });
+    const runner = await Runner.open(bundle, { threads, onNote: (note) => tell({ id, note }) });
     await store.complete();
     opened = { files, store, runner, threads: threads || defaultThreads() };
   } catch (err) {

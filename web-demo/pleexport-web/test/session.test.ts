@@ -76,6 +76,34 @@ test("a text goes on from what was read, and begins anew where it is another", a
   await runner.close();
 });
 
+test("that there is no WebGPU is said before anything large is read", async () => {
+  const bundle = await openBundle(`${CONFORMANCE}/gemma4-int4`);
+  const contract = bundle.decoder.contract as { processor: string };
+  const read: string[] = [];
+  const notes: string[] = [];
+  const methods = ["openFile", "openLocal", "readWhole"] as const;
+  for (const name of methods) {
+    const own = bundle[name].bind(bundle) as (file: string) => Promise<never>;
+    bundle[name] = (file) => {
+      read.push(file);
+      return own(file);
+    };
+  }
+  const onNote = (sentence: string): void => {
+    assert.deepEqual(read, []);
+    notes.push(sentence);
+  };
+  await (await Runner.open(bundle, { threads: 1, onNote })).close();
+  assert.deepEqual(notes, [], "it is made for a CPU");
+  read.length = 0;
+  contract.processor = "gpu";
+  const runner = await Runner.open(bundle, { threads: 1, onNote });
+  assert.equal(notes.length, 1);
+  assert.match(notes[0]!, /^`.*gemma4-int4` is made for WebGPU, which is not here: WebAssembly computes it/);
+  assert.equal((await runner.logits([2, 5])).length, 2 * runner.vocabSize);
+  await runner.close();
+});
+
 test("a seed repeats a text", async () => {
   const runner = await open("gemma4-fp32");
   const ids = textOf(runner, 5);

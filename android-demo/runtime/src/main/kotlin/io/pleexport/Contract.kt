@@ -31,7 +31,9 @@ internal sealed class Held(val input: String, val output: String)
  *
  * @property shape `[1, heads, slots, width]`.
  * @property block the number of slots is a multiple of it.
- * @property window positions that a token sees, its own included; null for all.
+ * @property window positions that a token sees, its own included, of a ring; null where it has slots
+ *   for all.
+ * @property sharedOutputs further outputs that share the buffer.
  */
 internal class CacheInput(
     input: String,
@@ -40,7 +42,11 @@ internal class CacheInput(
     val dtype: String,
     val block: Int,
     val window: Int?,
+    val sharedOutputs: List<String>,
 ) : Held(input, output) {
+    val outputs: List<String>
+        get() = listOf(output) + sharedOutputs
+
     val heads: Int
         get() = shape[1].size!!.toInt()
 
@@ -111,6 +117,7 @@ private fun contract(value: Any?, path: String) =
             .also {
                 required("num_layers", ::int)
                 optional("bounds", emptyMap(), map(::int))
+                optional("processor", "cpu", oneOf("cpu", "gpu"))
             }
     }
 
@@ -132,6 +139,7 @@ private fun cacheInput(value: Any?, path: String) =
                 dtype = required("dtype", oneOf("fp32", "fp16", "int8")),
                 block = required("block", ::count),
                 window = required("window", orNull(::count)),
+                sharedOutputs = optional("shared_outputs", emptyList(), list(::string)),
             )
             .also { required("layer", ::int) }
     }

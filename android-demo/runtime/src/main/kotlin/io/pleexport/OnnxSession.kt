@@ -245,7 +245,7 @@ private class HeldTensors(
         slots.grow(positions)?.forEachIndexed { i, slots ->
             grow(i, slots)
             inputs[contract.caches[i].input] = caches[i]!!
-            outputs[contract.caches[i].output] = caches[i]!!
+            for (output in contract.caches[i].outputs) outputs[output] = caches[i]!!
         }
         contract.states.forEachIndexed { i, state ->
             inputs[state.input] = taken[i]
@@ -323,6 +323,7 @@ private fun checkGraph(session: OrtSession, contract: GraphContract, graph: File
     names += (expected - inputs.keys) + (inputs.keys - expected)
     names += shapes.filter { (name, shape) -> inputs[name] != shape }.keys
     names += held.filter { it.output !in outputs }.map { it.input }
+    names += contract.caches.flatMap { it.sharedOutputs } - outputs.keys
     if (dimensions(outputs[LOGITS]?.info as? TensorInfo).lastOrNull() != "${contract.vocabSize}") {
         names += LOGITS
     }
