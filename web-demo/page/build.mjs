@@ -31,9 +31,10 @@ const names = copied.map((path) => path.slice(Math.max(path.lastIndexOf("/"), pa
 copied.forEach((path, i) => copyFileSync(path, join(out, names[i])));
 await build({ ...options, entryPoints: [join(here, "src", "app.ts")] });
 
+// What WebGPU needs is large, and comes from the server where a bundle is for it.
 // The service worker knows what belongs together by its digests, and so is another when a file is.
 const files = Object.fromEntries(
-  [...names, "app.js"].sort().map((name) => [name, `sha256-${digest(join(out, name))}`]),
+  [...names, "app.js"].filter((name) => !name.includes(".asyncify.")).sort().map((name) => [name, `sha256-${digest(join(out, name))}`]),
 );
 await build({
   ...options,
