@@ -64,7 +64,8 @@ def each_program_translated_once() -> Iterator[None]:
     def once(program: Program) -> ir.Model:
         exported = program.exported
         values = [(name, repr(value)) for name, value in exported.constants.items()]
-        alike = repr((str(exported), values, program.arguments, program.results, program.hidden))
+        rest = (program.contract, program.arguments, program.results, program.hidden)
+        alike = repr((str(exported), values, rest))
         if alike not in kept:
             kept[alike] = translate(program)
         return kept[alike].clone()
