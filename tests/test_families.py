@@ -155,6 +155,10 @@ def test_lckv_has_no_per_layer_tables(tmp_path: Path) -> None:
     info = pleexport.inspect(lckv(tmp_path / "checkpoint"))
     assert info.counts.per_layer_embedding == 0
     assert [table.name for table in info.tables] == ["embed_tokens"]
+    # No form for a GPU; `inspect` goes on with the others.
+    assert "web" in (names := {target.target for target in info.targets})
+    assert "web-gpu" not in names
+    assert any(note.startswith("There is no bundle for `web-gpu`: `lckv`") for note in info.notes)
 
 
 def test_embformer_has_nothing_but_tables_and_a_head(tmp_path: Path) -> None:

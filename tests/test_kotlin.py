@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -35,6 +36,8 @@ BUNDLES = sorted(path for path in CONFORMANCE.iterdir() if path.is_dir())
 EXACT = ("gemma4-fp32", "rwkv8-fp32", "embformer-bf16", "llama-value-embeddings-bf16")
 PROJECT = Path(__file__).parents[1] / "android-demo" / "runtime"
 JAR = PROJECT / "target" / "pleexport-runtime.jar"
+# What runs once is not worth optimizing.
+COMPILING_ONCE = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # Of the range of the logits. Kernels of 8 and 4 bits round activations, each version of ONNX
 # Runtime in its own way; one version moves as much when it reads a prompt in other pieces.
 ROUNDED = 0.05
@@ -59,7 +62,12 @@ def jar() -> Path:
 
 def maven(*arguments: str) -> None:
     done = subprocess.run(
-        ["mvn", "-q", "-B", *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+        ["mvn", "-q", "-B", *arguments],
+        cwd=PROJECT,
+        env=os.environ | {"MAVEN_OPTS": COMPILING_ONCE},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -35,7 +35,7 @@ def test_the_wheel_finds_its_targets_and_runs_bundles(gemma4_bundle: Path, tmp_p
     assert result.returncode == 0, result.stderr
     place, names, shape = result.stdout.splitlines()
     assert Path(place).is_relative_to(installed)
-    assert names == "['android', 'ios', 'laptop', 'raspberry-pi', 'web']"
+    assert names == "['android', 'ios', 'laptop', 'raspberry-pi', 'web', 'web-gpu']"
     assert shape == "(2, 120)"
     for file in ("show/report.html", "parity/parity_text.txt"):
         assert (installed / "pleexport" / file).is_file()

@@ -15,14 +15,14 @@ from pleexport.checkpoint.foreign import recognized
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.checkpoint.trained_grid import mark_grids, notes_on_grids
 from pleexport.dtypes import torch_name
-from pleexport.errors import CheckpointError
+from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.export.generation import read_generation_config
 from pleexport.export.plan import copied_files
 from pleexport.families.opening import open_model
 from pleexport.inspection.counts import count_parameters, find_towers
 from pleexport.inspection.effective import effective_count, find_published, published_note
 from pleexport.inspection.estimates import describe_table, estimate, estimate_blobs
-from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo
+from pleexport.inspection.info import AdapterInfo, Counts, Ignored, ModelInfo, TargetEstimate
 from pleexport.inspection.text import describe_text
 from pleexport.model import Model
 from pleexport.parity.text import READ_FOR_TEXT
@@ -75,6 +75,7 @@ def inspect(
     copied = files.values()
     generation, generation_notes = _generation(checkpoint)
     counts = count_parameters(model, matched, towers, scalars)
+    estimates, target_notes = _estimates(model, source, copied)
     return ModelInfo(
         path=str(path),
         family=model.family,
@@ -95,9 +96,7 @@ def inspect(
             for a in adapters_of(checkpoint)
         ],
         effective=effective_count(model, counts),
-        targets=[
-            estimate(model, targets.load(name), source, copied=copied) for name in targets.names()
-        ],
+        targets=estimates,
         ignored=[
             Ignored(what, names)
             for what, names in checkpoint.others([*files, *READ_FOR_TEXT]).items()
@@ -110,8 +109,22 @@ def inspect(
             *_notes_on_dtypes(matched, checkpoint),
             *_notes_on_grids(matched),
             *_notes_on_counts(model, counts),
+            *_sentences(target_notes),
         ],
     )
+
+
+def _estimates(
+    model: Model, source: str, copied: Iterable[Path]
+) -> tuple[list[TargetEstimate], list[str]]:
+    """A bundle for each target, and a note on each target that has no form of the model."""
+    estimates, notes = [], []
+    for name in targets.names():
+        try:
+            estimates.append(estimate(model, targets.load(name), source, copied=copied))
+        except UnsupportedError as err:
+            notes.append(f"there is no bundle for `{name}`: {err.message}")
+    return estimates, notes
 
 
 def _generation(checkpoint: Checkpoint) -> tuple[GenerationConfig, list[str]]:
