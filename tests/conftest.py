@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,11 @@ def each_program_translated_once() -> Iterator[None]:
     """Keep what traced programs become in ONNX: most of a small build is spent on that.
 
     Programs that are alike to the letter, the values of their constants included, become the same.
+    Nodes that weights add to a copy are numbered otherwise, which is all that differs.
     """
     translate, kept = lower.translate, {}
 
+    @wraps(translate)
     def once(program: Program) -> ir.Model:
         exported = program.exported
         values = [(name, repr(value)) for name, value in exported.constants.items()]

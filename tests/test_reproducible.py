@@ -16,6 +16,7 @@ from conftest import SAMPLES
 from packaging.requirements import Requirement
 
 import pleexport
+from pleexport.backends.onnx import lower
 
 ROOT = Path(__file__).parents[1]
 # A build as a user of another country runs it in the evening, who lets nobody read the files.
@@ -26,6 +27,12 @@ from pleexport.cli import main
 sys.argv = ["pleexport", "build", "deep/er/checkpoint", "--out", "deep/result", {options}]
 main()
 """
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Translate each program anew, as builds outside of tests do."""
+    monkeypatch.setattr(lower, "translate", lower.translate.__wrapped__)
 
 
 def build_elsewhere(checkpoint: Path, folder: Path, *options: str) -> Path:
