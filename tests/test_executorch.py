@@ -122,6 +122,7 @@ def test_a_build_passes_parity_layer_by_layer(
     assert (made.path / blob).read_bytes() == (gemma3n_bundle / blob).read_bytes()
 
 
+@pytest.mark.slow
 def test_hidden_values_of_large_bundles_are_looked_at_where_logits_differ(
     broken: Path, gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,12 @@ VARIATIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", VARIATIONS)
+def each(names: Iterable[str], *, slow: Collection[str]) -> list[Any]:
+    """Those of which others vary the same are left to `make slow`."""
+    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
+
+
+@pytest.mark.parametrize("name", each(VARIATIONS, slow=("lckv below only", "lckv only windows")))
 def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)
@@ -91,7 +97,10 @@ def test_logits_agree_with_the_reference(name: str, tmp_path: Path) -> None:
     check_every_way_to_feed(exact_bundle(folder, tmp_path / "bundle"), oracle.logits)
 
 
-@pytest.mark.parametrize("name", [name for name in VARIATIONS if name.startswith("embformer")])
+EMBFORMERS = [name for name in VARIATIONS if name.startswith("embformer")]
+
+
+@pytest.mark.parametrize("name", each(EMBFORMERS, slow=EMBFORMERS[1:-1]))
 def test_embformer_without_a_cache_is_the_same(name: str, tmp_path: Path) -> None:
     make, changes = VARIATIONS[name]
     folder = make(tmp_path / "checkpoint", **changes)

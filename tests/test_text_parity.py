@@ -193,9 +193,14 @@ def test_named_templates_without_a_default_are_refused(tmp_path: Path) -> None:
     ("broken", "difference"),
     [
         ("tokenizer.json", "the text"),
-        ("pleexport.runtime.json_tokenizer.clean", "the ids"),
         ("pleexport.runtime.chat._to_json", "the conversation `tools`"),
-        ("pleexport.runtime.json_tokenizer.JsonTokenizer._is_byte", "stream as"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("pleexport.runtime.json_tokenizer.clean", "the ids"),
+                ("pleexport.runtime.json_tokenizer.JsonTokenizer._is_byte", "stream as"),
+            )
+        ),
     ],
 )
 def test_what_is_broken_is_found(
