@@ -20,6 +20,11 @@ export class Loading {
     if (!this.files.has(name)) this.set(name, size, 0, false);
   }
 
+  /** A file will not be needed after all. */
+  leaveOut(name: string): void {
+    if (this.files.delete(name)) this.tellSums();
+  }
+
   /** A file begins to arrive; its size is null where nobody says it. */
   begin(name: string, size: number | null): void {
     this.set(name, size ?? this.files.get(name)?.size ?? 0, 0, false);
@@ -38,6 +43,10 @@ export class Loading {
 
   private set(name: string, size: number, here: number, isKept: boolean): void {
     this.files.set(name, { size, here, isKept });
+    this.tellSums();
+  }
+
+  private tellSums(): void {
     const sum = (of: (file: { size: number; here: number; isKept: boolean }) => number): number =>
       [...this.files.values()].reduce((total, file) => total + of(file), 0);
     this.tell({

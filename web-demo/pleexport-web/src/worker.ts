@@ -39,8 +39,11 @@ async function open(id: number, url: string, threads: number): Promise<Facts> {
   const store = await privateFiles(url);
   const files = new HttpFiles(url, store, loading);
   try {
+    if (!isRuntimeHere) loading.need(RUNTIME, RUNTIME_BYTES); // the largest first: progress never goes back
     const bundle = await Bundle.openFiles(files);
-    if (bundle.decoder.contract.processor === "cpu") {
+    if (bundle.decoder.contract.processor === "gpu") {
+      loading.leaveOut(RUNTIME); // it has another
+    } else {
       const runtime = runtimeOf(loading);
       runtime.catch(() => {}); // it is thrown where the runtime is needed
       runtimeFiles.binary = () => runtime;
@@ -70,7 +73,6 @@ let isRuntimeHere = false;
 /** Fetches what is largest of the runtime, once, where others can be told how far it has come. */
 async function runtimeOf(loading: Loading): Promise<ArrayBuffer | null> {
   if (isRuntimeHere) return null;
-  loading.need(RUNTIME, RUNTIME_BYTES);
   const bytes = new Uint8Array(RUNTIME_BYTES);
   let at = 0;
   try {
