@@ -156,7 +156,10 @@ def test_the_page_works_in_a_browser(program: Path) -> None:
     passed_in_browser(program, "page.test.js", {"PLEEXPORT_CHROMIUM": str(CHROMIUM)})
 
 
-def passed_in_browser(program: Path, name: str, described: dict[str, str]) -> None:
+def passed_in_browser(
+    program: Path, name: str, described: dict[str, str], *, timeout: float = 900
+) -> dict[str, str]:
+    """Run a file of tests, all of which have to pass; how many passed and were skipped."""
     tests = program.parents[1] / "build" / "test" / "test" / name
     done = subprocess.run(
         ["node", "--test", "--test-reporter=tap", tests],
@@ -164,11 +167,13 @@ def passed_in_browser(program: Path, name: str, described: dict[str, str]) -> No
         capture_output=True,
         text=True,
         check=False,
-        timeout=900,
+        timeout=timeout,
     )
     failed = [line for line in done.stdout.splitlines() if "not ok" in line or "error:" in line]
     assert done.returncode == 0, "\n".join(failed)
-    assert "# fail 0" in done.stdout
+    counts = dict(re.findall(r"^# (\w+) (\d+)$", done.stdout, re.MULTILINE))
+    assert counts["fail"] == "0"
+    return counts
 
 
 @pytest.fixture
@@ -262,19 +267,11 @@ def test_graphs_for_a_gpu_run_on_webgpu(
             "greedy": [token.id for token in runner.generate(ids[:9], **options)],
         }
         (folder / f"{name}.json").write_text(json.dumps(vectors))
-    tests = program.parents[1] / "build" / "test" / "test" / "webgpu.test.js"
-    done = subprocess.run(
-        ["node", "--test", "--test-reporter=tap", tests],
-        env=os.environ
-        | {"PLEEXPORT_CHROMIUM": str(CHROMIUM), "PLEEXPORT_GPU": str(folder.relative_to(ROOT))},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=1800,
-    )
-    failed = [line for line in done.stdout.splitlines() if "not ok" in line or "error:" in line]
-    assert done.returncode == 0, "\n".join(failed)
-    counts = dict(re.findall(r"^# (\w+) (\d+)$", done.stdout, re.MULTILINE))
+    described = {
+        "PLEEXPORT_CHROMIUM": str(CHROMIUM),
+        "PLEEXPORT_GPU": str(folder.relative_to(ROOT)),
+    }
+    counts = passed_in_browser(program, "webgpu.test.js", described, timeout=1800)
     assert (counts["pass"], counts["skipped"]) == ("4", "0")
 
 

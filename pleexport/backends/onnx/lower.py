@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes import InPlacePass
 from onnx_ir.passes import common as passes
-from onnxscript.values import Opset
+from onnxscript.values import Op, Opset
 
 import pleexport.operators  # noqa: F401  registers torch.ops.pleexport
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
@@ -95,36 +95,25 @@ def _attend_window(query: Any, keys: Any, values: Any, bias: Any) -> Any:
     return _attend_window_op(query, keys, values, bias)
 
 
-def _attend_context(
-    query: Any,
-    cache: Sequence[Any],
-    query_ids: Any,
-    held: Any,
-    block: int,
-    softcap: float = 0.0,
-    window: int = 0,
-) -> Any:
-    return _attend_context_op(
-        query, *cache, query_ids, held, block=block, softcap=softcap, window=window
-    )
+def _attend(operator: Op) -> Callable[..., Any]:
+    """What takes keys and values one by one, from what takes them together."""
+
+    def attend(
+        query: Any,
+        cache: Sequence[Any],
+        query_ids: Any,
+        held: Any,
+        block: int,
+        softcap: float = 0.0,
+        window: int = 0,
+    ) -> Any:
+        return operator(query, *cache, query_ids, held, block=block, softcap=softcap, window=window)
+
+    return attend
 
 
 def _keep_written(cache: Any, new: Any, slots: Any) -> Any:
     return _write_cache_op(cache, new, slots)
-
-
-def _attend_cache(
-    query: Any,
-    cache: Sequence[Any],
-    query_ids: Any,
-    held: Any,
-    block: int,
-    softcap: float = 0.0,
-    window: int = 0,
-) -> Any:
-    return _attend_cache_op(
-        query, *cache, query_ids, held, block=block, softcap=softcap, window=window
-    )
 
 
 def _linear_in_steps(x: Any, weight: Any, bias: Any, input_step: Any, output_step: Any) -> Any:
@@ -150,11 +139,11 @@ _TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.pleexport.rotate.default: _rotate,
     torch.ops.pleexport.write_cache.default: _write_cache,
     torch.ops.pleexport.attend_window.default: _attend_window,
-    torch.ops.pleexport.attend_context.default: _attend_context,
+    torch.ops.pleexport.attend_context.default: _attend(_attend_context_op),
     torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
     torch.ops.pleexport.wkv7.default: _wkv7,
 }
 _ON_GPU: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.pleexport.write_cache.default: _keep_written,
-    torch.ops.pleexport.attend_context.default: _attend_cache,
+    torch.ops.pleexport.attend_context.default: _attend(_attend_cache_op),
 }
