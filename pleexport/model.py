@@ -7,7 +7,7 @@ that computes logits from them. Nothing here imports torch, so that `inspect` ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -29,6 +29,8 @@ Precision = Literal["quantizable", "sensitive", "head", "full"]
 CONTEXT_BLOCK = 512
 # What names of scales end with that inputs or outputs of a matrix are rounded by.
 ACTIVATION_SCALE = "_activation_scale"
+# And those that keys or values are rounded by in an int8 cache.
+_CACHE_STEP = "_cache_step"
 ACTIVATIONS = ("gelu_pytorch_tanh", "gelu", "silu", "relu")
 
 
@@ -149,6 +151,7 @@ class Weight:
         leading_ones: axes of one that the checkpoint puts before the shape.
         codes: how the checkpoint holds it, where it is quantized.
         on_grid: it was trained for 4 bits and lies close to a grid of `GRID_GROUP` values.
+        as_stored: it is not rounded to the checkpoint's dtype first; the original does not load it.
     """
 
     name: str
@@ -161,6 +164,7 @@ class Weight:
     leading_ones: int = 0
     codes: Codes | None = None
     on_grid: bool = False
+    as_stored: bool = False
 
     @property
     def source_key(self) -> str:
@@ -257,6 +261,11 @@ class Cache:
             )
             for name, width, kind in parts
         )
+
+
+def cache_steps(layer: int) -> tuple[str, str]:
+    """Names of the weights that say what an int8 cache rounds keys and values by."""
+    return f"layers.{layer}.key{_CACHE_STEP}", f"layers.{layer}.value{_CACHE_STEP}"
 
 
 @dataclass(frozen=True)
@@ -479,7 +488,11 @@ class Model:
         """
         if dtype != "none":
             caches = (replace(c, dtype=dtype) if c.window is None else c for c in self.caches)
-            return replace(self, caches=tuple(caches))
+            cached = replace(self, caches=tuple(caches))
+            if dtype == "int8":
+                return cached
+            steps = [w for w in self.weights if w.name.endswith(_CACHE_STEP)]
+            return cached._without(steps, f"keys and values are held in {dtype}")
         if self.without_cache is None:
             raise UnsupportedError(
                 f"`--cache-dtype none` is not for `{self.family}`: its keys and values "
@@ -505,13 +518,19 @@ class Model:
         if not self.rounds_activations:
             return self
         scales = [w for w in self.weights if w.name.endswith(ACTIVATION_SCALE)]
-        reason = "activations are not rounded, as the build asks"
-        left = {w.source_key: Unused(w.source_shape, reason) for w in scales}
+        left = self._without(scales, "activations are not rounded, as the build asks")
+        return replace(left, leaves_rounding_out=True)
+
+    def _without(self, weights: Sequence[Weight], reason: str) -> Model:
+        """The model that passes weights of the checkpoint over."""
+        names = {w.name for w in weights}
         return replace(
             self,
-            weights=tuple(w for w in self.weights if not w.name.endswith(ACTIVATION_SCALE)),
-            unused={**self.unused, **left},
-            leaves_rounding_out=True,
+            weights=tuple(w for w in self.weights if w.name not in names),
+            unused={
+                **self.unused,
+                **{w.source_key: Unused(w.source_shape, reason) for w in weights},
+            },
         )
 
     @property

@@ -540,7 +540,8 @@ def test_inputs_in_another_order_are_refused(w4a16: Path, tmp_path: Path) -> Non
 def test_tensors_that_nothing_is_computed_with_are_passed_over(w4a16: Path, tmp_path: Path) -> None:
     folder = changed_checkpoint(w4a16, tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")
-    extra = {"model.layers.0.self_attn.k_scale": torch.ones(1)}
+    # The cache of layer 0 is of a window, that of layer 2 of the whole context.
+    extra = {f"model.layers.{i}.self_attn.k_scale": torch.full((1,), 0.5) for i in (0, 2)}
     for name in ("weight_packed", "weight_scale", "weight_shape"):  # layer 5 shares another's
         extra[f"model.layers.5.self_attn.k_proj.{name}"] = torch.ones(2)
     save_file(tensors | extra, folder / "model.safetensors")
@@ -549,7 +550,12 @@ def test_tensors_that_nothing_is_computed_with_are_passed_over(w4a16: Path, tmp_
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["kv_cache_scheme"] = STATIC
     (folder / "config.json").write_text(json.dumps(config))
-    assert set(matched_model(folder).ignored) == extra.keys()
+    (step,) = [w for w in matched_model(folder).model.weights if w.name.endswith("_cache_step")]
+    assert matched_model(folder).values(step).tolist() == 0.5
+    assert set(matched_model(folder).ignored) == extra.keys() - {f"model.{step.source_key}"}
+    checkpoint = Checkpoint(folder)
+    without = MatchedModel(families.resolve(checkpoint).with_cache("fp32"), checkpoint)
+    assert set(without.ignored) == extra.keys()
 
 
 def plan_of(folder: Path, **options: Any) -> Any:

@@ -11,10 +11,15 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import check_every_way_to_feed
+from conftest import TOLERANCE, check_every_way_to_feed, relative_error
 from quantized_checkpoints import E2B_RULES, PLAIN, mobile_gemma4
 from safetensors.numpy import load_file, save_file
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig, GemmaQuantizationConfig
+from transformers import (
+    DynamicCache,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+    GemmaQuantizationConfig,
+)
 from transformers.integrations import gemma_quant
 
 import pleexport
@@ -373,3 +378,65 @@ def test_scales_of_activations_that_are_none_are_named(value: Any, tmp_path: Pat
     ) as caught:
         matched_model(folder)
     assert "expected one positive number, or 0 for no rounding" in caught.value.message
+
+
+class _InSteps(DynamicCache):
+    """Keys and values of one layer are rounded to steps, those of the others kept."""
+
+    def __init__(self, config: Any, layer: int, steps: tuple[float, float]) -> None:
+        super().__init__(config=config)
+        self._layer, self._steps = layer, steps
+
+    def update(self, keys: Any, values: Any, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == self._layer:
+            keys, values = (
+                gemma_quant.apply_srq(x, torch.tensor(step))
+                for x, step in zip((keys, values), self._steps, strict=True)
+            )
+        return super().update(keys, values, layer_idx, *args, **kwargs)
+
+
+def with_cache_scales(folder: Path, layer: int, steps: tuple[float, float]) -> Path:
+    mobile_gemma4(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for side, step in zip("kv", steps, strict=True):
+        name = f"model.layers.{layer}.self_attn.{side}_cache_scale"
+        tensors[name] = np.array(step, dtype=np.float32)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_an_int8_cache_takes_the_scales_of_the_checkpoint(tmp_path: Path) -> None:
+    # The largest keys are cut off.
+    layer, steps, ids = 2, (0.012, 0.05), list(range(40))
+    folder = with_cache_scales(tmp_path / "checkpoint", layer, steps)
+    original = open_oracle(matched_model(folder))._model
+    cache = _InSteps(original.config, layer, steps)
+    with torch.no_grad():
+        found = original(torch.tensor([ids]), past_key_values=cache, use_cache=True)
+    expected = found.logits[0].numpy()
+
+    bundle = pleexport.build(folder, tmp_path / "bundle", cache_dtype="int8", **EXACT)
+    assert relative_error(expected, pleexport.Runner(bundle).logits(ids)) < TOLERANCE
+    # The control: transformers by itself leaves these scales alone.
+    unrounded = open_oracle(matched_model(folder)).logits(ids)
+    assert relative_error(expected, unrounded) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("layer", "steps", "dtype", "used"),
+    [
+        (2, (0.1, 0.1), "int8", ["key", "value"]),
+        (2, (0.1, 0.0), "int8", ["key"]),
+        (2, (0.1, 0.1), "fp16", []),
+    ],
+)
+def test_scales_of_a_cache_are_used_where_one_is_in_8_bits(
+    layer: int, steps: tuple[float, float], dtype: Any, used: list[str], tmp_path: Path
+) -> None:
+    checkpoint = Checkpoint(with_cache_scales(tmp_path / "checkpoint", layer, steps))
+    matched = MatchedModel(families.resolve(checkpoint).with_cache(dtype), checkpoint)
+    found = [w for w in matched.model.weights if w.name.endswith("_cache_step")]
+    assert [w.name for w in found] == [f"layers.{layer}.{side}_cache_step" for side in used]
+    # Exactly: the dtype of the checkpoint, bf16, holds other numbers.
+    assert [matched.values(w).item() for w in found] == [np.float32(0.1)] * len(used)

@@ -23,7 +23,7 @@ from pleexport.checkpoint.quantization_fields import (
     read_bits,
 )
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.model import Codes, Table, Weight
+from pleexport.model import Codes, Table, Weight, cache_steps
 
 METHOD = "compressed-tensors"
 PACKED, AS_THEY_ARE = "pack-quantized", "int-quantized"
@@ -91,12 +91,12 @@ class CompressedTensors:
         schemes: by target, a module's name, its class, or "re:" and a regular expression; None
             where it holds numbers.
         ignored: targets that are left alone.
-        cache_scales: tensors of an attention that the model does not use.
+        caches: whether layers have scales for their keys and values.
     """
 
     schemes: Mapping[str, Scheme | None]
     ignored: tuple[str, ...]
-    cache_scales: tuple[str, ...] = ()
+    caches: bool = False
 
     # Beside a matrix that the model does not use.
     companions = (
@@ -177,6 +177,16 @@ class CompressedTensors:
             for side in (scheme.rounds if scheme else ())
         )
 
+    def cache_scales(self, layer: int) -> tuple[Weight, ...]:
+        """What an int8 cache of a layer rounds keys and values by."""
+        if not self.caches:
+            return ()
+        keys = (f"layers.{layer}.self_attn.{side}_scale" for side in "kv")
+        return tuple(
+            Weight(step, (), key=key, is_buffer=True, as_stored=True, leading_ones=1)
+            for step, key in zip(cache_steps(layer), keys, strict=True)
+        )
+
 
 def read_compressed_tensors(values: Mapping[str, Any], where: str) -> CompressedTensors:
     """The groups in a `quantization_config`.
@@ -208,10 +218,8 @@ def read_compressed_tensors(values: Mapping[str, Any], where: str) -> Compressed
         schemes |= dict.fromkeys(group["targets"], scheme)
     patterns = [t.removeprefix("re:") for t in (*schemes, *ignored) if t.startswith("re:")]
     check_patterns(patterns, where)
-    has_cache_scales = values.get("kv_cache_scheme") is not None
-    return CompressedTensors(
-        schemes, tuple(ignored), ("k_scale", "v_scale") if has_cache_scales else ()
-    )
+    caches = values.get("kv_cache_scheme") is not None
+    return CompressedTensors(schemes, tuple(ignored), caches)
 
 
 def _refuse_other_states(values: Mapping[str, Any], where: str) -> None:

@@ -17,7 +17,7 @@ from pleexport.checkpoint.quantization_fields import (
     read_bits,
 )
 from pleexport.errors import CheckpointError, UnsupportedError
-from pleexport.model import Codes, Table, Weight
+from pleexport.model import Codes, Table, Weight, cache_steps
 
 METHOD = "gemma"
 _FIELDS = {
@@ -45,7 +45,6 @@ class GemmaRules:
     rules: Mapping[str, int]
     plain: tuple[str, ...]
 
-    cache_scales = ("k_cache_scale", "v_cache_scale")
     scales_may_lack = True
     # Beside a matrix that the model does not use.
     companions = ("weight_scale", "input_activation_scale", "output_activation_scale")
@@ -98,6 +97,17 @@ class GemmaRules:
         return tuple(
             Weight(f"{stem}.{side}_activation_scale", (), is_buffer=True)
             for side in ("input", "output")
+        )
+
+    def cache_scales(self, layer: int) -> tuple[Weight, ...]:
+        """What an int8 cache of a layer rounds keys and values by, if the file has it.
+
+        Other caches do without, as transformers does.
+        """
+        keys = (f"layers.{layer}.self_attn.{side}_cache_scale" for side in "kv")
+        return tuple(
+            Weight(step, (), key=key, is_buffer=True, as_stored=True)
+            for step, key in zip(cache_steps(layer), keys, strict=True)
         )
 
 

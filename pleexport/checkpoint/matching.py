@@ -122,7 +122,8 @@ class MatchedModel:
             columns: begins at a multiple of 4.
         """
         if weight.codes is None:
-            return self.widened(self._stored(weight, rows, columns))
+            stored = self._stored(weight, rows, columns)
+            return stored.astype(np.float32) if weight.as_stored else self.widened(stored)
         width, size = weight.shape[1], weight.codes.group_size
         begin, end, _ = columns.indices(width)
         # Whole groups, where a row has several.

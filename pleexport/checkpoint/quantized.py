@@ -58,11 +58,6 @@ class Quantization(Protocol):
         ...
 
     @property
-    def cache_scales(self) -> tuple[str, ...]:
-        """Tensors of an attention that are not computed with."""
-        ...
-
-    @property
     def scales_may_lack(self) -> bool:
         """Whether activations are left alone where a file has no scale, or 0."""
         ...
@@ -77,6 +72,10 @@ class Quantization(Protocol):
 
     def activation_scales(self, module: str, weight: Weight) -> tuple[Weight, ...]:
         """What a matrix's inputs and outputs are rounded by."""
+        ...
+
+    def cache_scales(self, layer: int) -> tuple[Weight, ...]:
+        """What an int8 cache of a layer rounds keys and values by, if the file has it."""
         ...
 
 
@@ -151,7 +150,7 @@ def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint)
             found = names.entry(scale.source_key)
             if found is None and quantization.scales_may_lack:
                 continue
-            if found and quantization.scales_may_lack and not _activation_scale(checkpoint, found):
+            if found and quantization.scales_may_lack and not _scale(checkpoint, found):
                 unused[scale.source_key] = Unused((), "0 means that nothing is rounded")
             else:
                 scales.append(scale)
@@ -160,10 +159,16 @@ def mark_codes(model: Model, quantization: Quantization, checkpoint: Checkpoint)
             # A copy of what follows from the config, which compressed-tensors may add.
             key = f"{table.keys[0].removesuffix('.weight')}.embed_scale"
             unused[key] = Unused((), "the multiplier follows from config.json")
+    have_context = {cache.layer for cache in model.caches if cache.window is None}
     for layer in range(model.num_layers):
-        for name in quantization.cache_scales:
-            key = f"layers.{layer}.self_attn.{name}"
-            unused[key] = Unused((), "keys and values are held in the cache dtype of a build")
+        for scale in quantization.cache_scales(layer):
+            found = names.entry(scale.source_key)
+            if layer not in have_context:
+                unused[scale.source_key] = Unused((), "the layer has no cache of the whole context")
+            elif found and _scale(checkpoint, found):
+                scales.append(scale)
+            else:
+                unused[scale.source_key] = Unused((), "0 means that a build chooses scales")
     return replace(model, tables=tables, weights=(*weights, *scales), unused=unused)
 
 
@@ -188,14 +193,14 @@ class _Names:
         return prefix + item.source_key.removesuffix(".weight")
 
 
-def _activation_scale(checkpoint: Checkpoint, name: str) -> float:
-    """The one number of a scale that activations are rounded by; 0 for none.
+def _scale(checkpoint: Checkpoint, name: str) -> float:
+    """The one number that activations, keys or values are rounded by; 0 for none.
 
     Raises:
         CheckpointError: it is another tensor, or no scale.
     """
     array = checkpoint.array(name)
-    scale = float(array) if array.shape == () else None
+    scale = float(array.item()) if array.size == 1 else None
     if scale is None or not (scale == 0 or _SMALLEST_SCALE <= scale < np.inf):
         found = f"shape {list(array.shape)}" if scale is None else f"value {scale:g}"
         raise CheckpointError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pleexport.families.config_reader import ConfigReader
-from pleexport.model import CONTEXT_BLOCK, GraphInputs, Precision, Unused, Weight
+from pleexport.model import CONTEXT_BLOCK, GraphInputs, Precision, Unused, Weight, cache_steps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -106,7 +106,10 @@ class AttentionContext:
         return self._angles[name]
 
     def write(self, layer: int, keys_BTKD: Tensor, values_BTKD: Tensor) -> None:
-        """Put a layer's new keys and values into its cache."""
+        """Put a layer's new keys and values into its cache.
+
+        The weights may have the steps that a checkpoint was trained to round them to.
+        """
         from pleexport.families import layers
 
         slides = self._inputs.windows[layer] is not None
@@ -114,8 +117,9 @@ class AttentionContext:
             self._slots[slides] = layers.slots(
                 self._inputs.position_ids, capacity=self._inputs.capacities[layer]
             )
+        steps = [self._weights.optional(name) for name in cache_steps(layer)]
         self.caches[layer] = layers.update_cache(
-            self.caches[layer], keys_BTKD, values_BTKD, self._slots[slides]
+            self.caches[layer], keys_BTKD, values_BTKD, self._slots[slides], steps
         )
 
     def attend(

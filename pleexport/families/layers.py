@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -50,14 +50,14 @@ class Parameters(Mapping[str, Tensor]):
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         """`x @ weight.T`, plus the bias where there is one; rounded where there are scales."""
-        weight, bias = self[f"{name}.weight"], self._optional(f"{name}.bias")
-        steps = [self._optional(f"{name}.{put}_activation_scale") for put in ("input", "output")]
+        weight, bias = self[f"{name}.weight"], self.optional(f"{name}.bias")
+        steps = [self.optional(f"{name}.{put}_activation_scale") for put in ("input", "output")]
         if steps == [None, None]:
             return F.linear(x, weight, bias)
         outputs: Tensor = operators.linear_in_steps(x, weight, bias, *steps)
         return outputs
 
-    def _optional(self, name: str) -> Tensor | None:
+    def optional(self, name: str) -> Tensor | None:
         """A weight that a model may lack."""
         # `get` asks for a KeyError, which a weight that is missing is not.
         return self[name] if name in self else None  # noqa: SIM401
@@ -102,7 +102,11 @@ def rotary_angles(position_ids_BT: Tensor, inv_freq: Tensor) -> tuple[Tensor, Te
 
 
 def update_cache(
-    cache: tuple[Tensor, ...], keys_BTKD: Tensor, values_BTKD: Tensor, slots_BT: Tensor
+    cache: tuple[Tensor, ...],
+    keys_BTKD: Tensor,
+    values_BTKD: Tensor,
+    slots_BT: Tensor,
+    steps: Sequence[Tensor | None] = (None, None),
 ) -> tuple[Tensor, ...]:
     """The tensors of a cache with the keys and values of T consecutive positions written.
 
@@ -111,15 +115,26 @@ def update_cache(
     Args:
         cache: see `model.Cache.buffers`.
         slots_BT: see `slots`.
+        steps: scalars, the scale of all keys and that of all values in an int8 cache; None to
+            choose one for each vector, so that its largest number is 127.
     """
     new = [keys_BTKD, values_BTKD]
     if cache[0].dtype == torch.int8:
-        scales = [x.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127 for x in new]
-        new = [torch.round(x / scale) for x, scale in zip(new, scales, strict=True)] + scales
+        codes, scales = zip(*map(_in_8_bits, new, steps), strict=True)
+        new = [*codes, *scales]
     return tuple(
         operators.write_cache(buffer, x.to(buffer.dtype), slots_BT)
         for buffer, x in zip(cache, new, strict=True)
     )
+
+
+def _in_8_bits(x_BTKD: Tensor, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes, and the scale of each vector `[B, T, K, 1]`."""
+    if step is None:
+        scale = x_BTKD.abs().amax(-1, keepdim=True).clamp_min(1e-30) / 127
+        return torch.round(x_BTKD / scale), scale
+    codes = torch.clamp(torch.round(x_BTKD / step), -128.0, 127.0)
+    return codes, step.expand(*x_BTKD.shape[:-1], 1)
 
 
 def slots(position_ids_BT: Tensor, *, capacity: int) -> Tensor:
