@@ -21,8 +21,8 @@ from pleexport.runtime.blob import Blob
 from pleexport.staging import staged_folder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="asks /proc")
-# Pages, and what an allocator keeps when it has seen more runners.
-SLACK = 1 << 20
+# A little more than one runner holds: pages, and what an allocator keeps of one that is closed.
+SLACK = 4 << 20
 
 
 def crowd(bundle: Path, *, runners: int, processes: int, packed: Path | None) -> dict[str, Any]:
@@ -66,7 +66,8 @@ def test_many_runners_answer_as_one_and_share_the_files(
     assert closed["anonymous"] <= warm["anonymous"] + SLACK
     assert (closed["files"], closed["threads"]) == (warm["files"], warm["threads"])
     assert closed["maps"] <= warm["maps"] + 10  # the allocator's own
-    # The control: what is open is seen.
+    # The control: what is open is seen, and each of them would be.
+    assert all_open["anonymous"] > closed["anonymous"] + runners // 2 * SLACK
     assert all_open["maps"] >= closed["maps"] + runners
 
 
