@@ -418,7 +418,9 @@ class _Layer:
             share = torch.sigmoid(w["v0"] + w.linear("v2", w.linear("v1", x["v"])))
             value = value + (first_BTC - value) * share
         self.value_BTC = value
-        removed = F.normalize(self._heads(key * w["k_k"]), dim=-1, eps=L2_NORM_EPS)
+        to_remove = self._heads(key * w["k_k"])
+        length = torch.linalg.vector_norm(to_remove, dim=-1, keepdim=True)
+        removed = to_remove / length.clamp_min(L2_NORM_EPS)
         key = key * (1 + (rate - 1) * w["k_a"])
 
         log_decay = self._heads(LOG_DECAY * torch.sigmoid(decay))
@@ -426,9 +428,11 @@ class _Layer:
         read, self.after["wkv"] = operators.wkv7(
             r, log_decay, k, v, -removed, removed * self._heads(rate), self._before["wkv"]
         )
-        read = F.layer_norm(read, (self._sizes.head_size,), eps=HEAD_NORM_EPS).flatten(2)
+        read = F.layer_norm(read, (self._sizes.head_size,), eps=HEAD_NORM_EPS)
+        read = read.reshape(x_BTC.shape)
         read = read * w["ln_x.weight"] + w["ln_x.bias"]
-        read = read + ((r * k * w["r_k"]).sum(-1, keepdim=True) * v).flatten(2)
+        bonus = (r * k * w["r_k"]).sum(-1, keepdim=True) * v
+        read = read + bonus.reshape(x_BTC.shape)
         return w.linear("output", read * gate)
 
     def channel_mix(self, x_BTC: Tensor) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,6 +34,7 @@ from pleexport.backends.onnx.rotation import ROTATE
 from pleexport.program import LOGIT_POSITIONS, Program
 from pleexport.progress import quiet
 
+_Translations = dict[Callable[..., Any], Callable[..., Any]]
 _onnx = Opset("", OPSET)
 _OPERATORS = (ROTATE, ATTEND_WINDOW, ATTEND_CONTEXT, WKV7)
 _OPERATORS_ON_GPU = (ROTATE, WKV7_SINGLE)
@@ -40,20 +44,10 @@ _write_cache_op, _attend_cache_op = WRITE_CACHE.op, ATTEND_CACHE.op
 
 def translate(program: Program) -> ir.Model:
     """The ONNX form of a traced program, its weights still without values."""
-    results = [*program.results, *program.hidden]
     on_gpu = program.contract.processor == "gpu"
     with warnings.catch_warnings(), quiet("torch.onnx"):
         warnings.simplefilter("ignore")
-        exported = torch.onnx.export(
-            program.exported,
-            dynamo=True,
-            opset_version=OPSET,
-            optimize=False,
-            verbose=False,
-            input_names=[argument.name for argument in program.arguments],
-            output_names=results,
-            custom_translation_table=_TRANSLATIONS | (_ON_GPU if on_gpu else {}),
-        )
+        exported = _export(program, _TRANSLATIONS | (_ON_GPU if on_gpu else {}))
     assert exported is not None
     model = exported.model
     for step in (
@@ -75,6 +69,34 @@ def translate(program: Program) -> ir.Model:
     model.producer_name = "pleexport"
     model.producer_version = None
     return model
+
+
+def _export(program: Program, translations: _Translations) -> torch.onnx.ONNXProgram | None:
+    """What torch makes of a program.
+
+    It would first take operators apart, by tracing the program anew. That is three quarters of its
+    time, and it translates all but a few of ours as they are: for those there are translations
+    below. Where a family brings another one, the program is taken apart after all.
+    """
+    export = partial(
+        torch.onnx.export,
+        dynamo=True,
+        opset_version=OPSET,
+        optimize=False,
+        verbose=False,
+        input_names=[argument.name for argument in program.arguments],
+        output_names=[*program.results, *program.hidden],
+        custom_translation_table=translations,
+    )
+    targets = {n.target for n in program.exported.graph.nodes if n.op == "call_function"}
+    # One that changes its input would be translated as if it did not.
+    changes = (t._schema.is_mutable for t in targets - translations.keys() if hasattr(t, "_schema"))
+    if not any(changes):
+        whole = copy.copy(program.exported)
+        whole.run_decompositions = lambda *_, **__: whole
+        with suppress(torch.onnx.OnnxExporterError):
+            return export(whole)
+    return export(program.exported)
 
 
 def _steps_for_gpu(program: Program) -> list[InPlacePass]:
@@ -135,15 +157,40 @@ def _wkv7(r: Any, log_w: Any, k: Any, v: Any, a: Any, b: Any, state: Any) -> Any
     return _wkv7_op(r, log_w, k, v, a, b, state)
 
 
-_TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+def _rms_norm(x: Any, shape: Sequence[int], weight: Any, eps: float) -> Any:
+    return _onnx.RMSNormalization(x, weight, epsilon=eps, axis=-len(shape))
+
+
+def _to(x: Any, dtype: int) -> Any:
+    return x if x.dtype == dtype else _onnx.Cast(x, to=dtype)
+
+
+def _square(x: Any) -> Any:
+    return _onnx.Mul(x, x)
+
+
+def _and(a: Any, b: Any) -> Any:
+    return _onnx.And(a, b)
+
+
+def _same(x: Any) -> Any:
+    return _onnx.Identity(x)
+
+
+_TRANSLATIONS: _Translations = {
     torch.ops.pleexport.rotate.default: _rotate,
     torch.ops.pleexport.write_cache.default: _write_cache,
     torch.ops.pleexport.attend_window.default: _attend_window,
     torch.ops.pleexport.attend_context.default: _attend(_attend_context_op),
     torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
     torch.ops.pleexport.wkv7.default: _wkv7,
+    torch.ops.aten.rms_norm.default: _rms_norm,
+    torch.ops.aten.to.dtype: _to,
+    torch.ops.aten.square.default: _square,
+    torch.ops.aten.__and__.Tensor: _and,
+    torch.ops.aten.detach_.default: _same,
 }
-_ON_GPU: dict[Callable[..., Any], Callable[..., Any]] = {
+_ON_GPU: _Translations = {
     torch.ops.pleexport.write_cache.default: _keep_written,
     torch.ops.pleexport.attend_context.default: _attend(_attend_cache_op),
 }
