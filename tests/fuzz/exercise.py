@@ -12,6 +12,8 @@ from unittest import mock
 
 from pleexport.errors import InputError, PleexportError
 
+from .remember import remembering
+
 TEXT = "ab a é\n中 <tool><eos>\ufffd c"
 MESSAGES = [
     {"role": "user", "content": "a b"},
@@ -32,6 +34,21 @@ class Exit(PleexportError):
 
 class _Traced(PleexportError):
     """Rows and all checks of a build are done; the rest would take a second."""
+
+
+def open_all(folder: Path) -> Any:
+    """Open all of a bundle but its graph, and look up every row; what it said."""
+    from pleexport import Bundle
+    from pleexport.runtime.tokenizer import open_tokenizer
+
+    bundle = Bundle(folder)
+    blob = bundle.open_blob()
+    ids = blob.row_ids(range(blob.num_rows))
+    said: list[Any] = [[name, _digest(rows)] for name, rows in blob.lookup(ids).items()]
+    tokenizer = open_tokenizer(bundle.tokenizer_files)
+    if tokenizer:
+        said.append(read_text(tokenizer))
+    return said
 
 
 def run(folder: Path, *, verify: bool = True, packed: Path | None = None) -> Any:
@@ -102,16 +119,17 @@ def build(place: Path, out: Path, seed: int, **options: Any) -> None:
     import pleexport
 
     dtypes = ("int4", "int8", "fp16", "fp32")
-    pleexport.build(
-        place,
-        out,
-        context=(256, 160, 200)[seed % 3],
-        weight_dtype=dtypes[seed % 4],
-        table_dtype=("source", *dtypes)[seed % 5],
-        verify=seed % 7 == 0,
-        offline=True,
-        **options,
-    )
+    with remembering(place):
+        pleexport.build(
+            place,
+            out,
+            context=(256, 160, 200)[seed % 3],
+            weight_dtype=dtypes[seed % 4],
+            table_dtype=("source", *dtypes)[seed % 5],
+            verify=seed % 7 == 0,
+            offline=True,
+            **options,
+        )
     with suppress(InputError):  # a conversation may not fit what the input says of its length
         run(out)
 
@@ -123,7 +141,7 @@ def rows(place: Path, out: Path, seed: int, **options: Any) -> None:
         raise _Traced("traced")
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch("pleexport.families.trace.trace", stop))
+        patches.enter_context(mock.patch("tests.fuzz.remember._trace", stop))
         # A process of its own, which takes a second.
         if (place / "tokenizer.json").is_file():
             patches.enter_context(mock.patch("pleexport.parity.text.read_original_text", _unread))
@@ -174,6 +192,7 @@ def exercise(operation: str, kind: str, folder: Path, inside: str, seed: int, sl
     if kind == "adapter":
         options = {"base": slot / "bases" / "gemma4"}
     does: dict[str, Callable[[], Any]] = {
+        "open": lambda: open_all(folder),
         "run": lambda: run(folder),
         "unchecked": lambda: run(folder, verify=False),
         "packed": lambda: run(folder, packed=slot / "packed"),
