@@ -33,7 +33,9 @@ _OF_BUNDLES = (
     "pleexport.backends.onnx.session",
 )
 _OF_CHECKPOINTS = (
+    "pleexport.backends.executorch.session",
     "pleexport.backends.onnx.lower",
+    "pleexport.export.packaging",
     "pleexport.export.builder",
     "pleexport.export.calibration",
     "pleexport.families.trace",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -12,6 +13,7 @@ from unittest import mock
 
 from pleexport.errors import InputError, PleexportError
 
+from .bases import SMALL_PACKS, WORDS, in_two_shards
 from .remember import remembering
 
 TEXT = "ab a é\n中 <tool><eos>\ufffd c"
@@ -93,6 +95,42 @@ def verify(folder: Path) -> Any:
     import pleexport
 
     return pleexport.verify(folder)
+
+
+def package(folder: Path, seed: int, slot: Path) -> None:
+    """Write a bundle as a package, and open the bundle that it holds."""
+    import pleexport
+
+    target = "android" if seed % 2 else str(slot / "bases" / SMALL_PACKS)
+    with in_two_shards():
+        made = pleexport.package(folder, slot / "out", target=target)
+    joined = slot / "packed"
+    joined.mkdir()
+    for file in made.index.files:
+        (joined / file.name).symlink_to(made.path / file.path)
+    with suppress(PleexportError):  # the tokenizer may be none
+        open_all(joined)
+
+
+def replace(folder: Path, slot: Path) -> None:
+    """Write a package of a bundle that nobody changed over one from a stranger."""
+    import pleexport
+
+    out, bases = slot / "out", slot / "bases"
+    shutil.copytree(folder, out, symlinks=True)
+    before = _listed(out)
+    try:
+        bundle = bases / "gemma4-bundle"
+        pleexport.package(bundle, out, target="web", texts=[bases / WORDS], overwrite=True)
+    except BaseException:
+        if _listed(out) == before:
+            shutil.rmtree(out)  # else what is left there is noticed
+        raise
+
+
+def _listed(folder: Path) -> list[tuple[str, int, int]]:
+    found = [(path, path.lstat()) for path in folder.rglob("*")]
+    return sorted((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
 
 
 def match(place: Path, **options: Any) -> Any:
@@ -197,6 +235,8 @@ def exercise(operation: str, kind: str, folder: Path, inside: str, seed: int, sl
         "unchecked": lambda: run(folder, verify=False),
         "packed": lambda: run(folder, packed=slot / "packed"),
         "verify": lambda: verify(folder),
+        "package": lambda: package(folder, seed, slot),
+        "replace": lambda: replace(folder, slot),
         "match": lambda: match(place, **options),
         "inspect": lambda: inspect(place, seed, **options),
         "rows": lambda: rows(place, slot / "out", seed, **options),
@@ -214,7 +254,7 @@ def _arguments(
     if kind == "targets":
         name = place if inside else place / "laptop.toml"
         return ["targets", str(name), *(["--json"] if seed % 2 else [])]
-    if kind == "bundle":
+    if kind in {"bundle", "program"}:
         run_it = ["run", str(place), "--ids", "1,2,3", "--max-new-tokens", "3", "--threads", "1"]
         return run_it if seed % 3 else ["verify", str(place)]
     base = ["--base", str(options["base"])] if options else []

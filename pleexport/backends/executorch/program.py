@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pleexport.backends.executorch.surroundings import unlogged
 from pleexport.errors import BundleError, CheckFailed
 
 METHOD = "forward"
@@ -33,6 +34,12 @@ def runtime() -> Any:
     return binding
 
 
+def use_threads(count: int) -> None:
+    """Let all programs of this process compute with so many threads."""
+    with unlogged():
+        runtime()._unsafe_reset_threadpool(count)
+
+
 def load(path: Path) -> tuple[Any, Any]:
     """A program and its method; the program has to live as long.
 
@@ -42,8 +49,12 @@ def load(path: Path) -> tuple[Any, Any]:
     try:
         if not path.is_file():
             raise RuntimeError("there is no such file")
-        program = runtime()._load_program(str(path))
-        return program, program.load_method(METHOD)
+        with unlogged():
+            binding = runtime()
+            # Otherwise an offset that leads out of the file ends the process.
+            checks = binding.Verification.InternalConsistency
+            program = binding._load_program(str(path), program_verification=checks)
+            return program, program.load_method(METHOD)
     except RuntimeError as err:
         raise BundleError(
             f"`{path}` cannot be loaded: {err}",
