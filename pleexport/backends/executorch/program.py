@@ -15,6 +15,7 @@ from pleexport.backends.executorch.surroundings import unlogged
 from pleexport.errors import BundleError, CheckFailed
 
 METHOD = "forward"
+_IDENTIFIER = b"ET12"
 _CHECK = """import sys
 sys.path[:] = {paths!r}
 from pathlib import Path
@@ -49,6 +50,9 @@ def load(path: Path) -> tuple[Any, Any]:
     try:
         if not path.is_file():
             raise RuntimeError("there is no such file")
+        with path.open("rb") as file:
+            if file.read(8)[4:] != _IDENTIFIER:  # which ExecuTorch quotes, and ends where it cannot
+                raise RuntimeError("it is no program of ExecuTorch 1.5")
         with unlogged():
             binding = runtime()
             # Otherwise an offset that leads out of the file ends the process.
