@@ -16,6 +16,7 @@ import typer
 
 from pleexport import errors
 from pleexport.backends.registry import NAMES
+from pleexport.errors import escaped, escaped_json
 from pleexport.progress import Progress
 
 app = typer.Typer(
@@ -137,7 +138,7 @@ def inspect(
         offline=offline,
         progress=Progress(quiet=as_json),
     )
-    _print_json(info) if as_json else typer.echo(describe_model(info))
+    _print_json(info) if as_json else typer.echo(escaped(describe_model(info)))
 
 
 @app.command()
@@ -246,7 +247,7 @@ def build(
         return
     from pleexport.show.bundle import describe_bundle
 
-    typer.echo(describe_bundle(bundle))
+    typer.echo(escaped(describe_bundle(bundle)))
 
 
 @app.command()
@@ -322,7 +323,7 @@ def verify(
     if as_json:
         _print_json(report_fields(result))
     else:
-        typer.echo(describe_parity(result))
+        typer.echo(escaped(describe_parity(result)))
     if not result.passed:
         raise typer.Exit(1)
 
@@ -454,7 +455,9 @@ def run(
         sys.stdout.write("\n")
         sys.stdout.flush()
         if stats:
-            typer.echo(describe_stats(runner.stats, runner.config, as_chat=as_chat), err=True)
+            typer.echo(
+                escaped(describe_stats(runner.stats, runner.config, as_chat=as_chat)), err=True
+            )
 
     def text_of(text: Prompt) -> Iterator[str]:
         for token in runner.generate(text, **options):
@@ -516,7 +519,7 @@ def bench(
         verify=verify,
         progress=Progress(quiet=as_json),
     )
-    _print_json(result) if as_json else typer.echo(describe_bench(result))
+    _print_json(result) if as_json else typer.echo(escaped(describe_bench(result)))
 
 
 @app.command()
@@ -568,7 +571,7 @@ def package(
         overwrite=overwrite,
         progress=Progress(quiet=as_json),
     )
-    _print_json(package_fields(made)) if as_json else typer.echo(describe_package(made))
+    _print_json(package_fields(made)) if as_json else typer.echo(escaped(describe_package(made)))
 
 
 @app.command(name="targets")
@@ -589,9 +592,9 @@ def show_targets(
     if as_json:
         _print_json(chosen[0] if name else {"targets": msgspec.to_builtins(chosen)})
     elif name:
-        typer.echo(describe_target(chosen[0]))
+        typer.echo(escaped(describe_target(chosen[0])))
     else:
-        typer.echo(describe_targets(chosen))
+        typer.echo(escaped(describe_targets(chosen)))
 
 
 _ONLY_RUNS = {"run", "bench", "package"}
@@ -728,7 +731,8 @@ def _parse_options(pairs: list[str]) -> dict[str, Any]:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False))
+    text = json.dumps(msgspec.to_builtins(value), indent=2, ensure_ascii=False)
+    typer.echo(escaped_json(text))
 
 
 if __name__ == "__main__":

@@ -42,11 +42,20 @@ class PleexportError(Exception):
         super().__init__(self.message)
 
 
+def escaped(text: str) -> str:
+    """A text in which what a terminal would obey, and what UTF-8 has no place for, is escaped."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
+def escaped_json(text: str) -> str:
+    """The same JSON, with its own escapes."""
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found.group()):04x}", text)
+
+
 def _printable(text: str) -> str:
     """A text of as many lines as it has items: a break before anything else is a space."""
     text = re.sub(r"\s*\n(?!  )\s*", " ", text).strip()
-    text = _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
-    return "\n".join(map(_shortened, text.split("\n")))
+    return "\n".join(map(_shortened, escaped(text).split("\n")))
 
 
 def _shortened(line: str) -> str:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 
 from tqdm import tqdm
 
+from pleexport.errors import escaped
+
 
 class Progress:
     """Tells a person what is going on.
@@ -25,7 +27,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line."""
         if not self.quiet:
-            tqdm.write(text, file=sys.stderr)
+            tqdm.write(escaped(text), file=sys.stderr)
 
     @contextmanager
     def step(self, text: str) -> Iterator[None]:

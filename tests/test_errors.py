@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
+import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 import pleexport
-from pleexport import errors
+from pleexport import cli, errors
 
 PACKAGE = Path(pleexport.__path__[0])
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -139,6 +143,28 @@ def test_a_message_shows_what_a_file_holds_as_escapes() -> None:
     error = errors.BundleError("no `a\0\x1b[31m\ud800é`:\n\nat\n  - b", hint="x\u2028y")
     assert error.message == str(error) == r"no `a\x00\x1b[31m\ud800é`: at" + "\n  - b"
     assert error.hint == r"x\u2028y"
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_a_command_shows_of_a_file_is_escaped(
+    as_json: bool,
+    gemma4_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    folder = Path(shutil.copytree(gemma4_checkpoint, tmp_path / "checkpoint"))
+    odd = b'{"\xed\xa0\x80\\u001b[31m\x7f": 1}'
+    (folder / "generation_config.json").write_bytes(odd)
+    arguments = ["pleexport", "inspect", str(folder), *(["--json"] if as_json else [])]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with suppress(SystemExit):
+        cli.main()
+    said = capsys.readouterr().out
+    assert r"\ud800" in said
+    assert not any(c in said for c in "\x1b\x7f")
+    if as_json:
+        assert "\ud800\x1b[31m\x7f" in json.loads(said)["notes"][-1]
 
 
 def test_a_message_shows_both_ends_of_what_is_very_long() -> None:

@@ -310,6 +310,53 @@ def test_a_missing_or_damaged_program_is_an_error(broken: Path) -> None:
             )
 
 
+OPEN = """
+import sys
+from pathlib import Path
+import pleexport
+from pleexport.errors import BundleError
+
+folder, damage = Path(sys.argv[1]), sys.argv[2]
+path = folder / "model.pte"
+data = bytearray(path.read_bytes())
+root = int.from_bytes(data[:4], "little")
+places = {"none": root, "identifier": 4, "offset": root + 4}
+if damage != "none":
+    data[places[damage] : places[damage] + 4] = bytes([255, 255, 255, 127])
+path.write_bytes(data)
+try:
+    pleexport.Runner(folder, threads=1, verify=False).logits([1, 2, 3])
+except BundleError as err:
+    print(err.message)
+"""
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [("none", ""), ("identifier", "is no program"), ("offset", "cannot be loaded")],
+)
+def test_a_crafted_program_ends_no_process_and_nothing_is_logged(
+    damage: str, said: str, broken: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", OPEN, str(broken), damage],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert said in done.stdout
+    assert done.stderr == ""
+
+
+def test_a_program_that_fails_while_it_runs_is_an_error(bundle: Path) -> None:
+    vectors = {
+        lookup.name: np.ones((3, *(n + 1 for n in lookup.shape[2:])), np.float32)  # type: ignore[operator]
+        for lookup in pleexport.Bundle(bundle).decoder.contract.lookup_inputs
+    }
+    with pytest.raises(BundleError, match="the program cannot be run: "):
+        session(bundle).feed(vectors, 3, keep=1)
+
+
 def test_the_program_of_another_bundle_is_refused(broken: Path, tmp_path: Path) -> None:
     other = build(llama_value_embeddings(tmp_path / "checkpoint"), tmp_path / "other").path
     contract = pleexport.Bundle(broken).decoder

@@ -790,6 +790,15 @@ def test_numbers_that_are_none_are_named_before_the_work(
     assert "take an earlier checkpoint" in str(caught.value.hint)
 
 
+def test_a_signalling_number_is_named_without_a_warning(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: t.to(torch.bfloat16) for n, t in tensors.items()}
+    tensors[GATE].view(torch.int16)[1, 2] = 0x7F81
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"has nan at \[1, 2\] \(bf16\)"):
+        check_finite(matched(folder))
+
+
 @pytest.mark.parametrize(
     ("stored", "computed", "largest"),
     [

@@ -15,6 +15,7 @@ import pytest
 import soak
 from crowd import answer, runner
 
+import pleexport
 from pleexport.backends.onnx import packing
 from pleexport.errors import BundleError, InputError
 from pleexport.runtime.blob import Blob
@@ -69,6 +70,49 @@ def test_many_runners_answer_as_one_and_share_the_files(
     # The control: what is open is seen, and each of them would be.
     assert all_open["anonymous"] > closed["anonymous"] + runners // 2 * SLACK
     assert all_open["maps"] >= closed["maps"] + runners
+
+
+@pytest.fixture(scope="module")
+def programs(
+    gemma4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """Two bundles of ExecuTorch with other weights; read only."""
+    pytest.importorskip("executorch", reason="pip install 'pleexport[executorch]'")
+    folder = tmp_path_factory.mktemp("programs")
+    for dtype in ("fp32", "int8"):
+        pleexport.build(
+            gemma4_checkpoint,
+            folder / dtype,
+            backend="executorch",
+            weight_dtype=dtype,
+            context=64,
+            verify=False,
+        )
+    return folder / "fp32", folder / "int8"
+
+
+@pytest.mark.slow
+def test_many_runners_of_a_program_answer_as_one(programs: tuple[Path, Path]) -> None:
+    # So many that what is kept of the first is kept by all: it levels off after 40.
+    found = crowd(programs[0], runners=40, processes=4, packed=None)
+    answers = [one["answer"] for one in found["processes"]]
+    assert set(answers) == set(found["one"]["answers"]) == {answer(runner(programs[0], None))}
+    assert len(answers) == 4
+    warm, closed = found["one"]["warm"], found["one"]["closed"]
+    assert closed["anonymous"] <= warm["anonymous"] + SLACK
+    assert (closed["files"], closed["threads"]) == (warm["files"], warm["threads"])
+
+
+@pytest.mark.slow
+def test_a_program_that_is_replaced_while_it_is_open_keeps_serving(
+    programs: tuple[Path, Path], tmp_path: Path
+) -> None:
+    old, new = programs
+    place = Path(shutil.copytree(old, tmp_path / "place"))
+    first = runner(place, None)
+    replace(place, new)
+    assert answer(first) == answer(runner(old, None))
+    assert answer(runner(place, None)) == answer(runner(new, None)) != answer(first)
 
 
 def replace(place: Path, by: Path) -> None:

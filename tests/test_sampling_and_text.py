@@ -120,6 +120,21 @@ def test_a_template_that_refuses_or_attacks_is_one_sentence(
         text.encode_chat([{"role": "user", "content": "hi"}])
 
 
+def test_a_template_that_makes_much_of_little_is_refused(folder: Path, tmp_path: Path) -> None:
+    """Tokenizing it could take longer than rendering it may."""
+    template = "{% for i in range(9999) %}{{ messages[0].content * 20 }}{% endfor %}"
+    text = with_config(folder, tmp_path, chat_template=template)
+    message = {"role": "user", "content": "hello "}
+    with pytest.raises(
+        InputError, match=r"makes 1,199,880 characters of a conversation of \d{2,3},"
+    ):
+        text.render_chat([message], {})
+    # The control: as much, of more.
+    text = with_config(folder, tmp_path, chat_template=template.replace("* 20", "[:120]"))
+    message = {"role": "user", "content": "hello " * 2000}
+    assert len(text.render_chat([message], {})) == 1_199_880
+
+
 def test_without_a_template_a_chat_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match="has no chat template"):
         Text(tokenizer_files(folder)).encode_chat([{"role": "user", "content": "hi"}])

@@ -11,8 +11,10 @@ import pytest
 from resealed import fit_manifest
 
 import pleexport
+from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.checkpoint.text_files import refuse_links_out
 from pleexport.errors import BundleError, CheckpointError
+from pleexport.export.plan import copied_files
 
 RUN = "from pathlib import Path\n\nPath({place!r}).touch()\n"
 
@@ -48,6 +50,14 @@ def test_a_link_out_of_the_checkpoint_is_not_copied_into_a_bundle(
     with pytest.raises(CheckpointError, match=rf"`.*/{name}` is a link out of its folder, to `"):
         pleexport.build(folder, tmp_path / "bundle", verify=False)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_link_to_itself_is_no_file(gemma4_checkpoint: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(gemma4_checkpoint, tmp_path / "checkpoint"))
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").symlink_to("generation_config.json")
+    refuse_links_out(folder)
+    assert "generation_config.json" not in copied_files(Checkpoint(folder))
 
 
 def test_links_that_stay_inside_are_followed(tmp_path: Path) -> None:

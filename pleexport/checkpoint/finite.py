@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -113,7 +114,7 @@ def _error(matched: MatchedModel, piece: _Piece, found: tuple[int, ...]) -> Chec
     entry = checkpoint.entries[piece.name]
     place = [piece.begin + found[0], *found[1:]] if entry.shape else []
     why = ""
-    if np.isfinite(value):
+    if math.isfinite(float(value)):  # NumPy warns of a signalling NaN
         why = f", which is infinite in the {matched.dtype} that config.json names"
     merged = isinstance(checkpoint, AdaptedCheckpoint) and piece.name in checkpoint.merged
     return CheckpointError(

@@ -27,6 +27,9 @@ from pleexport.runtime.template_limit import within_limits
 # How long a text a template may make at once.
 _MOST_CHARACTERS = 16 << 20
 _MOST_BITS = 1 << 16  # of a number
+# Characters that a template may make, and that for each of a conversation: what it makes is
+# tokenized, which takes a second for a million.
+_MORE_CHARACTERS, _TIMES = 1 << 20, 16
 _MOST_DIGITS = 400  # that a number is rounded to; the largest has 309
 # Of `%5.2f` and `{:>5}`; at most six digits, written out.
 _LARGE_WIDTH = re.compile(r"%[-#0 +]*(\*|\d{7}|\d*\.(\*|\d{7}))|\{[^{}]*:[^{}]*(\{|\d{7})")
@@ -72,6 +75,7 @@ def render_chat(
         if now:
             names["strftime_now"] = now.strftime
         text = within_limits(lambda: _compile(template).render(messages=chat, **names))
+        _check_proportion(len(text), len(str((chat, names))))
         return _cut_open(text, last) if continued else text
     except (
         TemplateError,
@@ -295,6 +299,14 @@ def _check_growth(name: str, *arguments: Any) -> None:
         parts = [part for own in lists for part in own]
         longest = sum(map(len, texts)) * len(parts)
         _check_length(longest + sum(len(part) for part in parts if isinstance(part, str)))
+
+
+def _check_proportion(made: int, given: int) -> None:
+    most = _MORE_CHARACTERS + _TIMES * given
+    if made > most:
+        raise ValueError(
+            f"it makes {made:,} characters of a conversation of {given:,}, which may have {most:,}"
+        )
 
 
 def _check_length(length: int, most: int = _MOST_CHARACTERS) -> None:

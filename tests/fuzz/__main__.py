@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import gc
 import importlib
 import itertools
 import json
@@ -14,12 +16,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pleexport.runtime.template_limit import within_limits
+
 from .bases import make_bases, open_bases
 from .cases import corpus_seeds, make_case, write_case
 from .ledger import Ledger, default_folder
 from .pool import HANG_SECONDS, Pool
 
 _EVERY_SECONDS = 15.0
+_TEMPLATE_SECONDS = 0.5
 _OF_BUNDLES = (
     "pleexport.cli",
     "pleexport.runtime.runner",
@@ -28,7 +33,9 @@ _OF_BUNDLES = (
     "pleexport.backends.onnx.session",
 )
 _OF_CHECKPOINTS = (
+    "pleexport.backends.executorch.session",
     "pleexport.backends.onnx.lower",
+    "pleexport.export.packaging",
     "pleexport.export.builder",
     "pleexport.export.calibration",
     "pleexport.families.trace",
@@ -40,7 +47,8 @@ _OF_CHECKPOINTS = (
 def main() -> int:
     """Run; the exit code is 1 where something was found."""
     options = _parse()
-    work = Path(options.work or tempfile.mkdtemp(prefix="pleexport-fuzz-")).resolve()
+    work = Path(options.work or tempfile.mkdtemp(prefix="pleexport-fuzz-", dir=_in_memory()))
+    work = work.resolve()
     all_bases = Path(options.bases).resolve() if options.bases else work / "bases"
     for problem in in_a_process(lambda: make_bases(all_bases, torch=not options.no_torch)):
         print(problem, file=sys.stderr)
@@ -119,13 +127,18 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", help="A:B tries seeds from A to before B; A,C tries these")
     parser.add_argument("--state", help="folder of the totals and the findings")
     parser.add_argument("--bases", help="folder of the bases, made where they are not there")
-    parser.add_argument("--work", help="folder of the sandboxes; best in memory")
+    parser.add_argument("--work", help="folder of the sandboxes; by default in memory")
     parser.add_argument("--seconds", type=float, default=HANG_SECONDS, help="what is a hang")
     parser.add_argument("--no-torch", action="store_true", help="make no base that needs torch")
     parser.add_argument("--only-bases", action="store_true", help="make the bases, and end")
     parser.add_argument("--keep", metavar="DIR", help="write the inputs of the seeds, try none")
     parser.add_argument("--verbose", action="store_true", help="print every result")
     return parser.parse_args()
+
+
+def _in_memory() -> str | None:
+    """The folder of Linux whose files are on no disk, since an input is written and synced."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _seeds(options: argparse.Namespace, first: int) -> Iterator[int]:
@@ -168,8 +181,20 @@ def load(*, torch: bool) -> None:
             importlib.import_module("torch").set_num_threads(1)
     except ImportError as err:
         print(f"torch is left out: {err}", file=sys.stderr)
+    _hasten()
+    gc.freeze()  # nothing of it is ever collected, so nobody looks at it again
     if threading.active_count() > 1:
         print(f"threads before a fork: {threading.enumerate()}", file=sys.stderr)
+
+
+def _hasten() -> None:
+    """Leave out what takes time and checks nothing."""
+    typer = importlib.import_module("typer.main")
+    # To put the command line together takes longer than most commands.
+    typer.get_command = functools.cache(typer.get_command)  # type: ignore[attr-defined]
+    chat = importlib.import_module("pleexport.runtime.chat")
+    # A template that never ends is stopped, whenever that is.
+    chat.within_limits = functools.partial(within_limits, seconds=_TEMPLATE_SECONDS)  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

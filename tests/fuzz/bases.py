@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 TESTS = Path(__file__).parents[1]
 TARGETS = TESTS.parent / "targets"
@@ -19,13 +23,13 @@ if str(TESTS) not in sys.path:
 
 # By name: what kind of thing it is, and how often it is taken, of a thousand.
 BASES = {
-    "gemma4-bundle": ("bundle", 120),
-    "gemma3n-bundle": ("bundle", 50),
-    "embformer-bundle": ("bundle", 40),
+    "gemma4-bundle": ("bundle", 100),
+    "gemma3n-bundle": ("bundle", 40),
+    "embformer-bundle": ("bundle", 20),
     "lckv-bundle": ("bundle", 30),
     "values-bundle": ("bundle", 30),
     "rwkv-bundle": ("bundle", 40),
-    "gemma4": ("checkpoint", 110),
+    "gemma4": ("checkpoint", 90),
     "gemma4-shards": ("checkpoint", 50),
     "gemma4-packed": ("checkpoint", 50),
     "gemma4-text": ("checkpoint", 20),
@@ -33,12 +37,18 @@ BASES = {
     "embformer": ("checkpoint", 40),
     "lckv": ("checkpoint", 40),
     "values": ("checkpoint", 40),
-    "rwkv": ("checkpoint", 60),
+    "rwkv": ("checkpoint", 50),
     "adapter": ("adapter", 60),
-    "tokenizer": ("tokenizer", 100),
+    "tokenizer": ("tokenizer", 90),
     "world": ("tokenizer", 30),
     "targets": ("targets", 40),
+    "shards-bundle": ("bundle", 40),
+    "executorch-bundle": ("program", 30),
+    "web-package": ("package", 20),
 }
+# Beside the bases: a target whose packs hold less than the blob of a bundle, and a text.
+SMALL_PACKS, WORDS = "small.toml", "words.txt"
+_PACK_BYTES = 27_000
 _SMALL: dict[str, Any] = {
     "hidden_size": 16,
     "intermediate_size": 32,
@@ -64,7 +74,8 @@ class Base:
     """A folder to mutate.
 
     Attributes:
-        kind: `bundle`, `checkpoint`, `adapter`, `tokenizer` or `targets`.
+        kind: `bundle`, `program` (a bundle of ExecuTorch), `package`, `checkpoint`, `adapter`,
+            `tokenizer` or `targets`.
         content: of its files, by name.
         inside: the name of the file that is opened, where that is not the folder.
     """
@@ -103,6 +114,7 @@ def make_bases(
         why some were not made, as sentences.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _write_beside(folder)
     problems = []
     for name, make in _MAKERS.items():
         if name not in only or (folder / name).exists():
@@ -120,6 +132,14 @@ def make_bases(
             problems.append(f"{name} is left out: {type(err).__name__}: {str(err)[:200]}")
             shutil.rmtree(staging, ignore_errors=True)
     return problems
+
+
+def _write_beside(folder: Path) -> None:
+    text = (TARGETS / "android.toml").read_text(encoding="utf-8")
+    limit = f"largest_pack_bytes = {_PACK_BYTES}"
+    text = re.sub(r"largest_pack_bytes = \S+", limit, text)
+    (folder / SMALL_PACKS).write_text(text, encoding="utf-8")
+    (folder / WORDS).write_text("the cab a bed", encoding="utf-8")
 
 
 def _gemma4(folder: Path, _all: Path) -> None:
@@ -263,6 +283,35 @@ def _targets(folder: Path, _all: Path) -> None:
     shutil.copytree(TARGETS, folder)
 
 
+def in_two_shards() -> AbstractContextManager[Any]:
+    """Let a blob that is larger than a pack be cut once; packs are too small for their rules."""
+    from pleexport.export import packaging
+
+    def ranges(blob: Any, _most: int) -> list[range]:
+        return [range(0, blob.num_rows // 3), range(blob.num_rows // 3, blob.num_rows)]
+
+    return mock.patch.object(packaging, "shard_ranges", ranges)
+
+
+def _shards(folder: Path, others: Path) -> None:
+    """What an app makes of a package: all files of all packs in one folder."""
+    import pleexport
+
+    with tempfile.TemporaryDirectory() as scratch:
+        target = str(others / SMALL_PACKS)
+        with in_two_shards():
+            made = pleexport.package(others / "embformer-bundle", f"{scratch}/out", target=target)
+        folder.mkdir()
+        for file in made.index.files:
+            shutil.copy(made.path / file.path, folder / file.name)
+
+
+def _package(folder: Path, others: Path) -> None:
+    import pleexport
+
+    pleexport.package(others / "gemma4-bundle", folder, target="web", texts=[others / WORDS])
+
+
 _LIGHT = {"tokenizer", "world", "targets"}
 # In an order in which each finds what it is made of.
 _MAKERS: dict[str, Callable[[Path, Path], None]] = {
@@ -285,4 +334,7 @@ _MAKERS: dict[str, Callable[[Path, Path], None]] = {
     "lckv-bundle": _bundle("lckv", weight_dtype="int8", cache_dtype="int8"),
     "values-bundle": _bundle("values", weight_dtype="int8", table_dtype="fp16"),
     "rwkv-bundle": _bundle("rwkv", weight_dtype="int8"),
+    "shards-bundle": _shards,
+    "executorch-bundle": _bundle("values", backend="executorch", weight_dtype="int8"),
+    "web-package": _package,
 }

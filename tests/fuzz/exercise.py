@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -11,6 +12,9 @@ from typing import Any
 from unittest import mock
 
 from pleexport.errors import InputError, PleexportError
+
+from .bases import SMALL_PACKS, WORDS, in_two_shards
+from .remember import remembering
 
 TEXT = "ab a é\n中 <tool><eos>\ufffd c"
 MESSAGES = [
@@ -32,6 +36,21 @@ class Exit(PleexportError):
 
 class _Traced(PleexportError):
     """Rows and all checks of a build are done; the rest would take a second."""
+
+
+def open_all(folder: Path) -> Any:
+    """Open all of a bundle but its graph, and look up every row; what it said."""
+    from pleexport import Bundle
+    from pleexport.runtime.tokenizer import open_tokenizer
+
+    bundle = Bundle(folder)
+    blob = bundle.open_blob()
+    ids = blob.row_ids(range(blob.num_rows))
+    said: list[Any] = [[name, _digest(rows)] for name, rows in blob.lookup(ids).items()]
+    tokenizer = open_tokenizer(bundle.tokenizer_files)
+    if tokenizer:
+        said.append(read_text(tokenizer))
+    return said
 
 
 def run(folder: Path, *, verify: bool = True, packed: Path | None = None) -> Any:
@@ -78,6 +97,42 @@ def verify(folder: Path) -> Any:
     return pleexport.verify(folder)
 
 
+def package(folder: Path, seed: int, slot: Path) -> None:
+    """Write a bundle as a package, and open the bundle that it holds."""
+    import pleexport
+
+    target = "android" if seed % 2 else str(slot / "bases" / SMALL_PACKS)
+    with in_two_shards():
+        made = pleexport.package(folder, slot / "out", target=target)
+    joined = slot / "packed"
+    joined.mkdir()
+    for file in made.index.files:
+        (joined / file.name).symlink_to(made.path / file.path)
+    with suppress(PleexportError):  # the tokenizer may be none
+        open_all(joined)
+
+
+def replace(folder: Path, slot: Path) -> None:
+    """Write a package of a bundle that nobody changed over one from a stranger."""
+    import pleexport
+
+    out, bases = slot / "out", slot / "bases"
+    shutil.copytree(folder, out, symlinks=True)
+    before = _listed(out)
+    try:
+        bundle = bases / "gemma4-bundle"
+        pleexport.package(bundle, out, target="web", texts=[bases / WORDS], overwrite=True)
+    except BaseException:
+        if _listed(out) == before:
+            shutil.rmtree(out)  # else what is left there is noticed
+        raise
+
+
+def _listed(folder: Path) -> list[tuple[str, int, int]]:
+    found = [(path, path.lstat()) for path in folder.rglob("*")]
+    return sorted((str(path), status.st_size, status.st_mtime_ns) for path, status in found)
+
+
 def match(place: Path, **options: Any) -> Any:
     """Find the tensors of a checkpoint's model, as a build does and `inspect` tries to."""
     from pleexport.checkpoint.matching import MatchedModel
@@ -102,16 +157,17 @@ def build(place: Path, out: Path, seed: int, **options: Any) -> None:
     import pleexport
 
     dtypes = ("int4", "int8", "fp16", "fp32")
-    pleexport.build(
-        place,
-        out,
-        context=(256, 160, 200)[seed % 3],
-        weight_dtype=dtypes[seed % 4],
-        table_dtype=("source", *dtypes)[seed % 5],
-        verify=seed % 7 == 0,
-        offline=True,
-        **options,
-    )
+    with remembering(place):
+        pleexport.build(
+            place,
+            out,
+            context=(256, 160, 200)[seed % 3],
+            weight_dtype=dtypes[seed % 4],
+            table_dtype=("source", *dtypes)[seed % 5],
+            verify=seed % 7 == 0,
+            offline=True,
+            **options,
+        )
     with suppress(InputError):  # a conversation may not fit what the input says of its length
         run(out)
 
@@ -123,7 +179,7 @@ def rows(place: Path, out: Path, seed: int, **options: Any) -> None:
         raise _Traced("traced")
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch("pleexport.families.trace.trace", stop))
+        patches.enter_context(mock.patch("tests.fuzz.remember._trace", stop))
         # A process of its own, which takes a second.
         if (place / "tokenizer.json").is_file():
             patches.enter_context(mock.patch("pleexport.parity.text.read_original_text", _unread))
@@ -174,10 +230,13 @@ def exercise(operation: str, kind: str, folder: Path, inside: str, seed: int, sl
     if kind == "adapter":
         options = {"base": slot / "bases" / "gemma4"}
     does: dict[str, Callable[[], Any]] = {
+        "open": lambda: open_all(folder),
         "run": lambda: run(folder),
         "unchecked": lambda: run(folder, verify=False),
         "packed": lambda: run(folder, packed=slot / "packed"),
         "verify": lambda: verify(folder),
+        "package": lambda: package(folder, seed, slot),
+        "replace": lambda: replace(folder, slot),
         "match": lambda: match(place, **options),
         "inspect": lambda: inspect(place, seed, **options),
         "rows": lambda: rows(place, slot / "out", seed, **options),
@@ -195,7 +254,7 @@ def _arguments(
     if kind == "targets":
         name = place if inside else place / "laptop.toml"
         return ["targets", str(name), *(["--json"] if seed % 2 else [])]
-    if kind == "bundle":
+    if kind in {"bundle", "program"}:
         run_it = ["run", str(place), "--ids", "1,2,3", "--max-new-tokens", "3", "--threads", "1"]
         return run_it if seed % 3 else ["verify", str(place)]
     base = ["--base", str(options["base"])] if options else []

@@ -101,7 +101,7 @@ def _as_a_whole(data: bytes, value: Any, random: Random) -> bytes:
         case _:
             return dump(
                 {"text_config": value, **(value if isinstance(value, dict) else {})}
-            ).encode()
+            ).encode("utf-8", "surrogatepass")
 
 
 def edit_value(value: Any, random: Random, pool: Sequence[tuple[str, Any]] = ()) -> Any:

@@ -22,6 +22,8 @@ _NOTED = re.compile(_STEPS + r"\Z")
 _UNPRINTABLE = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST_LINE = 1000
 SLACK_BYTES = 48 << 20
+# What says something that depends on each byte that it reads.
+_COMPARED = {"open", "run", "packed"}
 # What a chat template may take: docs/security.md.
 _TEMPLATE_BYTES = 300 << 20
 
@@ -67,7 +69,7 @@ def judge(case: Case, tried: Tried, honest: Tried | None) -> tuple[str, str | No
 
 def needs_comparison(case: Case, tried: Tried) -> bool:
     """Whether a verdict depends on what an unchanged base does."""
-    same = tried.raised is None and not case.sealed and case.operation in {"run", "packed"}
+    same = tried.raised is None and not case.sealed and case.operation in _COMPARED
     return same or tried.grown > SLACK_BYTES
 
 
@@ -125,7 +127,7 @@ def _of_surroundings(case: Case, tried: Tried) -> str | None:
 
 
 def _of_result(case: Case, tried: Tried, honest: Tried | None) -> str | None:
-    if tried.raised is not None or honest is None or case.operation not in {"run", "packed"}:
+    if tried.raised is not None or honest is None or case.operation not in _COMPARED:
         return None
     if case.sealed or tried.value == honest.value:
         return None
@@ -137,7 +139,7 @@ def _of_memory(case: Case, tried: Tried, honest: Tried | None) -> str | None:
         return None
     size = sum(len(content) for content in case.changed.values() if content)
     allowed = 2 * honest.grown + 20 * size + SLACK_BYTES
-    if case.operation in {"run", "tokenizer", "packed", "unchecked", "build", "command"}:
+    if case.operation in {"open", "run", "tokenizer", "packed", "unchecked", "build", "command"}:
         allowed += _TEMPLATE_BYTES if _changes_template(case) else 0
     if tried.grown <= allowed:
         return None

@@ -22,7 +22,8 @@ HANG_SECONDS = 10.0
 _STUCK_SECONDS = 600.0
 # A build traces a model, which takes a second or two of an honest one.
 _BUILD_SECONDS = 60.0
-_BATCH = 4000
+# Inputs of a process, which works out what they have in common.
+_BATCH = 10_000
 
 
 @dataclass

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from pleexport.backends.executorch.surroundings import unlogged
 from pleexport.errors import BundleError, CheckFailed
 
 METHOD = "forward"
+_IDENTIFIER = b"ET12"
 _CHECK = """import sys
 sys.path[:] = {paths!r}
 from pathlib import Path
@@ -33,6 +35,12 @@ def runtime() -> Any:
     return binding
 
 
+def use_threads(count: int) -> None:
+    """Let all programs of this process compute with so many threads."""
+    with unlogged():
+        runtime()._unsafe_reset_threadpool(count)
+
+
 def load(path: Path) -> tuple[Any, Any]:
     """A program and its method; the program has to live as long.
 
@@ -42,8 +50,15 @@ def load(path: Path) -> tuple[Any, Any]:
     try:
         if not path.is_file():
             raise RuntimeError("there is no such file")
-        program = runtime()._load_program(str(path))
-        return program, program.load_method(METHOD)
+        with path.open("rb") as file:
+            if file.read(8)[4:] != _IDENTIFIER:  # which ExecuTorch quotes, and ends where it cannot
+                raise RuntimeError("it is no program of ExecuTorch 1.5")
+        with unlogged():
+            binding = runtime()
+            # Otherwise an offset that leads out of the file ends the process.
+            checks = binding.Verification.InternalConsistency
+            program = binding._load_program(str(path), program_verification=checks)
+            return program, program.load_method(METHOD)
     except RuntimeError as err:
         raise BundleError(
             f"`{path}` cannot be loaded: {err}",

@@ -96,10 +96,16 @@ class ExecutorchSession:
         inputs += self._caches.tensors(begin + count)
         inputs.append(torch.arange(count - kept, count))
         # Inputs are taken by address, so they must live until the call is over.
-        self._method.set_inputs(inputs)
-        self._method.execute()
+        try:
+            self._method.set_inputs(inputs)
+            self._method.execute()
+            outputs: list[torch.Tensor] = self._method.get_outputs(False)
+        except RuntimeError as err:
+            raise BundleError(
+                f"the program cannot be run: {err}",
+                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            ) from err
         self._position += count
-        outputs: list[torch.Tensor] = self._method.get_outputs(False)
         return outputs
 
 
@@ -166,7 +172,7 @@ class _Threads:
                         f"for {wanted}; all of a process share them",
                         hint="ask for the same number, or close the other bundle first",
                     )
-                program.runtime()._unsafe_reset_threadpool(wanted)
+                program.use_threads(wanted)
                 self._count = wanted
             self._sessions.add(session)
 
