@@ -136,9 +136,9 @@ def sections(result: dict[str, Any]) -> list[Section]:
         Section(
             f"In Chromium {version}, on WebAssembly: speed and memory",
             f"{SHAPE}, random weights. Prefill of {PROMPT_TOKENS} tokens, decoding behind them: "
-            "medians, and below them the least and the largest. In brackets, tokens a second of processor "
-            "time, of all threads. Memory is the peak of the page's process, code included. Dense "
-            f"weights and {MEMORY_GOAL / 1e6:.0f} MB are {limit / 1e6:.0f} MB.",
+            "medians, and below them the least and the largest. In brackets, tokens a second of "
+            "processor time, of all threads. Memory is the peak of the page's process, code included; "
+            f"dense weights and {MEMORY_GOAL / 1e6:.0f} MB are {limit / 1e6:.0f} MB.",
             [Table(["", "load", "prefill", "decode", "peak memory"], speed)],
         ),
         Section(

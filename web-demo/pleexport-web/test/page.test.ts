@@ -10,6 +10,8 @@ import { after, before, describe, test } from "node:test";
 
 import { chromium, type BrowserContext, type Page } from "playwright-core";
 
+import { CHUNK_BYTES } from "../src/checksums.js";
+import { xxh3Hex } from "../src/xxh3.js";
 import { serve, type Manners, type RangeServer } from "./range-server.js";
 import { ROOT } from "./vectors.js";
 
@@ -319,7 +321,7 @@ test("a text that the network fails stays as far as it has come", () => {
 
 describe("what goes wrong is said in a sentence", () => {
   const failures: [string, Manners, RegExp][] = [
-    ["a server without ranges", { ignoresRanges: true }, /answers a request for a part of embeddings\.safetensors with the whole file, 200 in place of 206.*\n+Serve the bundle from a server that answers requests for parts/],
+    ["a server without ranges", { ignoresRanges: () => true }, /answers a request for a part of embeddings\.safetensors with the whole file, 200 in place of 206.*\n+Serve the bundle from a server that answers requests for parts/],
     ["a damaged file", { damages: (name) => name.endsWith("model.onnx.data") }, /model\.onnx\.data is damaged: chunk 0 of 1, at byte 0, does not match/],
     ["a connection that ends", { cutsOff: (name) => name.endsWith("model.onnx.data") }, /model\.onnx\.data cannot be read \(the connection ended too early/],
     ["a server that fails", { status: (name) => (isBundle(name) ? 500 : undefined) }, /cannot be read \(the server answered 500\)/],
@@ -404,6 +406,100 @@ describe("what goes wrong is said in a sentence", () => {
         assert.deepEqual(count().bundle, [], "before anything is fetched");
       }));
   }
+});
+
+describe("weights that break off", () => {
+  const [bundle, weights] = [`${SITE}-large`, `${SITE}-large/model.onnx.data`];
+  const bytes = 5 * CHUNK_BYTES + 77;
+  const isWeights = (name: string): boolean => name === weights;
+  const ranges = (): (string | undefined)[] => server.asked.filter(([name]) => isWeights(name)).map(([, range]) => range);
+
+  before(() => {
+    // Weights of several chunks: what is behind the last tensor counts for nothing.
+    const folder = join(ROOT, bundle);
+    fs.cpSync(join(ROOT, CHAT), folder, { recursive: true });
+    const data = Buffer.alloc(bytes, fs.readFileSync(join(folder, "model.onnx.data")));
+    fs.writeFileSync(join(ROOT, weights), data);
+    const json = (name: string): any => JSON.parse(fs.readFileSync(join(folder, name), "utf8"));
+    const [manifest, checksums] = [json("manifest.json"), json("checksums.json")];
+    manifest.files.find(({ name }: { name: string }) => name === "model.onnx.data").size = bytes;
+    const head = Buffer.from(JSON.stringify(manifest));
+    for (const [name, content] of [["manifest.json", head], ["model.onnx.data", data]] as const) {
+      const chunks = Array.from({ length: Math.ceil(content.length / CHUNK_BYTES) }, (_, i) => i * CHUNK_BYTES);
+      checksums.files[name] = chunks.map((at) => xxh3Hex(content.subarray(at, at + CHUNK_BYTES)));
+    }
+    fs.writeFileSync(join(folder, "manifest.json"), head);
+    fs.writeFileSync(join(folder, "checksums.json"), JSON.stringify(checksums));
+  });
+
+  test("go on at the byte where they were, while the page is open", () => {
+    let cuts = 0;
+    return visited({ cutsOff: (name) => isWeights(name) && ++cuts <= 2 }, async (page) => {
+      server.asked.length = 0;
+      await opened(page, bundle);
+      const half = bytes >> 1;
+      assert.deepEqual(ranges(), [undefined, `bytes=${half}-`, `bytes=${half + ((bytes - half) >> 1)}-`]);
+      await ask(page, "ab");
+      assert.equal((await texts(page)).length, 2);
+    });
+  });
+
+  /** Breaks a download off, does something to what is kept of it, and opens the page again. */
+  async function brokenOff(page: Page, change: string, manners: Manners = {}): Promise<void> {
+    let count = 0;
+    server.asked.length = 0;
+    Object.assign(server.manners, { cutsOff: isWeights, isAway: (name: string) => isWeights(name) && ++count > 1 });
+    await go(page, bundle);
+    await page.waitForSelector("#failure:visible");
+    assert.match(await page.innerText("#failure"), /model\.onnx\.data cannot be read \(the connection ended too early/);
+    await page.evaluate(`(async () => {
+      const visit = async (folder) => {
+        for await (const handle of folder.values()) {
+          if (handle.kind === "directory") await visit(handle);
+          else if (handle.name.endsWith(".partial")) {
+            const data = new Uint8Array(await (await handle.getFile()).arrayBuffer());
+            if (data.length !== ${bytes >> 1}) throw new Error("it has " + data.length + " bytes");
+            ${change}
+            const out = await handle.createWritable();
+            await out.write(data);
+            await out.close();
+          }
+        }
+      };
+      await visit(await navigator.storage.getDirectory());
+    })()`);
+    for (const name of ["cutsOff", "isAway"] as const) delete server.manners[name];
+    Object.assign(server.manners, manners);
+    server.asked.length = 0;
+    await page.reload();
+    await isReady(page);
+  }
+
+  test("go on behind the last whole chunk, when the page is opened again", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, "");
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`]);
+    }));
+
+  test("go on behind the last chunk that matches its checksum", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, `data[${CHUNK_BYTES} + 5] ^= 1;`);
+      assert.deepEqual(ranges(), [`bytes=${CHUNK_BYTES}-`]);
+    }));
+
+  test("begin again where the server knows no ranges of them", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, "", { ignoresRanges: isWeights });
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`]);
+    }));
+
+  test("come as a whole where the rest is damaged", () => {
+    let count = 0;
+    return visited({}, async (page) => {
+      await brokenOff(page, "", { damages: (name) => isWeights(name) && ++count === 1 });
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`, undefined]);
+    });
+  });
 });
 
 test("two tabs at once: both answer, and one keeps no rows", () =>
