@@ -5,6 +5,7 @@
 import { createReadStream, realpathSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { extname, join, normalize, sep } from "node:path";
+import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
 
 const BOUNDARY = "pleexport-part";
@@ -46,10 +47,7 @@ function partsOf(range, size) {
 
 async function send(path, response, [first, last]) {
   if (first > last) return;
-  for await (const chunk of createReadStream(path, { start: first, end: last })) {
-    if (!response.write(chunk)) await new Promise((resolve) => response.once("drain", resolve).once("close", resolve));
-    if (response.destroyed) return;
-  }
+  await pipeline(createReadStream(path, { start: first, end: last }), response, { end: false });
 }
 
 /** Answers a request for a file of a folder. */

@@ -6,10 +6,11 @@ let model;
 async function open({ model: path, dtype, threads }) {
   const { AutoModelForCausalLM, env } = await library;
   const runtime = `${location.origin}${MODULES}/onnxruntime-web/dist/ort-wasm-simd-threaded.asyncify`;
-  Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, localModelPath: "/" });
+  const [, folder, name] = /^(.*\/)([^/]+)$/.exec(path);
+  Object.assign(env, { allowLocalModels: true, allowRemoteModels: false, localModelPath: `/${folder}` });
   Object.assign(env.backends.onnx.wasm, { numThreads: threads });
   Object.assign(env.backends.onnx.wasm.wasmPaths, { mjs: `${runtime}.mjs`, wasm: `${runtime}.wasm` });
-  model = await AutoModelForCausalLM.from_pretrained(path, {
+  model = await AutoModelForCausalLM.from_pretrained(name, {
     device: "wasm",
     dtype: { embed_tokens: "q8", decoder_model_merged: dtype },
   });

@@ -82,9 +82,24 @@ async function ask(page: Page, text: string): Promise<void> {
   await page.waitForSelector("#send:visible");
 }
 
-/** The page's own files are kept, so that it opens without a network. */
+/** The page's own files are kept, so that it opens without a network, and of what computes, what the bundle needs. */
 async function pageIsKept(page: Page): Promise<void> {
   await page.evaluate("navigator.serviceWorker.ready");
+  for (const end = Date.now() + 60_000; !(await keptNames(page)).some((name) => name.endsWith(".wasm")); ) {
+    assert.ok(Date.now() < end, "no runtime is kept");
+    await page.waitForTimeout(20);
+  }
+  assert.deepEqual((await keptNames(page)).filter((name) => /^ort-/.test(name)), ["ort-module.js", "ort-wasm-simd-threaded.wasm"]);
+}
+
+/** Names of the page's files that are kept. */
+async function keptNames(page: Page): Promise<string[]> {
+  const urls = await page.evaluate<string[]>(`(async () => {
+    const found = [];
+    for (const name of await caches.keys()) found.push(...await (await caches.open(name)).keys());
+    return found.map(({ url }) => url);
+  })()`);
+  return urls.map((url) => url.slice(url.lastIndexOf("/") + 1)).sort();
 }
 
 function texts(page: Page): Promise<string[]> {
