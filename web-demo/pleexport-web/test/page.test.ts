@@ -1,6 +1,6 @@
 // The chat page in Chromium, each test with a profile of its own. PLEEXPORT_SHOTS=FOLDER keeps pictures.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createRequire } from "node:module";
@@ -13,27 +13,50 @@ import { chromium, type BrowserContext, type Page } from "playwright-core";
 import { CHUNK_BYTES } from "../src/checksums.js";
 import { xxh3Hex } from "../src/xxh3.js";
 import { serve, type Manners, type RangeServer } from "./range-server.js";
-import { ROOT } from "./vectors.js";
+import { readJson, ROOT } from "./vectors.js";
 
 const CHROMIUM = process.env["PLEEXPORT_CHROMIUM"] ?? "/usr/bin/chromium";
 const SHOTS = process.env["PLEEXPORT_SHOTS"];
 const SITE = "web-demo/pleexport-web/build/page";
 const CHAT = "conformance/gemma4-fp32";
 const TEXT = "conformance/rwkv7a-int8";
+const LARGE = `${SITE}-large`;
+const LARGE_BYTES = 5 * CHUNK_BYTES + 77;
 const AXE = fs.readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const OPTIONS = { executablePath: CHROMIUM, args: ["--no-sandbox"], viewport: { width: 1000, height: 720 } };
 let server: RangeServer;
 
 before(async () => {
   execFileSync("node", [join(ROOT, "web-demo/page/build.mjs"), join(ROOT, SITE)]);
+  writeLarge();
   server = await serve(ROOT, { isolates: true });
 });
 
 after(() => server.close());
 
+/** A bundle whose weights have several chunks: what is behind the last tensor counts for nothing. */
+function writeLarge(): void {
+  const folder = join(ROOT, LARGE);
+  fs.cpSync(join(ROOT, CHAT), folder, { recursive: true });
+  const data = Buffer.alloc(LARGE_BYTES, fs.readFileSync(join(folder, "model.onnx.data")));
+  fs.writeFileSync(join(folder, "model.onnx.data"), data);
+  const [manifest, checksums] = ["manifest.json", "checksums.json"].map((name) => readJson(join(folder, name)));
+  manifest.files.find(({ name }: { name: string }) => name === "model.onnx.data").size = LARGE_BYTES;
+  const head = Buffer.from(JSON.stringify(manifest));
+  for (const [name, content] of [["manifest.json", head], ["model.onnx.data", data]] as const) {
+    const chunks = Array.from({ length: Math.ceil(content.length / CHUNK_BYTES) }, (_, i) => i * CHUNK_BYTES);
+    checksums.files[name] = chunks.map((at) => xxh3Hex(content.subarray(at, at + CHUNK_BYTES)));
+  }
+  fs.writeFileSync(join(folder, "manifest.json"), head);
+  fs.writeFileSync(join(folder, "checksums.json"), JSON.stringify(checksums));
+}
+
 /** Runs a test in a browser that nothing was kept in, with a server of these manners. */
-async function visited(manners: Manners, use: (page: Page, browser: BrowserContext) => Promise<void>): Promise<void> {
-  const profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-"));
+async function visited(
+  manners: Manners,
+  use: (page: Page, browser: BrowserContext) => Promise<void>,
+  profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-")),
+): Promise<void> {
   const browser = await chromium.launchPersistentContext(profile, OPTIONS);
   browser.setDefaultTimeout(60_000);
   Object.assign(server.manners, { isolates: true }, manners);
@@ -381,6 +404,35 @@ describe("what goes wrong is said in a sentence", () => {
     });
   });
 
+  test("a disk that is full", async (context) => {
+    const disk = fs.mkdtempSync(join(tmpdir(), "pleexport-disk-"));
+    if (spawnSync("mount", ["-t", "tmpfs", "-o", "size=120m", "tmpfs", disk]).status !== 0) {
+      context.skip("a file system of one's own needs the rights to mount it");
+      return;
+    }
+    const filler = join(disk, "filler");
+    try {
+      await visited({}, async (page) => {
+        await page.goto(`${server.url}/web-demo/pleexport-web/test/page.html`);
+        const { bavail, bsize } = fs.statfsSync(disk);
+        fs.writeFileSync(filler, Buffer.alloc(bavail * bsize - 2 * CHUNK_BYTES));
+        await go(page, LARGE);
+        await page.waitForSelector("#failure:visible");
+        assert.match(await page.innerText("#failure"), /model\.onnx\.data cannot be read \(no space is left on this device to keep it\)\.\n+Free space on this device/);
+        await shot(page, "full");
+        // The control: with space it goes on.
+        fs.rmSync(filler);
+        await page.click("#failure button");
+        await isReady(page);
+        await ask(page, "ab");
+        assert.equal(await page.locator(".wrong").count(), 0);
+      }, join(disk, "profile"));
+    } finally {
+      spawnSync("umount", [disk]);
+      fs.rmdirSync(disk);
+    }
+  });
+
   test("no space for rows", () => {
     const full = `
       const { write } = FileSystemSyncAccessHandle.prototype;
@@ -424,28 +476,9 @@ describe("what goes wrong is said in a sentence", () => {
 });
 
 describe("weights that break off", () => {
-  const [bundle, weights] = [`${SITE}-large`, `${SITE}-large/model.onnx.data`];
-  const bytes = 5 * CHUNK_BYTES + 77;
-  const isWeights = (name: string): boolean => name === weights;
+  const [bundle, bytes] = [LARGE, LARGE_BYTES];
+  const isWeights = (name: string): boolean => name === `${LARGE}/model.onnx.data`;
   const ranges = (): (string | undefined)[] => server.asked.filter(([name]) => isWeights(name)).map(([, range]) => range);
-
-  before(() => {
-    // Weights of several chunks: what is behind the last tensor counts for nothing.
-    const folder = join(ROOT, bundle);
-    fs.cpSync(join(ROOT, CHAT), folder, { recursive: true });
-    const data = Buffer.alloc(bytes, fs.readFileSync(join(folder, "model.onnx.data")));
-    fs.writeFileSync(join(ROOT, weights), data);
-    const json = (name: string): any => JSON.parse(fs.readFileSync(join(folder, name), "utf8"));
-    const [manifest, checksums] = [json("manifest.json"), json("checksums.json")];
-    manifest.files.find(({ name }: { name: string }) => name === "model.onnx.data").size = bytes;
-    const head = Buffer.from(JSON.stringify(manifest));
-    for (const [name, content] of [["manifest.json", head], ["model.onnx.data", data]] as const) {
-      const chunks = Array.from({ length: Math.ceil(content.length / CHUNK_BYTES) }, (_, i) => i * CHUNK_BYTES);
-      checksums.files[name] = chunks.map((at) => xxh3Hex(content.subarray(at, at + CHUNK_BYTES)));
-    }
-    fs.writeFileSync(join(folder, "manifest.json"), head);
-    fs.writeFileSync(join(folder, "checksums.json"), JSON.stringify(checksums));
-  });
 
   test("go on at the byte where they were, while the page is open", () => {
     let cuts = 0;
