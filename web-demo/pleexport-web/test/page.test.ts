@@ -21,6 +21,7 @@ const SITE = "web-demo/pleexport-web/build/page";
 const CHAT = "conformance/gemma4-fp32";
 const TEXT = "conformance/rwkv7a-int8";
 const LARGE = `${SITE}-large`;
+const ENDLESS = `${SITE}-endless`;
 const LARGE_BYTES = 5 * CHUNK_BYTES + 77;
 const AXE = fs.readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const OPTIONS = { executablePath: CHROMIUM, args: ["--no-sandbox"], viewport: { width: 1000, height: 720 } };
@@ -28,26 +29,31 @@ let server: RangeServer;
 
 before(async () => {
   execFileSync("node", [join(ROOT, "web-demo/page/build.mjs"), join(ROOT, SITE)]);
-  writeLarge();
+  // Weights of several chunks: what is behind the last tensor counts for nothing.
+  const weights = Buffer.alloc(LARGE_BYTES, fs.readFileSync(join(ROOT, CHAT, "model.onnx.data")));
+  writeChanged(LARGE, { "model.onnx.data": weights }, () => {});
+  const template = Buffer.from("{% for a in range(99999) %}".repeat(3) + "{% endfor %}".repeat(3));
+  writeChanged(ENDLESS, { "chat_template.jinja": template }, (manifest) => {
+    delete manifest.chat_format;
+    manifest.no_chat_format = "it never ends";
+  });
   server = await serve(ROOT, { isolates: true });
 });
 
 after(() => server.close());
 
-/** A bundle whose weights have several chunks: what is behind the last tensor counts for nothing. */
-function writeLarge(): void {
-  const folder = join(ROOT, LARGE);
+/** Copies a bundle, with other files and another manifest. */
+function writeChanged(bundle: string, files: Readonly<Record<string, Buffer>>, change: (manifest: any) => void): void {
+  const folder = join(ROOT, bundle);
   fs.cpSync(join(ROOT, CHAT), folder, { recursive: true });
-  const data = Buffer.alloc(LARGE_BYTES, fs.readFileSync(join(folder, "model.onnx.data")));
-  fs.writeFileSync(join(folder, "model.onnx.data"), data);
   const [manifest, checksums] = ["manifest.json", "checksums.json"].map((name) => readJson(join(folder, name)));
-  manifest.files.find(({ name }: { name: string }) => name === "model.onnx.data").size = LARGE_BYTES;
-  const head = Buffer.from(JSON.stringify(manifest));
-  for (const [name, content] of [["manifest.json", head], ["model.onnx.data", data]] as const) {
+  for (const record of manifest.files) record.size = files[record.name]?.length ?? record.size;
+  change(manifest);
+  for (const [name, content] of Object.entries({ ...files, "manifest.json": Buffer.from(JSON.stringify(manifest)) })) {
     const chunks = Array.from({ length: Math.ceil(content.length / CHUNK_BYTES) }, (_, i) => i * CHUNK_BYTES);
     checksums.files[name] = chunks.map((at) => xxh3Hex(content.subarray(at, at + CHUNK_BYTES)));
+    fs.writeFileSync(join(folder, name), content);
   }
-  fs.writeFileSync(join(folder, "manifest.json"), head);
   fs.writeFileSync(join(folder, "checksums.json"), JSON.stringify(checksums));
 }
 
@@ -448,6 +454,16 @@ describe("what goes wrong is said in a sentence", () => {
       assert.match(await page.innerText("#notes"), /Rows are not kept for the next time: no space is left on this device/);
     });
   });
+
+  test("a chat template that never ends", () =>
+    visited({}, async (page) => {
+      await opened(page, ENDLESS);
+      for (const count of [1, 2]) {
+        await ask(page, "ab");
+        assert.equal(await page.locator(".wrong").count(), count);
+        assert.match(await page.locator(".wrong").last().innerText(), /cannot render this conversation: it takes longer than 2 seconds/);
+      }
+    }));
 
   test("one thread", () =>
     visited({ isolates: false }, async (page) => {
