@@ -137,7 +137,7 @@ def sections(result: dict[str, Any]) -> list[Section]:
             f"In Chromium {version}, on WebAssembly: speed and memory",
             f"{SHAPE}, random weights. Prefill of {PROMPT_TOKENS} tokens, decoding behind them: "
             "medians, and below them the least and the largest. In brackets, tokens a second of "
-            "processor time, of all threads. Memory is the peak of the page's process, code included; "
+            "processor time, of all threads. Memory is the peak of the page's process, with code; "
             f"dense weights and {MEMORY_GOAL / 1e6:.0f} MB are {limit / 1e6:.0f} MB.",
             [Table(["", "load", "prefill", "decode", "peak memory"], speed)],
         ),
@@ -159,9 +159,10 @@ def sections(result: dict[str, Any]) -> list[Section]:
 def _speeds(engine: dict[str, Any]) -> list[str]:
     def cell(counts: list[int], seconds: list[float], processor: list[float]) -> str:
         speeds = sorted(n / s for n, s in zip(counts, seconds, strict=True))
-        busy = statistics.median(n / s for n, s in zip(counts, processor, strict=True) if s > 0)
+        busy = [n / s for n, s in zip(counts, processor, strict=True) if s > 0]
+        ours = f" ({statistics.median(busy):.1f})" if busy else ""
         spread = f"{speeds[0]:.1f} to {speeds[-1]:.1f}"
-        return f"{statistics.median(speeds):.1f} tokens/s\n{spread} ({busy:.1f})"
+        return f"{statistics.median(speeds):.1f} tokens/s\n{spread}{ours}"
 
     runs = engine["runs"]
     prefills = [run["prefill"] for run in runs]
