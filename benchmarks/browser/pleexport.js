@@ -6,9 +6,9 @@ const WORKER = new URL("../../web-demo/pleexport-web/dist/browser/worker.js", im
 export class Engine {
   #runners = [];
 
-  async open({ model, threads, room = 0 }) {
+  async open({ model, threads }) {
     const runner = new WorkerRunner(new Worker(WORKER, { type: "module" }));
-    await runner.open(`/${model}`, { threads, room });
+    await runner.open(`/${model}`, { threads });
     this.#runners.push(runner);
   }
 

@@ -96,18 +96,18 @@ async function measure(page, profile, sent, wanted) {
   return { ...result, peakBytes: rendererOf(profile).peakBytes };
 }
 
-/** Steps with caches of several sizes, in turn: the best of each. */
-async function measureSlots(page, profile, wanted) {
+/** Steps of several bundles, in turn: the best of each. */
+async function measureSteps(page, profile, wanted) {
   const ids = idsOf(64, wanted.vocab, 9);
-  const best = Object.fromEntries(wanted.slots.map((slots) => [slots, Infinity]));
-  for (const slots of wanted.slots) await page.evaluate((options) => engine.open(options), { ...wanted, room: slots });
+  for (const model of wanted.models) await page.evaluate((options) => engine.open(options), { ...wanted, model });
+  const best = wanted.models.map(() => Infinity);
   for (let i = 0; i <= wanted.repeat; i++) {
-    for (const [at, slots] of wanted.slots.entries()) {
+    for (const at of best.keys()) {
       const run = await page.evaluate(([own, n, which]) => engine.generate(own, n, which), [ids, wanted.decodeTokens, at]);
-      if (i > 0) best[slots] = Math.min(best[slots], run.decodeSeconds / (run.ids.length - 1));
+      if (i > 0) best[at] = Math.min(best[at], run.decodeSeconds / (run.ids.length - 1));
     }
   }
-  return { stepSeconds: best, peakBytes: rendererOf(profile).peakBytes };
+  return { stepSeconds: best };
 }
 
 const wanted = JSON.parse(process.argv[2]);
@@ -122,8 +122,8 @@ try {
   await page.goto(`${url}/${PAGE}?engine=${wanted.engine}`);
   await page.waitForFunction("globalThis.engine !== undefined && crossOriginIsolated");
   const version = await page.evaluate("navigator.userAgent");
-  const result = wanted.slots === undefined ? await measure(page, profile, sent, wanted) : await measureSlots(page, profile, wanted);
-  console.log(JSON.stringify({ ...result, browser: /Chrome\/([\d.]+)/.exec(version)[1] }));
+  const measured = wanted.models === undefined ? measure(page, profile, sent, wanted) : measureSteps(page, profile, wanted);
+  console.log(JSON.stringify({ ...(await measured), browser: /Chrome\/([\d.]+)/.exec(version)[1] }));
 } finally {
   await browser.close();
   rmSync(profile, { recursive: true, force: true });

@@ -23,8 +23,6 @@ interface Waiting {
 export interface OpenOptions {
   /** 0 for one a core, up to 4; one where the page is not isolated. */
   readonly threads?: number;
-  /** Tokens that caches have room for from the start; without it they begin small, and grow with the text. */
-  readonly room?: number;
   /** Is told how far what is needed before the first word has come, mostly many times. */
   readonly onProgress?: (progress: Progress) => void;
   /** Is told in a sentence, before anything large is fetched, where the bundle is made for what is not here. */
@@ -54,10 +52,10 @@ export class WorkerRunner {
    * @param url of the bundle's folder.
    * @throws PleexportError it cannot be opened, in one sentence.
    */
-  open(url: string, { threads = 0, room = 0, onProgress, onNote }: OpenOptions = {}): Promise<Facts> {
+  open(url: string, { threads = 0, onProgress, onNote }: OpenOptions = {}): Promise<Facts> {
     const count = globalThis.crossOriginIsolated === true ? threads : 1;
     const onPart = onProgress as ((part: unknown) => void) | undefined;
-    return this.ask("open", [new URL(url, location.href).href, count, room], { onPart, onNote }) as Promise<Facts>;
+    return this.ask("open", [new URL(url, location.href).href, count], { onPart, onNote }) as Promise<Facts>;
   }
 
   facts(): Promise<Facts> {

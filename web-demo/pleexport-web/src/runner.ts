@@ -15,8 +15,6 @@ const DEFAULT_TOKENS = 256;
 export interface RunnerOptions {
   /** Of the runtime; 0 for one a core, up to 4. Those of the first runner count for all. */
   readonly threads?: number;
-  /** Tokens that caches have room for from the start; without it they begin small, and grow with the text. */
-  readonly room?: number;
   /** Is told in a sentence, before anything large is fetched, where a bundle is made for what is not here. */
   readonly onNote?: (sentence: string) => void;
 }
@@ -61,7 +59,7 @@ export class Runner {
    * @throws CheckFailed files are damaged.
    * @throws InputError an impossible number of threads.
    */
-  static async open(bundle: Bundle, { threads = 0, room = 0, onNote = () => {} }: RunnerOptions = {}): Promise<Runner> {
+  static async open(bundle: Bundle, { threads = 0, onNote = () => {} }: RunnerOptions = {}): Promise<Runner> {
     const { backend, contract } = bundle.decoder;
     if (backend !== "onnx") {
       throw new BundleError(
@@ -73,7 +71,7 @@ export class Runner {
     const blob = await bundle.openBlob();
     try {
       const text = await openTokenizer(bundle);
-      const session = await openSession(bundle, threads, place, room);
+      const session = await openSession(bundle, threads, place);
       try {
         const reader = new Reader(blob, session, contract, bundle.manifest.context);
         return new Runner(bundle, blob, text, session, reader);

@@ -50,12 +50,11 @@ export async function placeOf(bundle: Bundle, onNote: (sentence: string) => void
  * Opens the graph of a bundle.
  *
  * @param threads 0 for one a core.
- * @param room tokens that caches have room for from the start.
  * @throws InputError an impossible number of threads.
  * @throws BundleError the files cannot be loaded, or contradict the contract.
  * @throws CheckFailed a file does not match its checksums.
  */
-export async function openSession(bundle: Bundle, threads: number, place: Place, room: number): Promise<Session> {
+export async function openSession(bundle: Bundle, threads: number, place: Place): Promise<Session> {
   if (!Number.isInteger(threads) || threads < 0 || threads > MOST_THREADS) {
     throw new InputError(
       `threads is ${threads}; it must be 0 to ${MOST_THREADS}`,
@@ -79,7 +78,7 @@ export async function openSession(bundle: Bundle, threads: number, place: Place,
     try {
       checkGraph(graph, contract, path);
       const most = place === "WebGPU" ? PREFILL_CHUNK_ON_GPU : PREFILL_CHUNK;
-      return new Session(graph, contract, bundle.manifest.context, most, room);
+      return new Session(graph, contract, bundle.manifest.context, most);
     } catch (err) {
       await graph.close();
       throw err;
@@ -135,10 +134,9 @@ export class Session {
     private readonly contract: GraphContract,
     context: number,
     most: number,
-    room: number,
   ) {
     this.chunk = Math.min(most, contract.tokensPerCall ?? most);
-    this.held = new HeldTensors(graph, contract, context, this.chunk, room);
+    this.held = new HeldTensors(graph, contract, context, this.chunk);
     this.numLogits = graph.tensor("int64", []);
   }
 
@@ -230,9 +228,8 @@ class HeldTensors {
     private readonly contract: GraphContract,
     context: number,
     chunk: number,
-    room: number,
   ) {
-    this.slots = new Slots(contract.caches, context, chunk, room);
+    this.slots = new Slots(contract.caches, context, chunk);
     this.caches = contract.caches.map(() => null);
     this.taken = contract.states.map(({ shape }) => graph.heldTensor("fp32", shape));
     this.given = contract.states.map(({ shape }) => graph.heldTensor("fp32", shape));
@@ -266,9 +263,12 @@ class HeldTensors {
     [this.taken, this.given] = [this.given, this.taken];
   }
 
-  /** Begins a text. Caches mask what an old one left. */
+  /** Begins a text. Caches begin small again, since a step takes the longer the more slots there are. */
   clear(): void {
     for (const tensor of this.taken) tensor.clear();
+    for (const cache of this.caches) cache?.free();
+    this.caches.fill(null);
+    this.slots.reset();
   }
 
   free(): void {

@@ -15,13 +15,11 @@ export class Slots {
   /**
    * @param context largest number of positions.
    * @param chunk most tokens of one call.
-   * @param room tokens that there is room for from the start.
    */
   constructor(
     private readonly caches: readonly CacheInput[],
     context: number,
     chunk: number,
-    private readonly room = 0,
   ) {
     // A chunk's first token must still find its window after the whole chunk was written.
     const window = Math.max(1, ...caches.map((cache) => cache.window ?? 1));
@@ -29,10 +27,15 @@ export class Slots {
     this.most = caches.map((cache) => (cache.window === null ? context : ring));
   }
 
+  /** Begins with few slots again. */
+  reset(): void {
+    this.positions = 0;
+  }
+
   /** Room for a text of that many tokens: the slots of each cache, or null if they stay. */
   grow(needed: number): number[] | null {
     if (needed <= this.positions) return null;
-    this.positions = Math.max(FIRST_POSITIONS, this.room, 2 * this.positions, needed);
+    this.positions = Math.max(FIRST_POSITIONS, 2 * this.positions, needed);
     return this.caches.map(({ block }, i) => {
       return Math.ceil(Math.min(this.positions, this.most[i]!) / block) * block;
     });

@@ -33,7 +33,7 @@ function tell(answer: Answer): void {
   postMessage(answer);
 }
 
-async function open(id: number, url: string, threads: number, room: number): Promise<Facts> {
+async function open(id: number, url: string, threads: number): Promise<Facts> {
   await close();
   const loading = new Loading((part) => tell({ id, part }));
   const store = await privateFiles(url);
@@ -49,7 +49,7 @@ async function open(id: number, url: string, threads: number, room: number): Pro
       runtimeFiles.binary = () => runtime;
     }
     for (const { name, size } of bundle.neededFiles) loading.need(name, size);
-    const runner = await Runner.open(bundle, { threads, room, onNote: (note) => tell({ id, note }) });
+    const runner = await Runner.open(bundle, { threads, onNote: (note) => tell({ id, note }) });
     await store.complete();
     opened = { files, store, runner, threads: threads || defaultThreads() };
   } catch (err) {
@@ -189,7 +189,7 @@ async function answer(question: Question): Promise<unknown> {
   const { id, method, args } = question;
   switch (method) {
     case "open":
-      return open(id, args[0] as string, args[1] as number, args[2] as number);
+      return open(id, args[0] as string, args[1] as number);
     case "facts":
       return facts();
     case "logits":
