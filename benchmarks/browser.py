@@ -113,7 +113,9 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     ids = pleexport.Runner(sample).tokenizer.encode(SAMPLE_PROMPT)
     runs[SAID] = partial(run, OURS, sample, arguments, ids=ids, repeat=0)
     models = [own.relative_to(ROOT).as_posix() for own in (small.absolute(), package.absolute())]
-    runs[STEPS] = partial(run, OURS, package, arguments, models=models)
+    # Short texts in turn, so that nobody has the quiet moments.
+    turns = {"decodeTokens": 9, "repeat": 4 * arguments.repeat}
+    runs[STEPS] = partial(run, OURS, package, arguments, models=models, **turns)
     engines = {name: engine() for name, engine in tqdm(runs.items(), unit=" browsers")}
     files = pleexport.Bundle(package).decoder.files
     return {

@@ -5,7 +5,6 @@
 import { createReadStream, realpathSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { extname, join, normalize, sep } from "node:path";
-import { pipeline } from "node:stream/promises";
 import { fileURLToPath } from "node:url";
 
 const BOUNDARY = "pleexport-part";
@@ -47,7 +46,21 @@ function partsOf(range, size) {
 
 async function send(path, response, [first, last]) {
   if (first > last) return;
-  await pipeline(createReadStream(path, { start: first, end: last }), response, { end: false });
+  for await (const chunk of createReadStream(path, { start: first, end: last })) {
+    if (!response.write(chunk)) await drained(response);
+    if (response.destroyed) return;
+  }
+}
+
+/** Waits until more can be written, or nobody wants more. */
+function drained(response) {
+  return new Promise((resolve) => {
+    const done = () => {
+      response.off("drain", done).off("close", done);
+      resolve();
+    };
+    response.on("drain", done).on("close", done);
+  });
 }
 
 /** Answers a request for a file of a folder. */

@@ -95,7 +95,7 @@ export class HttpFiles implements BundleFiles {
   }
 
   readWhole(name: string, isKept = true): Promise<Uint8Array> {
-    return remembered(this.wholes, name, async () => {
+    const read = async (): Promise<Uint8Array> => {
       if (HEADS.includes(name)) {
         const head = (await (this.heads ??= this.chosenHeads())).get(name)!;
         if (head instanceof FileFailure) throw head;
@@ -110,7 +110,8 @@ export class HttpFiles implements BundleFiles {
       const bytes = await wholeOf((await this.fetched(name)).body);
       if (isKept) await this.store.keepWhole(path, bytes);
       return bytes;
-    });
+    };
+    return isKept ? remembered(this.wholes, name, read) : read();
   }
 
   /** Manifest and checksums of the server, or those that were kept where it does not answer: never a mix. */

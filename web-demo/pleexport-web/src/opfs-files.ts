@@ -326,6 +326,7 @@ export class KeptParts implements BundleFile {
   /** By offset, the length of a part and where it is kept. */
   private readonly index = new Map<number, { readonly length: number; readonly at: number }>();
   private end = 0;
+  private record = new Uint8Array(0);
   private isFull = false;
   private source: Promise<BundleFile> | null = null;
 
@@ -443,7 +444,7 @@ export class KeptParts implements BundleFile {
   private kept(offset: number, least: number): Uint8Array | null {
     const { length, at } = this.index.get(offset) ?? { length: 0, at: 0 };
     if (length < least) return null;
-    const record = new Uint8Array(HEAD_BYTES + length);
+    const record = this.recordOf(length);
     this.handle.read(record, { at: at - HEAD_BYTES });
     const part = record.slice(HEAD_BYTES);
     if (isChecksum(record.subarray(16, HEAD_BYTES), record.subarray(0, 16), part)) return part;
@@ -451,9 +452,15 @@ export class KeptParts implements BundleFile {
     return null;
   }
 
+  /** Room for a part and what stands before it; always the same, since arrays that the file system has seen stay for long. */
+  private recordOf(length: number): Uint8Array {
+    if (this.record.length < HEAD_BYTES + length) this.record = new Uint8Array(HEAD_BYTES + length);
+    return this.record.subarray(0, HEAD_BYTES + length);
+  }
+
   private append(offset: number, part: Uint8Array): void {
     if (this.isFull) return;
-    const record = new Uint8Array(HEAD_BYTES + part.length);
+    const record = this.recordOf(part.length);
     const head = viewOf(record);
     head.setFloat64(0, offset);
     head.setFloat64(8, part.length);
