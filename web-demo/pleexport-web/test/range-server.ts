@@ -105,7 +105,8 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       ...headers,
     });
     if (manners.cutsOff?.(name) === true) {
-      response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
+      // Later, or what was sent may be lost on the way.
+      response.write(sent.subarray(0, sent.length >> 1), () => setTimeout(() => response.destroy(), 200));
     } else {
       const half = sent.length >> 1;
       response.write(sent.subarray(0, half));
