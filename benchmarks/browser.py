@@ -88,6 +88,11 @@ def run(engine: str, model: Path, arguments: argparse.Namespace, **options: Any)
     return result
 
 
+def several(threads: int) -> str:
+    """A number of threads in words."""
+    return f"{threads} thread{'s' * (threads != 1)}"
+
+
 def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Make the inputs, run all engines, and collect what they say."""
     checkpoint = made_checkpoint(SHAPE, folder)
@@ -98,14 +103,14 @@ def measure(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     peer = make_peer(checkpoint, folder, rows=package)
     threads = (1,) if arguments.quick else (1, 2)
     runs: dict[str, Callable[[], dict[str, Any]]] = {
-        f"{OURS}, {n} threads": partial(run, OURS, package, arguments, threads=n) for n in threads
+        f"{OURS}, {several(n)}": partial(run, OURS, package, arguments, threads=n) for n in threads
     }
     if peer:
         for dtype in DTYPES:
             # All that it loads is here before the first token.
             options = {"dtype": dtype, "moreTokens": 3, "decodeTokens": 9}
             runs |= {
-                f"transformers.js {dtype}, {n} threads": partial(
+                f"transformers.js {dtype}, {several(n)}": partial(
                     run, "transformersjs", peer, arguments, threads=n, **options
                 )
                 for n in threads
