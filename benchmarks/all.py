@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import browser
 import budget
 import builds
 import compare
@@ -77,6 +78,7 @@ BENCHMARKS = (
     ),
     Benchmark("fidelity", (), "fidelity", fidelity.sections, True),
     Benchmark("budget", (), "budget", budget.sections, False, False),
+    Benchmark("browser", (), "gemma4-small", browser.sections, False),
 )
 
 

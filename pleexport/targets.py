@@ -71,7 +71,7 @@ class Packs(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
     Attributes:
         form: `play` for asset packs of Google Play, `web` for files that a page fetches.
         delivery: when Google Play brings packs to a device.
-        starter_share: of the blob's rows, those that a page fetches before all others.
+        starter_share: of the table, what a page fetches before all else of it.
     """
 
     form: Literal["play", "web"]

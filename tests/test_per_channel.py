@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 import pleexport
 from pleexport import families
 from pleexport.backends.onnx.channels import channel_codes, channel_scales
-from pleexport.backends.onnx.storage import OnnxStorage
+from pleexport.backends.onnx.storage import PANEL, OnnxStorage
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.codes import unpack_codes
 from pleexport.errors import TargetError
@@ -54,8 +54,18 @@ def stored(node: ir.Node) -> tuple[str, NDArray[Any]]:
     value = node.inputs[1]
     if value.producer() is not None:
         value = value.producer().inputs[0]
-    codes = np.asarray(value.const_value.numpy()).astype(np.int16)
-    return value.name.removesuffix(".codes"), codes - node.inputs[3].const_value.numpy()
+    panels = np.asarray(value.const_value.numpy()).astype(np.int16)
+    codes = whole(panels - node.inputs[3].const_value.numpy())
+    name = value.name.removesuffix(".codes")
+    outputs = node.graph.initializers[f"{name}.scales"].shape[0]
+    assert len(panels) == -(-outputs // PANEL)
+    assert not codes[:, outputs:].any()
+    return name, codes[:, :outputs]
+
+
+def whole(panels: NDArray[Any]) -> NDArray[Any]:
+    """Codes `[K, N]` of those of `[panels, K, PANEL]`."""
+    return panels.transpose(1, 0, 2).reshape(panels.shape[1], -1)
 
 
 def test_every_matrix_is_in_int8_with_one_scale_for_each_output(
@@ -198,7 +208,8 @@ def test_scales_leave_no_more_error_than_the_widest(outlier: float) -> None:
     values[0, 0] *= outlier
     values[3] = 0
     scales = channel_scales(values)
-    back = (channel_codes(values, scales).astype(np.float32) - 128).T * scales[:, None]
+    codes = whole(channel_codes(values, scales)).astype(np.float32)[:, : len(values)]
+    back = (codes - 128).T * scales[:, None]
     widest = np.abs(values).max(axis=1, keepdims=True) / 127
     assert (np.abs(back - values) <= widest * 1.01).all()
     assert (back[3] == 0).all()

@@ -21,7 +21,8 @@ from pleexport.runtime.tokenizer import open_tokenizer
 
 FOLDER = Path(__file__).parents[1] / "conformance"
 BUNDLE = FOLDER / "gemma4-fp32"
-SHARE = 0.1
+# The blob's beginning is a quarter of it.
+SHARE = 0.4
 TEXT = "In the beginning the word was the word; and Quick brown foxes jump over 13 lazy dogs!\n"
 
 
@@ -52,7 +53,9 @@ def test_a_starter_has_the_rows_that_a_text_uses_most(web: str, text: Path, tmp_
     made = package(BUNDLE, tmp_path / "package", target=web, texts=[text])
     held = load_file(made.path / "starter.safetensors")
     blob, ids = pleexport.Runner(BUNDLE).blob, held["token_ids"]
-    assert len(ids) == int(blob.num_rows * SHARE)
+    first = 16_384 + (made.path / "starter.safetensors").stat().st_size
+    table = blob.num_rows * blob.row_stride
+    assert SHARE * table - blob.row_stride - 1024 < first <= SHARE * table
     np.testing.assert_array_equal(held["rows"], blob.stored_rows(blob.row_ids(ids)))
     counts = Counter(ids_of(TEXT))
     left_out = set(counts) - set(ids.tolist())

@@ -29,6 +29,7 @@ from urllib.request import Request, urlopen
 import kotlin_cases
 import numpy as np
 import pytest
+from checkpoints import gemma4
 from conftest import TOLERANCE, relative_error
 from numpy.typing import NDArray
 from refusals import damaged_copies, sentence_of
@@ -135,7 +136,7 @@ def test_it_runs_in_a_browser(program: Path, tmp_path: Path) -> None:
     text, target = tmp_path / "text.txt", tmp_path / "page.toml"
     text.write_text("the rows that a text uses\n")
     shipped = (ROOT / "targets" / "web.toml").read_text()
-    target.write_text(shipped.replace("starter_share = 0.019", "starter_share = 0.2"))
+    target.write_text(shipped.replace("starter_share = 0.019", "starter_share = 0.5"))
     packaged = PROJECT / "build" / "package"
     pleexport.package(
         CONFORMANCE / "gemma4-fp32", packaged, target=str(target), texts=[text], overwrite=True
@@ -267,12 +268,17 @@ def test_graphs_for_a_gpu_run_on_webgpu(
             "greedy": [token.id for token in runner.generate(ids[:9], **options)],
         }
         (folder / f"{name}.json").write_text(json.dumps(vectors))
+    # The page needs a tokenizer, whose ids all have rows.
+    rows = gemma4(tmp_path / "gemma4", vocab_size=512, vocab_size_per_layer_input=512)
+    texts: dict[str, Any] = {"tokenizer": CONFORMANCE / "gemma4-fp32", "verify": False}
+    pleexport.build(rows, folder / "page", target="web-gpu", **texts)
+    npm("exec", "--", "tsc", "-p", "../page/tsconfig.json")
     described = {
         "PLEEXPORT_CHROMIUM": str(CHROMIUM),
         "PLEEXPORT_GPU": str(folder.relative_to(ROOT)),
     }
     counts = passed_in_browser(program, "webgpu.test.js", described, timeout=1800)
-    assert (counts["pass"], counts["skipped"]) == ("4", "0")
+    assert (counts["pass"], counts["skipped"]) == ("5", "0")
 
 
 def logits(program: Path, bundle: Path | str, ids: list[int], out: Path) -> NDArray[np.float32]:

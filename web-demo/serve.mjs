@@ -2,11 +2,11 @@
 // (`Range`), tags that tell whether a file has changed, and the headers that let a page have threads.
 //
 //   node serve.mjs FOLDER [PORT]
-import { createReadStream, statSync } from "node:fs";
+import { createReadStream, realpathSync, statSync } from "node:fs";
 import { createServer } from "node:http";
 import { extname, join, normalize, sep } from "node:path";
+import { fileURLToPath } from "node:url";
 
-const [folder, wanted = "8000"] = process.argv.slice(2);
 const BOUNDARY = "pleexport-part";
 const TYPES = {
   ".css": "text/css; charset=utf-8",
@@ -23,7 +23,7 @@ const ISOLATED = {
 };
 
 /** Path and size of what a URL names in the folder; null where that is no file. */
-function found(url) {
+function found(folder, url) {
   try {
     const name = normalize(decodeURIComponent(new URL(url, "http://localhost").pathname));
     const path = join(folder, name.endsWith(sep) ? `${name}index.html` : name);
@@ -47,13 +47,25 @@ function partsOf(range, size) {
 async function send(path, response, [first, last]) {
   if (first > last) return;
   for await (const chunk of createReadStream(path, { start: first, end: last })) {
-    if (!response.write(chunk)) await new Promise((resolve) => response.once("drain", resolve).once("close", resolve));
+    if (!response.write(chunk)) await drained(response);
     if (response.destroyed) return;
   }
 }
 
-async function answer({ method, url, headers }, response) {
-  const file = found(url);
+/** Waits until more can be written, or nobody wants more. */
+function drained(response) {
+  return new Promise((resolve) => {
+    const done = () => {
+      response.off("drain", done).off("close", done);
+      resolve();
+    };
+    response.on("drain", done).on("close", done);
+  });
+}
+
+/** Answers a request for a file of a folder. */
+export async function answer(folder, { method, url, headers }, response) {
+  const file = found(folder, url);
   if ((method !== "GET" && method !== "HEAD") || file === null) {
     response.writeHead(file === null ? 404 : 405, ISOLATED).end();
     return;
@@ -92,21 +104,27 @@ async function answer({ method, url, headers }, response) {
   response.end();
 }
 
-const server = createServer((request, response) => {
-  answer(request, response).catch(() => response.destroy());
-});
-server.on("error", (err) => {
-  // Somebody else has the port: any other will do.
-  if (err.code === "EADDRINUSE" && server.listening === false) server.listen(0, "127.0.0.1");
-  else throw err;
-});
-server.on("listening", () => {
-  console.log(`The page is at http://localhost:${server.address().port}/  (Ctrl-C ends it)`);
-});
-server.listen(Number(wanted), "127.0.0.1");
-for (const signal of ["SIGINT", "SIGTERM"]) {
-  process.on(signal, () => {
-    console.log("\nStopped.");
-    process.exit(0);
+/** Serves a folder until the process is stopped. */
+function serve(folder, port) {
+  const server = createServer((request, response) => {
+    answer(folder, request, response).catch(() => response.destroy());
   });
+  server.on("error", (err) => {
+    // Somebody else has the port: any other will do.
+    if (err.code === "EADDRINUSE" && server.listening === false) server.listen(0, "127.0.0.1");
+    else throw err;
+  });
+  server.on("listening", () => {
+    console.log(`The page is at http://localhost:${server.address().port}/  (Ctrl-C ends it)`);
+  });
+  server.listen(port, "127.0.0.1");
+  for (const signal of ["SIGINT", "SIGTERM"]) {
+    process.on(signal, () => {
+      console.log("\nStopped.");
+      process.exit(0);
+    });
+  }
 }
+
+const [, script, folder, wanted = "8000"] = process.argv;
+if (realpathSync(script) === fileURLToPath(import.meta.url)) serve(folder, Number(wanted));

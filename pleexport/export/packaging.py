@@ -24,7 +24,13 @@ from pleexport.export.replacing import check_replaceable
 from pleexport.export.sealing import seal
 from pleexport.export.shards import shard_names, shard_ranges, write_shard
 from pleexport.export.signing import signer
-from pleexport.export.starter import DEFAULT_LANGUAGES, STARTER, choose_rows, write_starter
+from pleexport.export.starter import (
+    DEFAULT_LANGUAGES,
+    STARTER,
+    choose_rows,
+    row_count,
+    write_starter,
+)
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle, Manifest
 from pleexport.sizes import size_text
@@ -239,7 +245,7 @@ def _write_starter(
     """Write the rows that texts use most; what whoever delivers them has to know."""
     assert target.packs is not None
     blob = bundle.open_blob()
-    count = max(1, int(blob.num_rows * target.packs.starter_share))
+    count = row_count(blob, share=target.packs.starter_share)
     ids, covered = choose_rows(bundle, blob, count=count, texts=texts, languages=languages)
     write_starter(blob, ids, files / STARTER)
     held = f"note: {STARTER} has {len(ids):,} rows, {len(ids) / blob.num_rows:.1%} of the table"

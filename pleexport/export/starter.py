@@ -42,12 +42,21 @@ _TYPOGRAPHIC = (
     "\u2018 \u2019 \u201c \u201d .\u201d ,\u201d ?\u201d "
     "\u2019s \u2019t \u2019re \u2019ll \u2019ve \u2013 \u2014 \u2026"
 )
+# What stands side by side so often that vocabularies have it as one token: in speech, at brackets,
+# in Markdown.
+_TOGETHER = '." ," !" ?" ", ". ..." .) ,) ), ). ): ); ... -- --- ** :** **: .** ## ### ``` ("'
 _MARKS = [
     *(form for mark in _ASCII for form in (mark, f" {mark}", mark * 2, f"{mark}\n")),
     *_TYPOGRAPHIC.split(),
+    *(form for marks in _TOGETHER.split() for form in (marks, f" {marks}")),
     *(" " * count for count in range(2, 17)),
 ]
 _BATCH_ROWS = 1024
+# Of a blob, what a page reads before it knows where rows lie.
+_BLOB_START_BYTES = 16_384
+# Of a starter, about what stands before its rows.
+_HEAD_BYTES = 1024
+_ID_BYTES = 8
 
 
 def choose_rows(
@@ -92,6 +101,13 @@ def choose_rows(
     total = sum(counts.values()) if texts else 0
     covered = sum(n for i, n in counts.items() if i in held) / total if total else None
     return np.array(chosen, dtype=np.int64), covered
+
+
+def row_count(blob: Blob, *, share: float) -> int:
+    """How many rows a starter may have: with what else a page reads first, a share of the table."""
+    table = blob.num_rows * blob.row_stride
+    room = share * table - _BLOB_START_BYTES - _HEAD_BYTES
+    return max(1, int(room / (blob.row_stride + _ID_BYTES)))
 
 
 def write_starter(blob: Blob, token_ids: NDArray[np.int64], path: Path) -> None:

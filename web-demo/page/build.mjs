@@ -31,19 +31,27 @@ const names = copied.map((path) => path.slice(Math.max(path.lastIndexOf("/"), pa
 copied.forEach((path, i) => copyFileSync(path, join(out, names[i])));
 await build({ ...options, entryPoints: [join(here, "src", "app.ts")] });
 
-// What WebGPU needs is large, and comes from the server where a bundle is for it.
+// What computes is large, and which of it a bundle needs is known when it is open.
+const RUNTIMES = {
+  cpu: ["ort-module.js", "ort-wasm-simd-threaded.wasm"],
+  gpu: ["ort-gpu.js", "ort-wasm-simd-threaded.asyncify.js", "ort-wasm-simd-threaded.asyncify.wasm"],
+};
+const some = Object.values(RUNTIMES).flat();
 // The service worker knows what belongs together by its digests, and so is another when a file is.
-const files = Object.fromEntries(
-  [...names, "app.js"].filter((name) => !name.includes(".asyncify.")).sort().map((name) => [name, `sha256-${digest(join(out, name))}`]),
-);
+const files = digests([...names, "app.js"].filter((name) => !some.includes(name)));
+const runtimes = Object.fromEntries(Object.entries(RUNTIMES).map(([kind, own]) => [kind, digests(own)]));
 await build({
   ...options,
   entryPoints: [join(here, "src", "service-worker.ts")],
-  define: { FILES: JSON.stringify(files), VERSION: JSON.stringify(digestOf(JSON.stringify(files))) },
+  define: {
+    FILES: JSON.stringify(files),
+    RUNTIMES: JSON.stringify(runtimes),
+    VERSION: JSON.stringify(digestOf(JSON.stringify([files, runtimes]))),
+  },
 });
 
-function digest(path) {
-  return digestOf(readFileSync(path));
+function digests(own) {
+  return Object.fromEntries([...own].sort().map((name) => [name, `sha256-${digestOf(readFileSync(join(out, name)))}`]));
 }
 
 function digestOf(data) {

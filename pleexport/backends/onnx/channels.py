@@ -3,18 +3,24 @@
 WebAssembly has no kernel for blocks: it unpacks the whole matrix of a `MatMulNBits` at every call.
 It multiplies integers well. `DynamicQuantizeMatMul` would be one node, but it rounds all tokens of
 a call by the loudest one.
+
+Codes lie in panels, each the weights of a few outputs. What WebAssembly multiplies it copies first,
+a few outputs at a time: of `[K, N]` it would take some bytes out of each of K distant rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from pleexport.backends.onnx.storage import PANEL
 from pleexport.codes import QuantizedRows, join_codes
 from pleexport.quantize import SMALLEST, best_scales, round_to_codes
+from pleexport.sizes import align
 
 # Both sides are unsigned: where a processor lacks the right instruction, ONNX Runtime's products of
 # unsigned with signed codes overflow.
@@ -47,14 +53,14 @@ class IntegerProducts:
         """The product `[1, T, N]` of a `MatMul`'s input with codes, put before the `MatMul`.
 
         Args:
-            codes: uint4 or uint8 `[K, N]`, half of their range standing for 0.
+            codes: uint4 or uint8 `[panels, K, PANEL]`, half of their range standing for 0.
             scales: float32 `[N]`.
         """
         x = matmul.inputs[0]
         assert x is not None
         if x not in self._inputs:
             self._inputs[x] = self._own_codes(x) or self._rounded(x)
-        given, zero = self._inputs[x], self._zero_point(8)
+        given, zero, outputs = self._inputs[x], self._zero_point(8), _length(scales)
         nodes = []
         if codes.dtype == ir.DataType.UINT4:  # widened when the graph is opened
             nodes.append(ir.node("Cast", [codes], {"to": ir.DataType.UINT8}))
@@ -62,12 +68,25 @@ class IntegerProducts:
         else:
             weights_zero = zero
         product = ir.node("MatMulInteger", [given.codes, codes, zero, weights_zero])
-        numbers = ir.node("Cast", product.outputs, {"to": ir.DataType.FLOAT})
+        joined = self._joined(product.outputs[0], outputs)
+        numbers = ir.node("Cast", joined[-1].outputs, {"to": ir.DataType.FLOAT})
         # Each scale by itself: ONNX Runtime would fuse a product of both as if it were one number.
         of_tokens = ir.node("Mul", [numbers.outputs[0], given.scale])
         of_outputs = ir.node("Mul", [of_tokens.outputs[0], scales])
-        self._graph.insert_before(matmul, [*nodes, product, numbers, of_tokens, of_outputs])
+        nodes += [product, *joined, numbers, of_tokens, of_outputs]
+        self._graph.insert_before(matmul, nodes)
         return of_outputs.outputs[0]
+
+    def _joined(self, panels: ir.Value, outputs: int) -> list[ir.Node]:
+        """What makes `[1, T, N]` of `[panels, T, PANEL]`; of one token, nothing is moved."""
+        width = align(outputs, PANEL)
+        shape = self._constant(f"width_{width}", np.array([1, -1, width]))
+        by_token = ir.node("Transpose", [panels], {"perm": [1, 0, 2]})
+        whole = ir.node("Reshape", [by_token.outputs[0], shape])
+        if width == outputs:
+            return [by_token, whole]
+        bounds = [self._constant(f"index_{n}", np.array([n])) for n in (0, outputs, 2)]
+        return [by_token, whole, ir.node("Slice", [whole.outputs[0], *bounds])]
 
     def _own_codes(self, x: ir.Value) -> QuantizedInput | None:
         """The codes of an input that the original rounds itself; None where it does not."""
@@ -113,6 +132,13 @@ class IntegerProducts:
         return self._constants[name]
 
 
+def _length(value: ir.Value) -> int:
+    assert value.shape is not None
+    length = value.shape[0]
+    assert isinstance(length, int)
+    return length
+
+
 def channel_scales(
     weight_NK: NDArray[np.float32], *, importance: NDArray[np.float32] | None = None
 ) -> NDArray[np.float32]:
@@ -129,20 +155,25 @@ def channel_scales(
 
 
 def channel_codes(weight_NK: NDArray[np.float32], scales: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Codes `[K, N]` of a part `[N, K]` of a matrix."""
+    """Codes `[panels, K, PANEL]` of rows `[N, K]` of a matrix; the last panel is filled with 0."""
     limit = float(_LARGEST_CODE)
     codes = round_to_codes(weight_NK[:, None], scales[:, None], -limit, limit)[:, 0]
-    return np.ascontiguousarray((codes + np.float32(_ZERO_POINT)).T.astype(np.uint8))
+    return _panels(codes, zero_point=_ZERO_POINT)
 
 
 def stored_codes(rows: QuantizedRows, *, bits: int) -> NDArray[np.uint8]:
-    """A checkpoint's own codes `[N, 1, K]` as those of `[K, N]`; nothing is rounded.
+    """A checkpoint's own codes as `[panels, K, PANEL]`; nothing is rounded.
 
     Args:
+        rows: codes `[N, 1, K]`.
         bits: 4 or 8; two codes of 4 bits lie in a byte, the first in the low bits.
     """
-    codes = np.add(rows.codes[:, 0].T, 1 << (bits - 1), dtype=np.int16).astype(np.uint8)
-    if bits == 8:
-        return codes
-    flat = codes.reshape(-1)
-    return join_codes(np.pad(flat, (0, flat.size % 2)), bits=4)
+    codes = _panels(rows.codes[:, 0], zero_point=1 << (bits - 1))
+    return codes if bits == 8 else join_codes(codes.reshape(-1), bits=4)
+
+
+def _panels(codes_NK: NDArray[Any], *, zero_point: int) -> NDArray[np.uint8]:
+    outputs, inputs = codes_NK.shape
+    codes = (codes_NK.astype(np.int16) + zero_point).astype(np.uint8)
+    whole = np.pad(codes, ((0, -outputs % PANEL), (0, 0)), constant_values=zero_point)
+    return np.ascontiguousarray(whole.reshape(-1, PANEL, inputs).transpose(0, 2, 1))

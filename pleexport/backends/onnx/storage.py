@@ -12,6 +12,8 @@ from pleexport.weights import BLOCK_SIZES, WeightRequest
 
 # Larger blocks of 2 bits are multiplied by unpacking the matrix, which takes 200 times as long.
 _MOST_OF_2_BITS = 128
+# Outputs of a panel of codes: with 16, a prompt is slower in WebAssembly; with 64, a single token.
+PANEL = 32
 # Stores limit the size of a file, and no packaging edits a graph.
 LARGEST_DATA_FILE = 1 << 30
 _PAGE = 4096
@@ -36,8 +38,8 @@ def data_places(sizes: Iterable[int]) -> Iterator[tuple[int, int]]:
 class OnnxStorage:
     """Matrices in int8 and int4 as `MatMulNBits` takes them, everything else as tensors.
 
-    With one scale for each output, codes are what `MatMulInteger` takes. Those of 2 and 4 bits take
-    4 bits in the file, and 8 in memory.
+    With one scale for each output, codes are what `MatMulInteger` takes, in panels of `PANEL`
+    outputs. Those of 2 and 4 bits take 4 bits in the file, and 8 in memory.
 
     Attributes:
         symmetric: one zero point for all blocks; otherwise each has its own.
@@ -93,7 +95,7 @@ class OnnxStorage:
         if dtype not in CODED:
             return packed_bytes(weight.size, dtype)
         if self.is_per_channel(weight):
-            return packed_bytes(weight.size, dtype) + 4 * weight.shape[0]
+            return packed_bytes(self._panel_codes(weight), dtype) + 4 * weight.shape[0]
         return self._block_bytes(weight, self.block_size_of(weight))
 
     def resident_bytes(self, weight: Weight) -> int:
@@ -102,7 +104,7 @@ class OnnxStorage:
         Those of fp16 become float32, and codes of integer products 8 bits.
         """
         if self.is_per_channel(weight):
-            return weight.size + 4 * weight.shape[0]
+            return self._panel_codes(weight) + 4 * weight.shape[0]
         factor = 2 if self.dtype_of(weight) == "fp16" else 1
         return factor * self.file_bytes(weight)
 
@@ -125,6 +127,11 @@ class OnnxStorage:
             f"{len(rounded)} matrices whose codes have several scales for an output are rounded to "
             f"int8 with one, `{rounded[0].name}` first; `--block-size 128` keeps their codes"
         ]
+
+    @staticmethod
+    def _panel_codes(weight: Weight) -> int:
+        """Codes of a matrix in panels."""
+        return align(weight.shape[0], PANEL) * weight.shape[1]
 
     def _block_bytes(self, weight: Weight, block_size: int) -> int:
         """Bytes of a matrix in blocks of a given size."""

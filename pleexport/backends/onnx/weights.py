@@ -23,7 +23,7 @@ from pleexport.backends.onnx.channels import (
 )
 from pleexport.backends.onnx.expansion import MICROSOFT
 from pleexport.backends.onnx.files import GRAPH_DATA, data_file
-from pleexport.backends.onnx.storage import OnnxStorage, data_places
+from pleexport.backends.onnx.storage import PANEL, OnnxStorage, data_places
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.dtypes import CODED, bits, numpy_dtype
 from pleexport.errors import CheckpointError
@@ -273,19 +273,17 @@ def _per_channel(
     storage: OnnxStorage,
     importance: NDArray[np.float32] | None,
 ) -> list[StoredTensor]:
-    """Scales `[N]` and codes `[K, N]` of a matrix with one scale for each output.
-
-    The scales, which need whole rows, are found first. The codes are then made by columns.
-    """
+    """Scales `[N]` and codes `[panels, K, PANEL]` of a matrix with one scale for each output."""
     outputs, inputs = weight.shape
     own, code_bits = storage.keeps_codes(weight), bits(storage.dtype_of(weight))
     dtype = ir.DataType.UINT4 if code_bits == 4 else ir.DataType.UINT8
+    # A panel is written as a whole.
+    step = align(max(1, _BATCH_VALUES // inputs), PANEL)
+    parts = [slice(begin, min(begin + step, outputs)) for begin in range(0, outputs, step)]
     found: list[NDArray[np.float32]] = []
 
     def produce_scales() -> Iterator[NDArray[Any]]:
-        step = max(1, _BATCH_VALUES // inputs)
-        for begin in range(0, outputs, step):
-            rows = slice(begin, begin + step)
+        for rows in parts:
             if own:
                 scales = matched.codes(weight, rows, slice(0, 4)).scales[:, 0, 0]
             else:
@@ -294,20 +292,16 @@ def _per_channel(
             yield found[-1]
 
     def produce_codes() -> Iterator[NDArray[Any]]:
-        scales = np.concatenate(found)
-        # Codes begin with a whole byte.
-        step = align(max(1, _BATCH_VALUES // outputs), 4)
-        for begin in range(0, inputs, step):
-            columns = slice(begin, begin + step)
+        for rows, scales in zip(parts, found, strict=True):
             if own:
-                yield stored_codes(matched.codes(weight, columns=columns), bits=code_bits)
+                yield stored_codes(matched.codes(weight, rows), bits=code_bits)
             else:
-                part = _finite(weight, matched.read(weight, columns=columns))
-                yield channel_codes(part, scales)
+                yield channel_codes(_finite(weight, matched.read(weight, rows)), scales)
 
+    shape = (groups(outputs, PANEL), inputs, PANEL)
     return [
         StoredTensor(f"{weight.name}.scales", ir.DataType.FLOAT, (outputs,), produce_scales),
-        StoredTensor(f"{weight.name}.codes", dtype, (inputs, outputs), produce_codes),
+        StoredTensor(f"{weight.name}.codes", dtype, shape, produce_codes),
     ]
 
 

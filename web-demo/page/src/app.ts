@@ -107,7 +107,7 @@ function ready(facts: Facts): void {
   begin();
   say("The model is ready.");
   void navigator.storage.persist?.().catch(() => false);
-  keepPage((change) => {
+  keepPage(facts.heapBytes === null ? "gpu" : "cpu", (change) => {
     update = change;
     showState(facts);
   }).catch(() => {}); // the page works without

@@ -47,9 +47,10 @@ export const NO_MODULES: Said = { sentence: "This browser has no workers that ar
 /**
  * Lets the page open without a network from now on.
  *
+ * @param runtime that its bundle needs: "cpu" or "gpu".
  * @param onUpdate is called when a new version of the page is here; what it is given changes to it.
  */
-export async function keepPage(onUpdate: (change: () => void) => void): Promise<void> {
+export async function keepPage(runtime: "cpu" | "gpu", onUpdate: (change: () => void) => void): Promise<void> {
   if (!("serviceWorker" in navigator)) return;
   const found = await navigator.serviceWorker.register("service-worker.js");
   const tell = (worker: ServiceWorker): void => {
@@ -66,4 +67,5 @@ export async function keepPage(onUpdate: (change: () => void) => void): Promise<
       if (coming.state === "installed" && navigator.serviceWorker.controller !== null) tell(coming);
     });
   });
+  (await navigator.serviceWorker.ready).active?.postMessage(runtime);
 }

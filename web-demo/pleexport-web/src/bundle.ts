@@ -164,7 +164,7 @@ export class Bundle {
 
   /** A file that is here as a whole; a URL's is brought here first. Nothing of it is compared. */
   async openLocal(name: string): Promise<LocalFile> {
-    return this.sized(name, await this.orError(name, this.files.openLocal(name)));
+    return this.sized(name, await this.orError(name, this.files.openLocal(name, this.checksums?.get(name))));
   }
 
   /**

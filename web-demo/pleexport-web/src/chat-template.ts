@@ -2,6 +2,7 @@ import { Template } from "@huggingface/jinja";
 
 import type { Message } from "./chat-format.js";
 import { InputError, wordsOf } from "./errors.js";
+import "./template-limit.js";
 import type { TokenizerConfig } from "./tokenizer.js";
 
 /**
@@ -9,7 +10,7 @@ import type { TokenizerConfig } from "./tokenizer.js";
  *
  * @param thinking whether the model should; null leaves it to the template.
  * @param config has special tokens, which templates know by name.
- * @throws InputError the template refuses, or is malformed.
+ * @throws InputError the template refuses, is malformed, or takes too long.
  */
 export function renderTemplate(
   template: string,

@@ -52,8 +52,12 @@ export interface BundleFiles {
    */
   open(name: string): Promise<BundleFile>;
 
-  /** A file that is here as a whole; one on a server is brought here first. */
-  openLocal(name: string): Promise<LocalFile>;
+  /**
+   * A file that is here as a whole; one on a server is brought here first.
+   *
+   * @param checksums of its chunks, which tell whether what came of it before a break can be used.
+   */
+  openLocal(name: string, checksums?: readonly string[]): Promise<LocalFile>;
 
   /** Brings a file here again when it is opened next; it is damaged. */
   forget?(name: string): Promise<void>;

@@ -1,4 +1,5 @@
 import { CHECKSUMS } from "./checksums.js";
+import { cutOff, networkWords, type Ask, type Rest } from "./download.js";
 import { FileFailure, Unreachable, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
 import { MANIFEST } from "./manifest.js";
 import type { Loading } from "./progress.js";
@@ -11,6 +12,7 @@ const NEAR_BYTES = 16_384;
 const AT_ONCE = 6;
 /** Ranges of one request; servers limit the length of a header. */
 const MOST_RANGES = 100;
+const OTHER_PART = "the server sent another part than was asked for";
 const NO_RANGES = "serve the bundle from a server that answers requests for parts of files";
 
 const AGAIN = "open the bundle again";
@@ -36,8 +38,11 @@ export interface FileStore {
   keepParts(path: string, open: () => Promise<BundleFile>): Promise<BundleFile>;
   /** Keeps a small file, where it can. */
   keepWhole(path: string, bytes: Uint8Array): Promise<void>;
-  /** Takes a file's bytes as they come, to read parts of it at once. */
-  keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile>;
+  /**
+   * Takes a file's bytes as they come, to read parts of it at once. What came of it before a break, and
+   * matches the checksums of its chunks, is not asked for again.
+   */
+  keep(path: string, ask: Ask, checksums: readonly string[]): Promise<LocalFile>;
   close(): void;
 }
 
@@ -77,7 +82,7 @@ export class HttpFiles implements BundleFiles {
     await this.store.forget(`${this.path}/${name}`);
   }
 
-  openLocal(name: string): Promise<LocalFile> {
+  openLocal(name: string, checksums: readonly string[] = []): Promise<LocalFile> {
     const path = `${this.path}/${name}`;
     return remembered(this.locals, name, async () => {
       const kept = await this.store.find(path);
@@ -85,12 +90,12 @@ export class HttpFiles implements BundleFiles {
         this.loading?.kept(name, kept.size);
         return shared(kept);
       }
-      return shared(await this.store.keep(path, await this.fetched(name)));
+      return shared(await this.store.keep(path, (from) => this.fetched(name, from), checksums));
     });
   }
 
   readWhole(name: string, isKept = true): Promise<Uint8Array> {
-    return remembered(this.wholes, name, async () => {
+    const read = async (): Promise<Uint8Array> => {
       if (HEADS.includes(name)) {
         const head = (await (this.heads ??= this.chosenHeads())).get(name)!;
         if (head instanceof FileFailure) throw head;
@@ -102,16 +107,17 @@ export class HttpFiles implements BundleFiles {
         this.loading?.kept(name, kept.length);
         return kept;
       }
-      const bytes = await wholeOf(await this.fetched(name));
+      const bytes = await wholeOf((await this.fetched(name)).body);
       if (isKept) await this.store.keepWhole(path, bytes);
       return bytes;
-    });
+    };
+    return isKept ? remembered(this.wholes, name, read) : read();
   }
 
   /** Manifest and checksums of the server, or those that were kept where it does not answer: never a mix. */
   private async chosenHeads(): Promise<ReadonlyMap<string, Uint8Array | FileFailure>> {
     const answers = await Promise.all(
-      HEADS.map((name) => this.fetched(name).then(wholeOf).catch((err: unknown) => {
+      HEADS.map((name) => this.fetched(name).then(({ body }) => wholeOf(body)).catch((err: unknown) => {
         if (err instanceof FileFailure) return err;
         throw err;
       })),
@@ -131,15 +137,19 @@ export class HttpFiles implements BundleFiles {
     return new Map(found);
   }
 
-  /** A file's bytes as they come from the server. */
-  private async fetched(name: string): Promise<ReadableStream<Uint8Array>> {
-    const response = await answered(`${this.path}/${name}`, {}, this.traffic);
+  /** A file's bytes as they come from the server, from one on. */
+  private async fetched(name: string, wanted = 0): Promise<Rest> {
+    const headers: Record<string, string> = wanted > 0 ? { Range: `bytes=${wanted}-` } : {};
+    const response = await answered(`${this.path}/${name}`, headers, this.traffic);
+    const from = response.status === 206 ? firstByteOf(response) : 0;
+    if (from !== 0 && from !== wanted) throw new FileFailure(OTHER_PART);
     const length = response.headers.has("content-encoding") ? null : response.headers.get("content-length");
-    this.loading?.begin(name, length === null ? null : Number(length));
-    return counted(response, (bytes) => {
+    this.loading?.begin(name, length === null ? null : from + Number(length), from);
+    const body = counted(response, (bytes) => {
       this.traffic.bytes += bytes;
       this.loading?.arrived(name, bytes);
     });
+    return { from, body };
   }
 
   /** Nothing is asked: the size is compared when a file is read. */
@@ -244,8 +254,7 @@ class HttpFile implements BundleFile {
       await response.body?.cancel();
       throw wholeFile(this.path, response);
     }
-    const begin = /^bytes (\d+)-/.exec(response.headers.get("content-range") ?? "")?.[1];
-    if (Number(begin) !== offset) throw new FileFailure("the server sent another part than was asked for");
+    if (firstByteOf(response) !== offset) throw new FileFailure(OTHER_PART);
     const bytes = await bytesOf(response, this.traffic);
     await this.checkVersion(response);
     return { offset, bytes };
@@ -298,6 +307,11 @@ async function startOf(path: string, traffic: Traffic): Promise<Start> {
     throw wholeFile(path, response);
   }
   return { size: Number(total), first: await bytesOf(response, traffic), version: versionOf(response) };
+}
+
+/** Where a part of a file begins; not a number where that is not said. */
+function firstByteOf({ headers }: Response): number {
+  return Number(/^bytes (\d+)-/.exec(headers.get("content-range") ?? "")?.[1]);
 }
 
 function versionOf({ headers }: Response): string | null {
@@ -368,11 +382,6 @@ async function answered(path: string, headers: Record<string, string>, traffic: 
   throw new FileFailure(`the server answered ${response.status}`, isMissing, isMissing ? null : "ask who runs the server");
 }
 
-function networkWords(err: unknown): string {
-  const { message, cause } = err as Error;
-  return cause instanceof Error && cause.message !== "" ? cause.message : message;
-}
-
 function wholeFile(path: string, { status }: Response): FileFailure {
   const name = path.slice(path.lastIndexOf("/") + 1);
   return new FileFailure(
@@ -408,10 +417,4 @@ async function wholeOf(body: ReadableStream<Uint8Array>): Promise<Uint8Array> {
   } catch (err) {
     throw cutOff(err);
   }
-}
-
-/** What is said of a connection that ended too early. */
-export function cutOff(err: unknown): Unreachable {
-  const reason = `the connection ended too early: ${networkWords(err)}`;
-  return new Unreachable(reason, false, "try again; look at the network if it happens again", { cause: err });
 }

@@ -3,8 +3,9 @@ import { tmpdir } from "node:os";
 import { basename, join } from "node:path";
 import { getSystemErrorMap } from "node:util";
 
+import { download, type Ask } from "./download.js";
 import { FileFailure, readParts, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
-import { cutOff, type FileStore } from "./http-files.js";
+import type { FileStore } from "./http-files.js";
 
 /** A folder of this computer. */
 export class Folder implements BundleFiles {
@@ -108,13 +109,17 @@ export class TemporaryFiles implements FileStore {
 
   async keepWhole(): Promise<void> {}
 
-  async keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile> {
+  async keep(path: string, ask: Ask): Promise<LocalFile> {
     const folder = orFailure(() => fs.mkdtempSync(join(tmpdir(), "pleexport-web-")));
     const place = join(folder, "file");
     try {
       const out = orFailure(() => fs.openSync(place, "wx"));
       try {
-        await copy(body, out);
+        await download(ask, 0, (bytes, begin) => {
+          orFailure(() => {
+            for (let at = 0; at < bytes.length; ) at += fs.writeSync(out, bytes, at, bytes.length - at, begin + at);
+          });
+        });
       } finally {
         fs.closeSync(out);
       }
@@ -129,18 +134,5 @@ export class TemporaryFiles implements FileStore {
 
   close(): void {
     for (const file of this.kept.splice(0)) file.close();
-  }
-}
-
-async function copy(body: ReadableStream<Uint8Array>, out: number): Promise<void> {
-  const reader = body.getReader();
-  for (;;) {
-    const { done, value } = await reader.read().catch((err: unknown) => {
-      throw cutOff(err);
-    });
-    if (done) return;
-    orFailure(() => {
-      for (let at = 0; at < value.length; ) at += fs.writeSync(out, value, at);
-    });
   }
 }

@@ -1,6 +1,7 @@
-import { CHECKSUMS } from "./checksums.js";
+import { CHECKSUMS, CHUNK_BYTES } from "./checksums.js";
+import { download, type Ask } from "./download.js";
 import { FileFailure, readParts, readRange, Unreachable, type BundleFile, type LocalFile, type Range } from "./files.js";
-import { changed, cutOff, type FileStore, type Heads } from "./http-files.js";
+import { changed, type FileStore, type Heads } from "./http-files.js";
 import { MANIFEST } from "./manifest.js";
 import { CHECKSUM_BYTES, viewOf } from "./safetensors.js";
 import { isChecksum, xxh3, xxh3Hex } from "./xxh3.js";
@@ -12,6 +13,7 @@ const COMPLETE = "complete";
 /** A file that has not grown for so long is written by nobody any more. */
 const STALE_MS = 60_000;
 const PARTIAL = ".partial";
+const OF_ONE_TAB = /\..+\.partial$/;
 const PARTS = ".rows";
 const NO_SPACE = "no space is left on this device";
 const FULL = "free space on this device, or let the browser forget other sites";
@@ -135,27 +137,49 @@ export class PrivateFiles implements FileStore {
     }
   }
 
-  async keep(path: string, body: ReadableStream<Uint8Array>): Promise<LocalFile> {
+  async keep(path: string, ask: Ask, checksums: readonly string[]): Promise<LocalFile> {
     // Only a file that is complete gets its name: a tab may be closed meanwhile.
-    const partial = `${nameOf(path)}.${crypto.randomUUID()}${PARTIAL}`;
+    const { name, out } = await this.openPartial(path);
     try {
-      const handle = (await this.own.getFileHandle(partial, { create: true })) as SyncFile;
-      const out = await handle.createSyncAccessHandle();
       try {
-        await copy(body, out);
+        const begin = intactBytes(out, checksums);
+        out.truncate(begin);
+        out.truncate(await download(ask, begin, (bytes, at) => {
+          if (!wrote(out, bytes, at)) throw new NoSpace();
+        }));
+        out.flush();
       } finally {
         out.close();
       }
+      const handle = (await this.own.getFileHandle(name)) as SyncFile;
       await handle.move(nameOf(path)).catch((err: unknown) => {
         // A second tab was faster, and has it open.
         if (!isLocked(err)) throw err;
-        return this.own.removeEntry(partial);
+        return this.own.removeEntry(name);
       });
     } catch (err) {
-      await this.own.removeEntry(partial).catch(() => {});
+      // What came before a break is gone on with; what is in the way of other files is not.
+      if (!(err instanceof Unreachable)) await this.own.removeEntry(name).catch(() => {});
       throw failureOf(err);
     }
     return this.openKept(path);
+  }
+
+  /** The file that another is written to until it is complete: the one of the last time, unless a tab has that. */
+  private async openPartial(path: string): Promise<{ name: string; out: SyncHandle }> {
+    const names = [`${nameOf(path)}${PARTIAL}`, `${nameOf(path)}.${crypto.randomUUID()}${PARTIAL}`] as const;
+    const open = async (name: string): Promise<{ name: string; out: SyncHandle }> => {
+      const file = (await this.own.getFileHandle(name, { create: true })) as SyncFile;
+      return { name, out: await file.createSyncAccessHandle() };
+    };
+    try {
+      return await open(names[0]).catch((err: unknown) => {
+        if (!isLocked(err)) throw err;
+        return open(names[1]);
+      });
+    } catch (err) {
+      throw failureOf(err);
+    }
   }
 
   async forget(path: string): Promise<void> {
@@ -215,10 +239,10 @@ export class PrivateFiles implements FileStore {
     return found;
   }
 
-  /** Removes what was being written when a tab was closed. */
+  /** Removes what a second tab was writing when it was closed: nobody goes on with it. */
   private async removeStale(folder: FileSystemDirectoryHandle): Promise<void> {
     for await (const entry of folder.values()) {
-      if (entry.kind !== "file" || !entry.name.endsWith(PARTIAL)) continue;
+      if (entry.kind !== "file" || !OF_ONE_TAB.test(entry.name)) continue;
       const { lastModified } = await entry.getFile();
       if (Date.now() - lastModified > STALE_MS) await folder.removeEntry(entry.name).catch(() => {});
     }
@@ -302,6 +326,7 @@ export class KeptParts implements BundleFile {
   /** By offset, the length of a part and where it is kept. */
   private readonly index = new Map<number, { readonly length: number; readonly at: number }>();
   private end = 0;
+  private record = new Uint8Array(0);
   private isFull = false;
   private source: Promise<BundleFile> | null = null;
 
@@ -419,7 +444,7 @@ export class KeptParts implements BundleFile {
   private kept(offset: number, least: number): Uint8Array | null {
     const { length, at } = this.index.get(offset) ?? { length: 0, at: 0 };
     if (length < least) return null;
-    const record = new Uint8Array(HEAD_BYTES + length);
+    const record = this.recordOf(length);
     this.handle.read(record, { at: at - HEAD_BYTES });
     const part = record.slice(HEAD_BYTES);
     if (isChecksum(record.subarray(16, HEAD_BYTES), record.subarray(0, 16), part)) return part;
@@ -427,9 +452,15 @@ export class KeptParts implements BundleFile {
     return null;
   }
 
+  /** Room for a part and what stands before it; always the same, since arrays that the file system has seen stay for long. */
+  private recordOf(length: number): Uint8Array {
+    if (this.record.length < HEAD_BYTES + length) this.record = new Uint8Array(HEAD_BYTES + length);
+    return this.record.subarray(0, HEAD_BYTES + length);
+  }
+
   private append(offset: number, part: Uint8Array): void {
     if (this.isFull) return;
-    const record = new Uint8Array(HEAD_BYTES + part.length);
+    const record = this.recordOf(part.length);
     const head = viewOf(record);
     head.setFloat64(0, offset);
     head.setFloat64(8, part.length);
@@ -446,17 +477,15 @@ export class KeptParts implements BundleFile {
   }
 }
 
-async function copy(body: ReadableStream<Uint8Array>, out: SyncHandle): Promise<void> {
-  const reader = body.getReader();
-  for (let at = 0; ; ) {
-    const { done, value } = await reader.read().catch((err: unknown) => {
-      throw cutOff(err);
-    });
-    if (done) break;
-    if (!wrote(out, value, at)) throw new NoSpace();
-    at += value.length;
+/** How many bytes a partial file begins with that match the checksums; of the last chunk, none. */
+function intactBytes(handle: SyncHandle, checksums: readonly string[]): number {
+  const most = Math.min(Math.floor(handle.getSize() / CHUNK_BYTES), checksums.length - 1);
+  const chunk = new Uint8Array(CHUNK_BYTES);
+  for (let i = 0; i < most; i++) {
+    handle.read(chunk, { at: i * CHUNK_BYTES });
+    if (xxh3Hex(chunk) !== checksums[i]) return i * CHUNK_BYTES;
   }
-  out.flush();
+  return Math.max(0, most) * CHUNK_BYTES;
 }
 
 /** Whether all was written: where space is short, some browsers throw, and others return a number. */

@@ -7,7 +7,7 @@ import * as ort from "onnxruntime-web";
 
 import type { LocalFile } from "./files.js";
 import { OrtFailure, shapesOf, type HeldTensor, type OpenGraph, type OpenTensor, type TensorType } from "./graph.js";
-import { withWeights } from "./lazy-bytes.js";
+import { giveBack, withWeights } from "./lazy-bytes.js";
 
 /** The version whose inside this file knows. */
 export const ORT_VERSION = "1.30.0";
@@ -140,6 +140,7 @@ export class Graph implements OpenGraph {
     ort.env.wasm.wasmPaths = { mjs: runtimeFiles.module(), wasm: runtimeFiles.wasm() };
     const binary = await runtimeFiles.binary();
     if (binary !== null) ort.env.wasm.wasmBinary = binary;
+    runtimeFiles.binary = async () => null; // it is asked for once, and large
     return withWeights(weights, async (externalData) => {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["wasm"],
@@ -147,6 +148,7 @@ export class Graph implements OpenGraph {
         externalData,
       });
       delete ort.env.wasm.wasmBinary;
+      if (binary !== null) giveBack(binary);
       const { instance } = (await import(runtimeFiles.module())) as { instance: OrtModule };
       return new Graph(session, instance);
     });

@@ -25,9 +25,9 @@ export class Loading {
     if (this.files.delete(name)) this.tellSums();
   }
 
-  /** A file begins to arrive; its size is null where nobody says it. */
-  begin(name: string, size: number | null): void {
-    this.set(name, size ?? this.files.get(name)?.size ?? 0, 0, false);
+  /** A file begins to arrive, or the rest of one; its size is null where nobody says it. */
+  begin(name: string, size: number | null, here = 0): void {
+    this.set(name, size ?? this.files.get(name)?.size ?? 0, here, false);
   }
 
   /** More bytes of a file have arrived. */

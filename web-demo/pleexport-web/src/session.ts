@@ -263,9 +263,12 @@ class HeldTensors {
     [this.taken, this.given] = [this.given, this.taken];
   }
 
-  /** Begins a text. Caches mask what an old one left. */
+  /** Begins a text. Caches begin small again, since a step takes the longer the more slots there are. */
   clear(): void {
     for (const tensor of this.taken) tensor.clear();
+    for (const cache of this.caches) cache?.free();
+    this.caches.fill(null);
+    this.slots.reset();
   }
 
   free(): void {

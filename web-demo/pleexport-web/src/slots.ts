@@ -27,6 +27,11 @@ export class Slots {
     this.most = caches.map((cache) => (cache.window === null ? context : ring));
   }
 
+  /** Begins with few slots again. */
+  reset(): void {
+    this.positions = 0;
+  }
+
   /** Room for a text of that many tokens: the slots of each cache, or null if they stay. */
   grow(needed: number): number[] | null {
     if (needed <= this.positions) return null;

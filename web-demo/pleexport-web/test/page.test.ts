@@ -1,6 +1,6 @@
 // The chat page in Chromium, each test with a profile of its own. PLEEXPORT_SHOTS=FOLDER keeps pictures.
 import assert from "node:assert/strict";
-import { execFileSync } from "node:child_process";
+import { execFileSync, spawnSync } from "node:child_process";
 import { createHash } from "node:crypto";
 import * as fs from "node:fs";
 import { createRequire } from "node:module";
@@ -10,28 +10,59 @@ import { after, before, describe, test } from "node:test";
 
 import { chromium, type BrowserContext, type Page } from "playwright-core";
 
+import { CHUNK_BYTES } from "../src/checksums.js";
+import { xxh3Hex } from "../src/xxh3.js";
 import { serve, type Manners, type RangeServer } from "./range-server.js";
-import { ROOT } from "./vectors.js";
+import { readJson, ROOT } from "./vectors.js";
 
 const CHROMIUM = process.env["PLEEXPORT_CHROMIUM"] ?? "/usr/bin/chromium";
 const SHOTS = process.env["PLEEXPORT_SHOTS"];
 const SITE = "web-demo/pleexport-web/build/page";
 const CHAT = "conformance/gemma4-fp32";
 const TEXT = "conformance/rwkv7a-int8";
+const LARGE = `${SITE}-large`;
+const ENDLESS = `${SITE}-endless`;
+const LARGE_BYTES = 5 * CHUNK_BYTES + 77;
 const AXE = fs.readFileSync(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
 const OPTIONS = { executablePath: CHROMIUM, args: ["--no-sandbox"], viewport: { width: 1000, height: 720 } };
 let server: RangeServer;
 
 before(async () => {
   execFileSync("node", [join(ROOT, "web-demo/page/build.mjs"), join(ROOT, SITE)]);
+  // Weights of several chunks: what is behind the last tensor counts for nothing.
+  const weights = Buffer.alloc(LARGE_BYTES, fs.readFileSync(join(ROOT, CHAT, "model.onnx.data")));
+  writeChanged(LARGE, { "model.onnx.data": weights }, () => {});
+  const template = Buffer.from("{% for a in range(99999) %}".repeat(3) + "{% endfor %}".repeat(3));
+  writeChanged(ENDLESS, { "chat_template.jinja": template }, (manifest) => {
+    delete manifest.chat_format;
+    manifest.no_chat_format = "it never ends";
+  });
   server = await serve(ROOT, { isolates: true });
 });
 
 after(() => server.close());
 
+/** Copies a bundle, with other files and another manifest. */
+function writeChanged(bundle: string, files: Readonly<Record<string, Buffer>>, change: (manifest: any) => void): void {
+  const folder = join(ROOT, bundle);
+  fs.cpSync(join(ROOT, CHAT), folder, { recursive: true });
+  const [manifest, checksums] = ["manifest.json", "checksums.json"].map((name) => readJson(join(folder, name)));
+  for (const record of manifest.files) record.size = files[record.name]?.length ?? record.size;
+  change(manifest);
+  for (const [name, content] of Object.entries({ ...files, "manifest.json": Buffer.from(JSON.stringify(manifest)) })) {
+    const chunks = Array.from({ length: Math.ceil(content.length / CHUNK_BYTES) }, (_, i) => i * CHUNK_BYTES);
+    checksums.files[name] = chunks.map((at) => xxh3Hex(content.subarray(at, at + CHUNK_BYTES)));
+    fs.writeFileSync(join(folder, name), content);
+  }
+  fs.writeFileSync(join(folder, "checksums.json"), JSON.stringify(checksums));
+}
+
 /** Runs a test in a browser that nothing was kept in, with a server of these manners. */
-async function visited(manners: Manners, use: (page: Page, browser: BrowserContext) => Promise<void>): Promise<void> {
-  const profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-"));
+async function visited(
+  manners: Manners,
+  use: (page: Page, browser: BrowserContext) => Promise<void>,
+  profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-")),
+): Promise<void> {
   const browser = await chromium.launchPersistentContext(profile, OPTIONS);
   browser.setDefaultTimeout(60_000);
   Object.assign(server.manners, { isolates: true }, manners);
@@ -80,9 +111,24 @@ async function ask(page: Page, text: string): Promise<void> {
   await page.waitForSelector("#send:visible");
 }
 
-/** The page's own files are kept, so that it opens without a network. */
+/** The page's own files are kept, so that it opens without a network, and of what computes, what the bundle needs. */
 async function pageIsKept(page: Page): Promise<void> {
   await page.evaluate("navigator.serviceWorker.ready");
+  for (const end = Date.now() + 60_000; !(await keptNames(page)).some((name) => name.endsWith(".wasm")); ) {
+    assert.ok(Date.now() < end, "no runtime is kept");
+    await page.waitForTimeout(20);
+  }
+  assert.deepEqual((await keptNames(page)).filter((name) => /^ort-/.test(name)), ["ort-module.js", "ort-wasm-simd-threaded.wasm"]);
+}
+
+/** Names of the page's files that are kept. */
+async function keptNames(page: Page): Promise<string[]> {
+  const urls = await page.evaluate<string[]>(`(async () => {
+    const found = [];
+    for (const name of await caches.keys()) found.push(...await (await caches.open(name)).keys());
+    return found.map(({ url }) => url);
+  })()`);
+  return urls.map((url) => url.slice(url.lastIndexOf("/") + 1)).sort();
 }
 
 function texts(page: Page): Promise<string[]> {
@@ -319,7 +365,7 @@ test("a text that the network fails stays as far as it has come", () => {
 
 describe("what goes wrong is said in a sentence", () => {
   const failures: [string, Manners, RegExp][] = [
-    ["a server without ranges", { ignoresRanges: true }, /answers a request for a part of embeddings\.safetensors with the whole file, 200 in place of 206.*\n+Serve the bundle from a server that answers requests for parts/],
+    ["a server without ranges", { ignoresRanges: () => true }, /answers a request for a part of embeddings\.safetensors with the whole file, 200 in place of 206.*\n+Serve the bundle from a server that answers requests for parts/],
     ["a damaged file", { damages: (name) => name.endsWith("model.onnx.data") }, /model\.onnx\.data is damaged: chunk 0 of 1, at byte 0, does not match/],
     ["a connection that ends", { cutsOff: (name) => name.endsWith("model.onnx.data") }, /model\.onnx\.data cannot be read \(the connection ended too early/],
     ["a server that fails", { status: (name) => (isBundle(name) ? 500 : undefined) }, /cannot be read \(the server answered 500\)/],
@@ -364,6 +410,35 @@ describe("what goes wrong is said in a sentence", () => {
     });
   });
 
+  test("a disk that is full", async (context) => {
+    const disk = fs.mkdtempSync(join(tmpdir(), "pleexport-disk-"));
+    if (spawnSync("mount", ["-t", "tmpfs", "-o", "size=120m", "tmpfs", disk]).status !== 0) {
+      context.skip("a file system of one's own needs the rights to mount it");
+      return;
+    }
+    const filler = join(disk, "filler");
+    try {
+      await visited({}, async (page) => {
+        await page.goto(`${server.url}/web-demo/pleexport-web/test/page.html`);
+        const { bavail, bsize } = fs.statfsSync(disk);
+        fs.writeFileSync(filler, Buffer.alloc(bavail * bsize - 2 * CHUNK_BYTES));
+        await go(page, LARGE);
+        await page.waitForSelector("#failure:visible");
+        assert.match(await page.innerText("#failure"), /model\.onnx\.data cannot be read \(no space is left on this device to keep it\)\.\n+Free space on this device/);
+        await shot(page, "full");
+        // The control: with space it goes on.
+        fs.rmSync(filler);
+        await page.click("#failure button");
+        await isReady(page);
+        await ask(page, "ab");
+        assert.equal(await page.locator(".wrong").count(), 0);
+      }, join(disk, "profile"));
+    } finally {
+      spawnSync("umount", [disk]);
+      fs.rmdirSync(disk);
+    }
+  });
+
   test("no space for rows", () => {
     const full = `
       const { write } = FileSystemSyncAccessHandle.prototype;
@@ -379,6 +454,16 @@ describe("what goes wrong is said in a sentence", () => {
       assert.match(await page.innerText("#notes"), /Rows are not kept for the next time: no space is left on this device/);
     });
   });
+
+  test("a chat template that never ends", () =>
+    visited({}, async (page) => {
+      await opened(page, ENDLESS);
+      for (const count of [1, 2]) {
+        await ask(page, "ab");
+        assert.equal(await page.locator(".wrong").count(), count);
+        assert.match(await page.locator(".wrong").last().innerText(), /cannot render this conversation: it takes longer than 2 seconds/);
+      }
+    }));
 
   test("one thread", () =>
     visited({ isolates: false }, async (page) => {
@@ -404,6 +489,81 @@ describe("what goes wrong is said in a sentence", () => {
         assert.deepEqual(count().bundle, [], "before anything is fetched");
       }));
   }
+});
+
+describe("weights that break off", () => {
+  const [bundle, bytes] = [LARGE, LARGE_BYTES];
+  const isWeights = (name: string): boolean => name === `${LARGE}/model.onnx.data`;
+  const ranges = (): (string | undefined)[] => server.asked.filter(([name]) => isWeights(name)).map(([, range]) => range);
+
+  test("go on at the byte where they were, while the page is open", () => {
+    let cuts = 0;
+    return visited({ cutsOff: (name) => isWeights(name) && ++cuts <= 2 }, async (page) => {
+      server.asked.length = 0;
+      await opened(page, bundle);
+      const half = bytes >> 1;
+      assert.deepEqual(ranges(), [undefined, `bytes=${half}-`, `bytes=${half + ((bytes - half) >> 1)}-`]);
+      await ask(page, "ab");
+      assert.equal((await texts(page)).length, 2);
+    });
+  });
+
+  /** Breaks a download off, does something to what is kept of it, and opens the page again. */
+  async function brokenOff(page: Page, change: string, manners: Manners = {}): Promise<void> {
+    let count = 0;
+    server.asked.length = 0;
+    Object.assign(server.manners, { cutsOff: isWeights, isAway: (name: string) => isWeights(name) && ++count > 1 });
+    await go(page, bundle);
+    await page.waitForSelector("#failure:visible");
+    assert.match(await page.innerText("#failure"), /model\.onnx\.data cannot be read \(the connection ended too early/);
+    await page.evaluate(`(async () => {
+      const visit = async (folder) => {
+        for await (const handle of folder.values()) {
+          if (handle.kind === "directory") await visit(handle);
+          else if (handle.name.endsWith(".partial")) {
+            const data = new Uint8Array(await (await handle.getFile()).arrayBuffer());
+            if (data.length !== ${bytes >> 1}) throw new Error("it has " + data.length + " bytes");
+            ${change}
+            const out = await handle.createWritable();
+            await out.write(data);
+            await out.close();
+          }
+        }
+      };
+      await visit(await navigator.storage.getDirectory());
+    })()`);
+    for (const name of ["cutsOff", "isAway"] as const) delete server.manners[name];
+    Object.assign(server.manners, manners);
+    server.asked.length = 0;
+    await page.reload();
+    await isReady(page);
+  }
+
+  test("go on behind the last whole chunk, when the page is opened again", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, "");
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`]);
+    }));
+
+  test("go on behind the last chunk that matches its checksum", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, `data[${CHUNK_BYTES} + 5] ^= 1;`);
+      assert.deepEqual(ranges(), [`bytes=${CHUNK_BYTES}-`]);
+    }));
+
+  test("begin again where the server knows no ranges of them", () =>
+    visited({}, async (page) => {
+      await brokenOff(page, "", { ignoresRanges: isWeights });
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`]);
+    }));
+
+  test("come as a whole where the rest is damaged", () => {
+    let count = 0;
+    return visited({}, async (page) => {
+      await brokenOff(page, "", { damages: (name) => isWeights(name) && ++count === 1 });
+      assert.deepEqual(ranges(), [`bytes=${2 * CHUNK_BYTES}-`, undefined]);
+    });
+  });
 });
 
 test("two tabs at once: both answer, and one keeps no rows", () =>

@@ -11,7 +11,7 @@ const ISOLATED = { "cross-origin-opener-policy": "same-origin", "cross-origin-em
 /** What a server does otherwise than it should. */
 export interface Manners {
   /** Answers a request for parts with the whole file. */
-  ignoresRanges?: boolean;
+  ignoresRanges?: (name: string) => boolean;
   /** Answers several parts with the whole file, the first part, or all. */
   several?: "whole" | "first" | "all";
   /** Changes a byte of what it sends. */
@@ -68,11 +68,11 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       response.writeHead(304, manners.isolates === true ? ISOLATED : {}).end();
       return;
     }
-    const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d+)/g)].map(([, begin, end]) => {
-      return [Number(begin), Math.min(Number(end), data.length - 1)] as const;
+    const ranges = [...(request.headers.range ?? "").matchAll(/(\d+)-(\d*)/g)].map(([, begin, end]) => {
+      return [Number(begin), Math.min(Number(end || Infinity), data.length - 1)] as const;
     });
     const several = manners.several ?? "all";
-    if (ranges.length === 0 || manners.ignoresRanges === true || (ranges.length > 1 && several === "whole")) {
+    if (ranges.length === 0 || manners.ignoresRanges?.(name) === true || (ranges.length > 1 && several === "whole")) {
       send(response, 200, {}, data, name);
     } else if (ranges.length === 1 || several === "first") {
       const [begin, end] = ranges[0]!;
@@ -105,7 +105,8 @@ export async function serve(folder: string, manners: Manners = {}): Promise<Rang
       ...headers,
     });
     if (manners.cutsOff?.(name) === true) {
-      response.write(sent.subarray(0, sent.length >> 1), () => response.destroy());
+      // Later, or what was sent may be lost on the way.
+      response.write(sent.subarray(0, sent.length >> 1), () => setTimeout(() => response.destroy(), 200));
     } else {
       const half = sent.length >> 1;
       response.write(sent.subarray(0, half));

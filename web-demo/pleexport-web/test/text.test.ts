@@ -196,3 +196,17 @@ test("a template is rendered where there is no format", async () => {
   const refused = "{{ raise_exception('no') }}";
   assert.match(await refusal(InputError, () => renderTemplate(refused, messages, null, {})), /: no$/);
 });
+
+test("a chat template that never ends is stopped", async () => {
+  const said = (template: string): Promise<string> => refusal(InputError, () => renderTemplate(template, [], null, {}));
+  const loops = "{% for a in range(99999) %}".repeat(3) + "{% endfor %}".repeat(3);
+  const started = performance.now();
+  assert.match(await said(loops), /^the chat template cannot render this conversation: it takes longer than 2 seconds/);
+  assert.ok(performance.now() - started < 6000);
+  for (const range of ["1000000000000", "5, 1000000000000, 2", "0, -1000000000000, -1"]) {
+    assert.match(await said(`{{ range(${range}) | length }}`), /: a range of more than 100,000 numbers is too long$/);
+  }
+  assert.match(await said("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}"), /cannot render/);
+  // The next one has its own time.
+  assert.equal(renderTemplate("{{ range(3) | length }}{{ range(2, 8, 3) | length }}", [], null, {}), "32");
+});

@@ -1,6 +1,7 @@
 // Bundles for a GPU in Debian's Chromium: on WebGPU, which a processor stands in for (SwiftShader), and
 // where there is none.
 import assert from "node:assert/strict";
+import { execFileSync } from "node:child_process";
 import * as fs from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -135,6 +136,57 @@ describe("on WebGPU", () => {
         assert.ok(errorOf(expected.subarray(0, 9 * vocab), await within(page, all, ids)) > 10 * TOLERANCE);
       });
     });
+  }
+});
+
+test("the page opens without a network, and keeps what WebGPU needs and nothing else", async () => {
+  const site = "web-demo/pleexport-web/build/page";
+  execFileSync("node", [join(ROOT, "web-demo/page/build.mjs"), join(ROOT, site)]);
+  const profile = fs.mkdtempSync(join(tmpdir(), "pleexport-profile-"));
+  const options = { executablePath: CHROMIUM, args: ["--no-sandbox", ...WEBGPU] };
+  const browser = await chromium.launchPersistentContext(profile, options);
+  try {
+    const page = await browser.newPage();
+    page.setDefaultTimeout(300_000);
+    const isReady = async (): Promise<void> => {
+      await page.waitForSelector("#welcome:visible, #failure:visible");
+      assert.ok(await page.isHidden("#failure"), (await page.textContent("#failure"))!);
+    };
+    const answer = async (): Promise<string> => {
+      await page.fill("#message", "ab");
+      await page.press("#message", "Enter");
+      await page.waitForSelector("#send:visible");
+      assert.equal(await page.locator(".wrong").count(), 0, await page.innerText("#log"));
+      return (await page.locator(".turn .text").allTextContents()).join("");
+    };
+    await page.addInitScript(`localStorage.setItem("pleexport-settings", '{"temperature":0,"length":6}')`);
+    await page.goto(`${server.url}/${site}/?bundle=/${FOLDER}/page`);
+    await isReady();
+    assert.match(await page.innerText("#facts"), /GPU/);
+    const expected = await answer();
+    assert.ok(expected.length > 2);
+    const names = `caches.keys()
+      .then((all) => Promise.all(all.map(async (name) => (await caches.open(name)).keys())))
+      .then((found) => found.flat().map(({ url }) => url.slice(url.lastIndexOf("/") + 1)).filter((name) => name.startsWith("ort-")).sort())`;
+    const wanted = ["ort-gpu.js", "ort-wasm-simd-threaded.asyncify.js", "ort-wasm-simd-threaded.asyncify.wasm"];
+    for (const end = Date.now() + 60_000; (await page.evaluate<string[]>(names)).length < 3 && Date.now() < end; ) await page.waitForTimeout(50);
+    assert.deepEqual(await page.evaluate(names), wanted);
+    server.manners.isAway = () => true;
+    await page.reload();
+    await isReady();
+    assert.match(await page.innerText("#notes"), /There is no network/);
+    assert.equal(await answer(), expected);
+    // The control: without what is kept of the runtime, it cannot.
+    await page.evaluate(`caches.keys().then((all) => Promise.all(all.map(async (name) => {
+      const cache = await caches.open(name);
+      for (const request of await cache.keys()) if (request.url.includes("asyncify")) await cache.delete(request);
+    })))`);
+    await page.reload();
+    await page.waitForSelector("#failure:visible");
+  } finally {
+    delete server.manners.isAway;
+    await browser.close();
+    fs.rmSync(profile, { recursive: true, force: true });
   }
 });
 
