@@ -19,6 +19,9 @@ private const val PUBLIC_KEY = "public.pem"
 
 /** Owns the chat, which outlives screens: turning the device ends none. */
 class ChatApplication : Application() {
+    /** Whether somebody sees the app now. */
+    var isSeen = false
+
     val chat: Chat by lazy {
         Chat(filesDir, AssetBundles(this), Phone(this), trustedKey())
     }
@@ -33,7 +36,9 @@ class ChatApplication : Application() {
 
 /** Bundles in the app's assets, a folder each. */
 private class AssetBundles(private val context: Context) : Shipped {
-    override fun names(): List<String> = context.assets.list(BUNDLES).orEmpty().toList()
+    // Some versions of `list` name what lies deeper too.
+    override fun names(): List<String> =
+        context.assets.list(BUNDLES).orEmpty().map { it.substringBefore('/') }.distinct()
 
     override fun files(name: String): List<String> =
         context.assets.list("$BUNDLES/$name").orEmpty().toList()

@@ -172,7 +172,8 @@ internal class TalkingView(
     /** Changes the last one, which grows, and adds those that are new. */
     private fun show(now: List<Entry>) {
         val atEnd = scroll.scrollY + scroll.height >= said.height - context.dp(48)
-        val same = now.size >= entries.size && now.take(entries.size - 1) == entries.dropLast(1)
+        val finished = entries.dropLast(1)
+        val same = now.size >= entries.size && now.take(finished.size) == finished
         if (!same) said.removeAllViews()
         for (i in maxOf(0, said.childCount - 1) until now.size) {
             val bubble = said.getChildAt(i) as? TextView ?: bubble(now[i])
@@ -191,12 +192,8 @@ internal class TalkingView(
         bubble.background = rounded(dim(context.themeColor(color)), room)
         val place = LayoutParams(LayoutParams.WRAP_CONTENT, LayoutParams.WRAP_CONTENT)
         place.gravity = if (entry.isMine) Gravity.END else Gravity.START
-        place.setMargins(
-            if (entry.isMine) 4 * room else 0,
-            room / 2,
-            if (entry.isMine) 0 else 4 * room,
-            room / 2,
-        )
+        place.setMargins(0, room / 2, 0, room / 2)
+        if (entry.isMine) place.marginStart = 4 * room else place.marginEnd = 4 * room
         said.addView(bubble, place)
         return bubble
     }

@@ -93,6 +93,7 @@ internal fun LinearLayout.beside(view: View, weight: Float = 0f) =
 
 /** Keeps content clear of the system's bars, of cut-outs and of the keyboard. */
 internal fun View.keepClear(room: Int) {
+    setPadding(room, 0, room, 0)
     setOnApplyWindowInsetsListener { view, insets ->
         if (Build.VERSION.SDK_INT >= 30) {
             val types =
