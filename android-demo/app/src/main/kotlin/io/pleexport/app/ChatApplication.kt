@@ -4,6 +4,8 @@ import android.app.ActivityManager
 import android.app.Application
 import android.content.Context
 import android.os.Build
+import android.os.Handler
+import android.os.Looper
 import io.pleexport.chat.Chat
 import io.pleexport.chat.Device
 import io.pleexport.chat.Shipped
@@ -11,6 +13,9 @@ import io.pleexport.publicKey
 import java.io.FileNotFoundException
 import java.io.InputStream
 import java.security.PublicKey
+import java.util.concurrent.Executor
+import kotlinx.coroutines.CoroutineScope
+import kotlinx.coroutines.asCoroutineDispatcher
 
 private const val BUNDLES = "bundles"
 
@@ -32,6 +37,12 @@ class ChatApplication : Application() {
         } catch (err: FileNotFoundException) {
             null
         }
+}
+
+/** Runs what it is given on the main thread, one thing after the other. */
+internal fun mainScope(): CoroutineScope {
+    val handler = Handler(Looper.getMainLooper())
+    return CoroutineScope(Executor { handler.post(it) }.asCoroutineDispatcher())
 }
 
 /** Bundles in the app's assets, a folder each. */

@@ -3,6 +3,7 @@ package io.pleexport.app
 import android.annotation.SuppressLint
 import android.content.Context
 import android.text.InputType
+import android.text.TextUtils
 import android.view.Gravity
 import android.view.View
 import android.view.inputmethod.EditorInfo
@@ -10,6 +11,7 @@ import android.widget.Button
 import android.widget.EditText
 import android.widget.LinearLayout
 import android.widget.LinearLayout.LayoutParams
+import android.widget.PopupMenu
 import android.widget.ProgressBar
 import android.widget.ScrollView
 import android.widget.TextView
@@ -34,6 +36,7 @@ internal class ChoosingView(
     private val address =
         EditText(context).apply {
             id = ADDRESS_ID
+            minimumHeight = context.dp(TOUCH_DP)
             hint = "https://…/index.json"
             contentDescription = "Address of the package's index.json"
             inputType = InputType.TYPE_CLASS_TEXT or InputType.TYPE_TEXT_VARIATION_URI
@@ -123,6 +126,7 @@ internal class TalkingView(
     private val message =
         EditText(context).apply {
             id = MESSAGE_ID
+            minimumHeight = context.dp(TOUCH_DP)
             hint = "Message"
             contentDescription = "Message"
             maxLines = 5
@@ -138,11 +142,12 @@ internal class TalkingView(
 
     init {
         orientation = VERTICAL
+        title.setSingleLine()
+        title.ellipsize = TextUtils.TruncateAt.MIDDLE
         val top = context.row()
         top.beside(title, weight = 1f)
         top.beside(context.button("New") { chat.beginAnew() }.described("New conversation"))
-        top.beside(context.button("Models") { chat.leave() }.described("Choose another model"))
-        top.beside(context.button("Settings", settings))
+        top.beside(menuButton(settings))
         below(top)
         below(scroll, weight = 1f)
         below(notices)
@@ -156,6 +161,9 @@ internal class TalkingView(
 
     fun show(screen: Screen.Talking) {
         title.text = screen.name
+        // Pieces would be read aloud over each other.
+        val ended = isAnswering && !screen.isAnswering
+        if (ended) screen.entries.lastOrNull()?.let { announceForAccessibility(it.text) }
         isAnswering = screen.isAnswering
         send.text = if (isAnswering) "Stop" else "Send"
         status.text = screen.status
@@ -177,7 +185,11 @@ internal class TalkingView(
         if (!same) said.removeAllViews()
         for (i in maxOf(0, said.childCount - 1) until now.size) {
             val bubble = said.getChildAt(i) as? TextView ?: bubble(now[i])
-            if (bubble.text.toString() != now[i].text) bubble.text = now[i].text
+            val text = now[i].text.trim()
+            if (bubble.text.toString() != text) {
+                bubble.text = text
+                bubble.contentDescription = if (now[i].isMine) "You: $text" else "Answer: $text"
+            }
         }
         entries = now
         if (atEnd) scroll.post { scroll.fullScroll(FOCUS_DOWN) }
@@ -196,6 +208,18 @@ internal class TalkingView(
         if (entry.isMine) place.marginStart = 4 * room else place.marginEnd = 4 * room
         said.addView(bubble, place)
         return bubble
+    }
+
+    /** What is seldom wanted, so that large letters leave room for the name. */
+    private fun menuButton(settings: () -> Unit): Button {
+        val button = context.button("⋮") {}.described("More")
+        val menu = PopupMenu(context, button)
+        menu.menu.add("Models").setOnMenuItemClickListener { true.also { chat.leave() } }
+        menu.menu.add("Settings").setOnMenuItemClickListener { true.also { settings() } }
+        button.minWidth = context.dp(TOUCH_DP)
+        button.minimumWidth = button.minWidth
+        button.setOnClickListener { menu.show() }
+        return button
     }
 
     private fun press() {
