@@ -49,7 +49,7 @@ PERMISSIONS = (
     "POST_NOTIFICATIONS",
     "WAKE_LOCK",
 )
-SERVICES = ["io.pleexport.app.DownloadService"]
+SERVICES = [".DownloadService"]
 MOST_APK_BYTES = 45_000_000
 MOST_DEX_BYTES = 1_000_000
 
