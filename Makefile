@@ -9,7 +9,7 @@ BIN    := $(VENV)/bin
 SAMPLE := samples/$(FAMILY)-kjv
 BUNDLE := build/$(FAMILY)-android
 
-.PHONY: help demo web-demo test slow fuzz kills soak runtimes apk arm64 audit lock lint format clean
+.PHONY: help demo web-demo test slow fuzz kills soak runtimes apk screens arm64 audit lock lint format clean
 
 help:
 	@echo "make demo               build, verify and run the shipped Gemma 4 sample"
@@ -22,6 +22,7 @@ help:
 	@echo "make soak MINUTES=60    generate in one process, and watch its memory"
 	@echo "make runtimes           run the conformance vectors with older runtimes"
 	@echo "make apk                build the Android app without Gradle, and take it apart"
+	@echo "make screens            run the Android app's screens on the JVM, and draw them"
 	@echo "make arm64              run the conformance vectors on emulated ARM processors; an hour"
 	@echo "make audit              ask for known weaknesses of the locked packages; needs the internet"
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
@@ -82,6 +83,10 @@ runtimes: $(VENV)/.installed
 apk: $(VENV)/.installed
 	$(BIN)/python android-demo/apk/make_apk.py
 	PYTHONPATH=android-demo/apk $(BIN)/pytest -q -s -p no:cacheprovider -c /dev/null --rootdir android-demo/apk android-demo/apk/test_apk.py
+
+# Needs what `make apk` needs, and fetches 350 MB more once.
+screens: $(VENV)/.installed
+	$(BIN)/python android-demo/apk/screens.py
 
 arm64: $(VENV)/.installed
 	$(BIN)/python tests/arm64.py

@@ -333,6 +333,24 @@ def test_packed_weights_are_written_once_and_give_the_same_logits(
         pleexport.Runner(sample_bundle, packed_weights=folder)
 
 
+def test_packed_weights_that_the_runtime_cannot_read_again_are_its_fault(
+    sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = packing.open_graph
+
+    def open_graph(graph: Path, options: Any) -> Any:
+        # As versions up to 1.30 do with a graph of branches.
+        if graph.parent != sample_bundle:
+            graph.write_bytes(b"no graph")
+        return opened(graph, options)
+
+    monkeypatch.setattr(packing, "open_graph", open_graph)
+    with pytest.raises(InputError, match="cannot load the packed weights that it wrote") as caught:
+        pleexport.Runner(sample_bundle, packed_weights=tmp_path / "packed")
+    assert caught.value.hint == ("leave the packed weights out, or take onnxruntime 1.31 or newer")
+    assert list((tmp_path / "packed").iterdir()) == []
+
+
 def test_packing_that_fails_leaves_nothing(
     sample_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,23 @@ ONNXRUNTIME = Download(
     sha256="98cddbac92640b4a6af72a03c42e0491851f366d3da66bbaeb5dd66310946cf2",
     inside="package/Plugins/Android/onnxruntime.aar",
 )
+# What Robolectric runs the screens on: Android 15, which needs no newer JDK than 17, and 8.0.
+ANDROID_15 = Download(
+    name="android-all-instrumented-15-robolectric-13954326-i7.jar",
+    source="org.robolectric:android-all-instrumented:15-robolectric-13954326-i7",
+    sha256="06c4c8602d6db7486266a982bc55834ed6dfebd62a0b88daca204139ecf142cb",
+)
+ANDROID_26 = Download(
+    name="android-all-instrumented-8.0.0_r4-robolectric-r1-i7.jar",
+    source="org.robolectric:android-all-instrumented:8.0.0_r4-robolectric-r1-i7",
+    sha256="712196356bf61fbcb186f41135c33e6d3416be31543d7be120a33bc898cc1208",
+)
+# Robolectric needs it, and Maven takes no classes out of an archive for Android.
+MONITOR = Download(
+    name="monitor.aar",
+    source="androidx.test:monitor:1.8.0:aar",
+    sha256="56cb7496a06d9f2dca7d3ff76c50a8a30bd18e00a24a3b267d5a31437b278e67",
+)
 # All public classes, methods and fields of Android 8.0 (API 26), and what reads the list.
 API_26 = Download(
     name="android-26.signature",

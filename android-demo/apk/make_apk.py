@@ -205,8 +205,7 @@ def pack(base: Path, dex: Path, bundle: Path, public_key: Path | None = None) ->
         add(archive, dex, dex.name)
         for path in aar(*natives):
             add(archive, path, f"lib/{ABI}/{path.name}")
-        for path in sorted(bundle.iterdir()):
-            add(archive, path, f"assets/bundles/{bundle.name}/{path.name}")
+        add_bundle(archive, bundle)
         if public_key is not None:
             add(archive, public_key, "assets/public.pem")
     zipalign = tool("zipalign", "zipalign")
@@ -214,6 +213,12 @@ def pack(base: Path, dex: Path, bundle: Path, public_key: Path | None = None) ->
     sign(aligned, APK)
     unaligned.unlink()
     aligned.unlink()
+
+
+def add_bundle(archive: zipfile.ZipFile, bundle: Path) -> None:
+    """Adds a bundle where the app looks for it."""
+    for path in sorted(bundle.iterdir()):
+        add(archive, path, f"assets/bundles/{bundle.name}/{path.name}")
 
 
 def add(archive: zipfile.ZipFile, path: Path, name: str) -> None:

@@ -89,7 +89,7 @@ def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
     """Let ONNX Runtime write a graph and its weights.
 
     Raises:
-        InputError: there is too little room.
+        InputError: there is too little room, or this ONNX Runtime cannot read what it writes.
         BundleError: the graph cannot be loaded.
         OSError: they cannot be written; ONNX Runtime does not say why.
     """
@@ -115,6 +115,13 @@ def _write_packed(bundle: Path, artifact: Artifact, folder: Path) -> None:
         open_graph(bundle / GRAPH, ort.SessionOptions())  # or is it the bundle?
         full = shutil.disk_usage(folder).free < needed
         raise OSError(code := errno.ENOSPC if full else errno.EIO, os.strerror(code)) from err
+    try:
+        open_graph(folder / GRAPH, ort.SessionOptions())
+    except BundleError as err:  # up to 1.30, for two branches with initializers of one name
+        raise InputError(
+            f"onnxruntime {ort.__version__} cannot load the packed weights that it wrote itself",
+            hint="leave the packed weights out, or take onnxruntime 1.31 or newer",
+        ) from err
 
 
 def _key(bundle: Path, artifact: Artifact, *, checked: bool) -> str:

@@ -84,8 +84,9 @@ class Chat(
 
     /** Downloads a bundle by the address of its index, and opens it. */
     fun bring(url: String) = begin {
-        shown.value = Screen.Bringing("Asking the server", 0)
-        open(brought(download(url.trim(), bundles, key, patience)), anyway = false)
+        shown.value = Screen.Bringing("Asking the server", 0, isDownload = true)
+        val deliveries = download(url.trim(), bundles, key, patience)
+        open(brought(deliveries, isDownload = true), anyway = false)
     }
 
     /** Deletes a bundle, with its conversation. */
@@ -170,7 +171,8 @@ class Chat(
     private suspend fun open(name: String, anyway: Boolean) {
         closeTalk()
         if (name !in bundles.names() && name in shipped.names()) {
-            brought(unpack(name, shipped.files(name), bundles) { shipped.open(name, it) })
+            val deliveries = unpack(name, shipped.files(name), bundles) { shipped.open(name, it) }
+            brought(deliveries, isDownload = false)
         }
         shown.value = Screen.Opening(name)
         val bundle = withContext(Dispatchers.IO) { Bundle(bundles.of(name)) }
@@ -194,10 +196,10 @@ class Chat(
     }
 
     /** Shows how far a bundle has come; its name, at the end. */
-    private suspend fun brought(deliveries: Flow<Delivery>): String {
+    private suspend fun brought(deliveries: Flow<Delivery>, isDownload: Boolean): String {
         var name = ""
         deliveries.conflate().collect {
-            shown.value = progress(it)
+            shown.value = progress(it, isDownload)
             name = it.bundle
         }
         return name

@@ -18,8 +18,12 @@ sealed class Screen {
         val anyway: String? = null,
     ) : Screen()
 
-    /** A bundle is being downloaded or unpacked; `thousandths` of it are here. */
-    data class Bringing(val text: String, val thousandths: Int) : Screen()
+    /**
+     * A bundle is being downloaded or unpacked; `thousandths` of it are here.
+     *
+     * @property isDownload whether it may take long, and goes on while nobody looks.
+     */
+    data class Bringing(val text: String, val thousandths: Int, val isDownload: Boolean) : Screen()
 
     data class Opening(val name: String) : Screen()
 

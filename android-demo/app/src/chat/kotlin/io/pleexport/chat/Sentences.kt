@@ -46,13 +46,14 @@ internal fun endedWhileOpening(name: String) =
         SMALLER,
     )
 
-internal fun progress(delivery: Delivery): Screen.Bringing {
+internal fun progress(delivery: Delivery, isDownload: Boolean): Screen.Bringing {
     val whole = maxOf(delivery.ofBytes, 1)
     val verb = if (delivery.checking) "checking" else "bringing"
     val parts = "${megabytes(delivery.bytes)} of ${megabytes(delivery.ofBytes)}"
     return Screen.Bringing(
         "$verb `${delivery.bundle}`: $parts".replaceFirstChar(Char::uppercaseChar),
         (1000 * (delivery.bytes.toDouble() / whole)).toInt().coerceIn(0, 1000),
+        isDownload,
     )
 }
 

@@ -1,19 +1,17 @@
 package io.pleexport.app
 
+import android.Manifest
 import android.app.Activity
 import android.app.AlertDialog
+import android.content.Intent
+import android.content.pm.PackageManager
+import android.os.Build
 import android.os.Bundle
-import android.os.Handler
-import android.os.Looper
 import android.view.View
-import android.view.WindowManager
 import android.widget.FrameLayout
 import io.pleexport.chat.Chat
 import io.pleexport.chat.Screen
-import java.util.concurrent.Executor
-import kotlinx.coroutines.CoroutineScope
 import kotlinx.coroutines.Job
-import kotlinx.coroutines.asCoroutineDispatcher
 import kotlinx.coroutines.launch
 
 private const val ROOM_DP = 16
@@ -23,8 +21,7 @@ class ChatActivity : Activity() {
     private val chat: Chat
         get() = (application as ChatApplication).chat
 
-    private val handler = Handler(Looper.getMainLooper())
-    private val scope = CoroutineScope(Executor { handler.post(it) }.asCoroutineDispatcher())
+    private val scope = mainScope()
     private var watching: Job? = null
     private lateinit var root: FrameLayout
 
@@ -39,16 +36,18 @@ class ChatActivity : Activity() {
 
     override fun onStart() {
         super.onStart()
+        (application as ChatApplication).isSeen = true
         watching = scope.launch { chat.screen.collect(::show) }
     }
 
     override fun onStop() {
         watching?.cancel()
+        (application as ChatApplication).isSeen = false
         super.onStop()
     }
 
     private fun show(screen: Screen) {
-        keepAwake(screen is Screen.Bringing)
+        if (screen is Screen.Bringing && screen.isDownload) goOnUnseen()
         when (screen) {
             is Screen.Choosing -> view { ChoosingView(this, chat, ::askAndRemove) }.show(screen)
             is Screen.Bringing -> view { WaitingView(this, chat) }.show(screen)
@@ -66,10 +65,13 @@ class ChatActivity : Activity() {
         return make().also(root::addView)
     }
 
-    /** A download stops when the device sleeps. */
-    private fun keepAwake(isBringing: Boolean) {
-        val flag = WindowManager.LayoutParams.FLAG_KEEP_SCREEN_ON
-        if (isBringing) window.addFlags(flag) else window.clearFlags(flag)
+    /** Lets a download go on when the app is left. Where notifications are refused, unseen. */
+    private fun goOnUnseen() {
+        if (DownloadService.isRunning) return
+        val permission = Manifest.permission.POST_NOTIFICATIONS
+        val isGranted = checkSelfPermission(permission) == PackageManager.PERMISSION_GRANTED
+        if (Build.VERSION.SDK_INT >= 33 && !isGranted) requestPermissions(arrayOf(permission), 0)
+        startService(Intent(this, DownloadService::class.java))
     }
 
     private fun askAndRemove(name: String) {

@@ -4,6 +4,8 @@ import android.app.ActivityManager
 import android.app.Application
 import android.content.Context
 import android.os.Build
+import android.os.Handler
+import android.os.Looper
 import io.pleexport.chat.Chat
 import io.pleexport.chat.Device
 import io.pleexport.chat.Shipped
@@ -11,6 +13,9 @@ import io.pleexport.publicKey
 import java.io.FileNotFoundException
 import java.io.InputStream
 import java.security.PublicKey
+import java.util.concurrent.Executor
+import kotlinx.coroutines.CoroutineScope
+import kotlinx.coroutines.asCoroutineDispatcher
 
 private const val BUNDLES = "bundles"
 
@@ -19,6 +24,9 @@ private const val PUBLIC_KEY = "public.pem"
 
 /** Owns the chat, which outlives screens: turning the device ends none. */
 class ChatApplication : Application() {
+    /** Whether somebody sees the app now. */
+    var isSeen = false
+
     val chat: Chat by lazy {
         Chat(filesDir, AssetBundles(this), Phone(this), trustedKey())
     }
@@ -31,9 +39,17 @@ class ChatApplication : Application() {
         }
 }
 
+/** Runs what it is given on the main thread, one thing after the other. */
+internal fun mainScope(): CoroutineScope {
+    val handler = Handler(Looper.getMainLooper())
+    return CoroutineScope(Executor { handler.post(it) }.asCoroutineDispatcher())
+}
+
 /** Bundles in the app's assets, a folder each. */
 private class AssetBundles(private val context: Context) : Shipped {
-    override fun names(): List<String> = context.assets.list(BUNDLES).orEmpty().toList()
+    // Some versions of `list` name what lies deeper too.
+    override fun names(): List<String> =
+        context.assets.list(BUNDLES).orEmpty().map { it.substringBefore('/') }.distinct()
 
     override fun files(name: String): List<String> =
         context.assets.list("$BUNDLES/$name").orEmpty().toList()

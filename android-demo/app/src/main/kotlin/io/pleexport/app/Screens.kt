@@ -3,6 +3,7 @@ package io.pleexport.app
 import android.annotation.SuppressLint
 import android.content.Context
 import android.text.InputType
+import android.text.TextUtils
 import android.view.Gravity
 import android.view.View
 import android.view.inputmethod.EditorInfo
@@ -10,6 +11,7 @@ import android.widget.Button
 import android.widget.EditText
 import android.widget.LinearLayout
 import android.widget.LinearLayout.LayoutParams
+import android.widget.PopupMenu
 import android.widget.ProgressBar
 import android.widget.ScrollView
 import android.widget.TextView
@@ -34,6 +36,7 @@ internal class ChoosingView(
     private val address =
         EditText(context).apply {
             id = ADDRESS_ID
+            minimumHeight = context.dp(TOUCH_DP)
             hint = "https://…/index.json"
             contentDescription = "Address of the package's index.json"
             inputType = InputType.TYPE_CLASS_TEXT or InputType.TYPE_TEXT_VARIATION_URI
@@ -123,6 +126,7 @@ internal class TalkingView(
     private val message =
         EditText(context).apply {
             id = MESSAGE_ID
+            minimumHeight = context.dp(TOUCH_DP)
             hint = "Message"
             contentDescription = "Message"
             maxLines = 5
@@ -138,11 +142,12 @@ internal class TalkingView(
 
     init {
         orientation = VERTICAL
+        title.setSingleLine()
+        title.ellipsize = TextUtils.TruncateAt.MIDDLE
         val top = context.row()
         top.beside(title, weight = 1f)
         top.beside(context.button("New") { chat.beginAnew() }.described("New conversation"))
-        top.beside(context.button("Models") { chat.leave() }.described("Choose another model"))
-        top.beside(context.button("Settings", settings))
+        top.beside(menuButton(settings))
         below(top)
         below(scroll, weight = 1f)
         below(notices)
@@ -156,6 +161,9 @@ internal class TalkingView(
 
     fun show(screen: Screen.Talking) {
         title.text = screen.name
+        // Pieces would be read aloud over each other.
+        val ended = isAnswering && !screen.isAnswering
+        if (ended) screen.entries.lastOrNull()?.let { announceForAccessibility(it.text) }
         isAnswering = screen.isAnswering
         send.text = if (isAnswering) "Stop" else "Send"
         status.text = screen.status
@@ -172,11 +180,16 @@ internal class TalkingView(
     /** Changes the last one, which grows, and adds those that are new. */
     private fun show(now: List<Entry>) {
         val atEnd = scroll.scrollY + scroll.height >= said.height - context.dp(48)
-        val same = now.size >= entries.size && now.take(entries.size - 1) == entries.dropLast(1)
+        val finished = entries.dropLast(1)
+        val same = now.size >= entries.size && now.take(finished.size) == finished
         if (!same) said.removeAllViews()
         for (i in maxOf(0, said.childCount - 1) until now.size) {
             val bubble = said.getChildAt(i) as? TextView ?: bubble(now[i])
-            if (bubble.text.toString() != now[i].text) bubble.text = now[i].text
+            val text = now[i].text.trim()
+            if (bubble.text.toString() != text) {
+                bubble.text = text
+                bubble.contentDescription = if (now[i].isMine) "You: $text" else "Answer: $text"
+            }
         }
         entries = now
         if (atEnd) scroll.post { scroll.fullScroll(FOCUS_DOWN) }
@@ -191,14 +204,22 @@ internal class TalkingView(
         bubble.background = rounded(dim(context.themeColor(color)), room)
         val place = LayoutParams(LayoutParams.WRAP_CONTENT, LayoutParams.WRAP_CONTENT)
         place.gravity = if (entry.isMine) Gravity.END else Gravity.START
-        place.setMargins(
-            if (entry.isMine) 4 * room else 0,
-            room / 2,
-            if (entry.isMine) 0 else 4 * room,
-            room / 2,
-        )
+        place.setMargins(0, room / 2, 0, room / 2)
+        if (entry.isMine) place.marginStart = 4 * room else place.marginEnd = 4 * room
         said.addView(bubble, place)
         return bubble
+    }
+
+    /** What is seldom wanted, so that large letters leave room for the name. */
+    private fun menuButton(settings: () -> Unit): Button {
+        val button = context.button("⋮") {}.described("More")
+        val menu = PopupMenu(context, button)
+        menu.menu.add("Models").setOnMenuItemClickListener { true.also { chat.leave() } }
+        menu.menu.add("Settings").setOnMenuItemClickListener { true.also { settings() } }
+        button.minWidth = context.dp(TOUCH_DP)
+        button.minimumWidth = button.minWidth
+        button.setOnClickListener { menu.show() }
+        return button
     }
 
     private fun press() {

@@ -25,6 +25,7 @@ internal class SettingsForm(context: Context, private val before: Settings) : Sc
         val room = context.dp(24)
         content.setPadding(room, room / 2, room, room / 2)
         fromModel.text = "Temperature as the model's maker set it"
+        fromModel.minHeight = context.dp(TOUCH_DP)
         fromModel.isChecked = before.temperature == null
         content.below(fromModel)
         val most = (Settings.MOST_TEMPERATURE * TENTHS).toInt()
@@ -83,7 +84,6 @@ internal class SettingsForm(context: Context, private val before: Settings) : Sc
         }
         slider.max = most - least
         slider.progress = now.coerceIn(least, most) - least
-        slider.minimumHeight = context.dp(48)
         slider.setOnSeekBarChangeListener(
             object : SeekBar.OnSeekBarChangeListener {
                 override fun onProgressChanged(bar: SeekBar, value: Int, byPerson: Boolean) = tell()
@@ -95,7 +95,7 @@ internal class SettingsForm(context: Context, private val before: Settings) : Sc
         )
         tell()
         content.below(label)
-        content.below(slider)
+        content.addView(slider, LayoutParams(LayoutParams.MATCH_PARENT, context.dp(TOUCH_DP)))
         return slider
     }
 }

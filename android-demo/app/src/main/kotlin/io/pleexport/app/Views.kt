@@ -14,7 +14,7 @@ import android.widget.TextView
 import io.pleexport.chat.Sentence
 
 /** Smaller things are hard to hit. */
-private const val TOUCH_DP = 48
+internal const val TOUCH_DP = 48
 private const val DIM = 0x33
 
 internal fun Context.dp(count: Int): Int = (count * resources.displayMetrics.density).toInt()
@@ -93,6 +93,7 @@ internal fun LinearLayout.beside(view: View, weight: Float = 0f) =
 
 /** Keeps content clear of the system's bars, of cut-outs and of the keyboard. */
 internal fun View.keepClear(room: Int) {
+    setPadding(room, room / 2, room, room / 2)
     setOnApplyWindowInsetsListener { view, insets ->
         if (Build.VERSION.SDK_INT >= 30) {
             val types =
@@ -102,17 +103,17 @@ internal fun View.keepClear(room: Int) {
             val taken = insets.getInsets(types)
             view.setPadding(
                 taken.left + room,
-                taken.top,
+                taken.top + room / 2,
                 taken.right + room,
-                taken.bottom,
+                taken.bottom + room / 2,
             )
         } else {
             @Suppress("DEPRECATION")
             view.setPadding(
                 insets.systemWindowInsetLeft + room,
-                insets.systemWindowInsetTop,
+                insets.systemWindowInsetTop + room / 2,
                 insets.systemWindowInsetRight + room,
-                insets.systemWindowInsetBottom,
+                insets.systemWindowInsetBottom + room / 2,
             )
         }
         insets
