@@ -28,12 +28,13 @@ help:
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
 # The environment is made once, and again when the dependencies change. What is installed is locked
-# with its checksums, so that everybody tests the same.
+# with its checksums, so that everybody tests the same. Python compiles a module when it is imported:
+# to compile all of them takes a minute, and most are never used.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --progress-bar on --no-compile --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
@@ -84,7 +85,7 @@ apk: $(VENV)/.installed
 	$(BIN)/python android-demo/apk/make_apk.py
 	PYTHONPATH=android-demo/apk $(BIN)/pytest -q -s -p no:cacheprovider -c /dev/null --rootdir android-demo/apk android-demo/apk/test_apk.py
 
-# Needs what `make apk` needs, and fetches 350 MB more once.
+# Needs what `make apk` needs, and fetches some 300 MB more once.
 screens: $(VENV)/.installed
 	$(BIN)/python android-demo/apk/screens.py
 

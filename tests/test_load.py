@@ -67,8 +67,8 @@ def test_many_runners_answer_as_one_and_share_the_files(
     assert closed["anonymous"] <= warm["anonymous"] + SLACK
     assert (closed["files"], closed["threads"]) == (warm["files"], warm["threads"])
     assert closed["maps"] <= warm["maps"] + 10  # the allocator's own
-    # The control: what is open is seen, and each of them would be.
-    assert all_open["anonymous"] > closed["anonymous"] + runners // 2 * SLACK
+    # The control: what is open is seen.
+    assert all_open["anonymous"] > closed["anonymous"] + 2 * SLACK
     assert all_open["maps"] >= closed["maps"] + runners
 
 
