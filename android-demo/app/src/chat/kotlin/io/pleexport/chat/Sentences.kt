@@ -48,7 +48,12 @@ internal fun endedWhileOpening(name: String) =
 
 internal fun progress(delivery: Delivery, isDownload: Boolean): Screen.Bringing {
     val whole = maxOf(delivery.ofBytes, 1)
-    val verb = if (delivery.checking) "checking" else "bringing"
+    val verb =
+        when {
+            delivery.checking -> "checking"
+            isDownload -> "downloading"
+            else -> "unpacking"
+        }
     val parts = "${megabytes(delivery.bytes)} of ${megabytes(delivery.ofBytes)}"
     return Screen.Bringing(
         "$verb `${delivery.bundle}`: $parts".replaceFirstChar(Char::uppercaseChar),
