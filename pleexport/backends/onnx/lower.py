@@ -75,8 +75,8 @@ def _export(program: Program, translations: _Translations) -> torch.onnx.ONNXPro
     """What torch makes of a program.
 
     It would first take operators apart, by tracing the program anew. That is three quarters of its
-    time, and it translates all but a few of ours as they are: for those there are translations
-    below. Where a family brings another one, the program is taken apart after all.
+    time, and it translates all but a few of ours as they are: those are in `_OF_TORCH`. Where a
+    family brings another one, the program is taken apart after all.
     """
     export = partial(
         torch.onnx.export,
@@ -86,17 +86,17 @@ def _export(program: Program, translations: _Translations) -> torch.onnx.ONNXPro
         verbose=False,
         input_names=[argument.name for argument in program.arguments],
         output_names=[*program.results, *program.hidden],
-        custom_translation_table=translations,
     )
+    more = translations | _OF_TORCH
     targets = {n.target for n in program.exported.graph.nodes if n.op == "call_function"}
     # One that changes its input would be translated as if it did not.
-    changes = (t._schema.is_mutable for t in targets - translations.keys() if hasattr(t, "_schema"))
+    changes = (t._schema.is_mutable for t in targets - more.keys() if hasattr(t, "_schema"))
     if not any(changes):
         whole = copy.copy(program.exported)
         whole.run_decompositions = lambda *_, **__: whole
         with suppress(torch.onnx.OnnxExporterError):
-            return export(whole)
-    return export(program.exported)
+            return export(whole, custom_translation_table=more)
+    return export(program.exported, custom_translation_table=translations)
 
 
 def _steps_for_gpu(program: Program) -> list[InPlacePass]:
@@ -184,6 +184,9 @@ _TRANSLATIONS: _Translations = {
     torch.ops.pleexport.attend_context.default: _attend(_attend_context_op),
     torch.ops.pleexport.linear_in_steps.default: _linear_in_steps,
     torch.ops.pleexport.wkv7.default: _wkv7,
+}
+# What torch would take apart.
+_OF_TORCH: _Translations = {
     torch.ops.aten.rms_norm.default: _rms_norm,
     torch.ops.aten.to.dtype: _to,
     torch.ops.aten.square.default: _square,
