@@ -28,13 +28,12 @@ help:
 	@echo "make lock               lock the newest packages that pyproject.toml allows; needs uv"
 
 # The environment is made once, and again when the dependencies change. What is installed is locked
-# with its checksums, so that everybody tests the same. Python compiles a module when it is imported:
-# to compile all of them takes a minute, and most are never used.
+# with its checksums, so that everybody tests the same.
 $(VENV)/.installed: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --progress-bar on --no-compile --require-hashes --requirement requirements.lock
+	$(BIN)/pip install --progress-bar on --require-hashes --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	@touch $@
 
