@@ -35,6 +35,11 @@ class Rare(nn.Module):
         return F.hardsigmoid(x) + torch.frac(x) + torch.special.entr(x.abs())
 
 
+class Bits(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x * 10).int() & torch.tensor(6, dtype=torch.int32)).float()
+
+
 class WithoutEpsilon(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x * 1e-4, (4,))
@@ -42,7 +47,7 @@ class WithoutEpsilon(nn.Module):
 
 @pytest.mark.parametrize(
     ("module", "is_taken_apart"),
-    [(Usual, False), (ChangesInPlace, True), (Rare, True), (WithoutEpsilon, True)],
+    [(Usual, False), (ChangesInPlace, True), (Rare, True), (Bits, True), (WithoutEpsilon, True)],
 )
 def test_only_what_has_no_translation_is_taken_apart(
     module: type[nn.Module], is_taken_apart: bool, monkeypatch: pytest.MonkeyPatch

@@ -170,6 +170,8 @@ def _square(x: Any) -> Any:
 
 
 def _and(a: Any, b: Any) -> Any:
+    if (a.dtype, b.dtype) != (ir.DataType.BOOL, ir.DataType.BOOL):
+        raise TypeError("bits of numbers are taken apart")  # by `_export`
     return _onnx.And(a, b)
 
 
