@@ -11,6 +11,7 @@ from onnx_ir.passes import PostconditionError, PreconditionError
 
 from pleexport.backends.onnx.expansion import DOMAIN, Expand
 from pleexport.backends.onnx.passes import (
+    AvoidCasts,
     CountLogits,
     FixReshapes,
     KeepOutputs,
@@ -139,3 +140,44 @@ def test_an_operator_that_nobody_knows_is_refused() -> None:
     graph = model([given], [ir.node("Fly", [given], domain=DOMAIN)])
     with pytest.raises(PreconditionError, match="`Fly`"):
         Expand([])(graph)
+
+
+def cast(x: ir.Value, to: ir.DataType) -> ir.Node:
+    node = ir.node("Cast", [x], {"to": to})
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(to), x.shape
+    return node
+
+
+def test_positions_become_numbers_without_a_cast() -> None:
+    positions = ir.val("positions", ir.DataType.INT64, ir.Shape([1, "T"]))
+    axis = constant([-1])
+    column = ir.node("Unsqueeze", [positions, axis.outputs[0]])
+    column.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+    number = cast(column.outputs[0], ir.DataType.FLOAT)
+    graph = model([positions], [axis, column, number, ir.node("Abs", number.outputs)])
+    ids = np.array([[0, 1, 2, 131_071, 2**24 - 1]], dtype=np.int64)
+    expected = run(graph, positions=ids)[0]
+    assert AvoidCasts("positions")(graph).modified
+    assert "Cast" not in {node.op_type for node in graph.graph}
+    np.testing.assert_array_equal(run(graph, positions=ids)[0], expected)
+    assert expected.ravel().tolist() == ids.ravel().tolist()
+
+
+def test_casts_of_constants_are_made_at_once_and_needless_ones_left_out() -> None:
+    given = constant([1, 2, 3])
+    number = cast(given.outputs[0], ir.DataType.FLOAT)
+    x = tokens(3)
+    same = cast(x, ir.DataType.FLOAT)
+    graph = model([x], [given, number, same, ir.node("Mul", [same.outputs[0], number.outputs[0]])])
+    assert AvoidCasts("positions")(graph).modified
+    assert "Cast" not in {node.op_type for node in graph.graph}
+    two = np.full(3, 2, dtype=np.float32)
+    np.testing.assert_array_equal(run(graph, tokens=two)[0], [2, 4, 6])
+
+
+def test_a_cast_of_what_is_no_position_stays() -> None:
+    # Its numbers may be below 0, of which there are no bits to add.
+    numbers = ir.val("numbers", ir.DataType.INT64, ir.Shape([2]))
+    graph = model([numbers], [cast(numbers, ir.DataType.FLOAT)])
+    assert not AvoidCasts("positions")(graph).modified
+    assert [node.op_type for node in graph.graph] == ["Cast"]

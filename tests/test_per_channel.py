@@ -106,6 +106,13 @@ def test_a_loud_token_leaves_its_neighbours_alone(bundle: pleexport.Bundle) -> N
     assert relative_error(apart, together) < 1e-5
 
 
+def test_a_graph_has_no_casts(bundle: pleexport.Bundle) -> None:
+    # A browser would compile a function of 490 kB anew: `AvoidCasts`.
+    kinds = {node.op_type for node in ir.load(bundle.path / "model.onnx").graph.all_nodes()}
+    assert "MatMulInteger" in kinds
+    assert not kinds & {"Cast", "CastLike"}
+
+
 def test_an_input_of_several_products_is_rounded_once(bundle: pleexport.Bundle) -> None:
     nodes = products(bundle)
     rounded = {node.inputs[0] for node in nodes}

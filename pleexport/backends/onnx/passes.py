@@ -9,11 +9,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import InPlacePass, PassResult, PostconditionError, PreconditionError
 
 from pleexport.backends.onnx.expansion import MICROSOFT
 from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
 from pleexport.program import Argument
+
+# Elements of a constant that is cast here: shapes, bounds and single numbers.
+_SMALL_CONSTANT = 64
+# A float32 holds integers of so many bits, and no text is as long.
+_POSITION_BITS = 24
 
 
 class NameDimensions(InPlacePass):
@@ -163,6 +169,97 @@ class LeaveCasts(InPlacePass):
                 model.graph.remove(node, safe=True)
                 modified = True
         return PassResult(model, modified=modified)
+
+
+class AvoidCasts(InPlacePass):
+    """Write other nodes in place of casts, for WebAssembly.
+
+    There, ONNX Runtime's `Cast` is one function of 490 kB for all pairs of dtypes. A browser
+    compiles it anew when it has been called some ten times, constants of a graph that is opened
+    included. That takes it 4 to 10 s of a core and 106 MB, while a text begins.
+    """
+
+    def __init__(self, positions: str) -> None:
+        super().__init__()
+        self._positions = positions
+
+    def call(self, model: ir.Model) -> PassResult:
+        modified = False
+        for node in list(model.graph):
+            if node.op_type not in ("Cast", "CastLike") or node.inputs[0] is None:
+                continue
+            value = self._without(model.graph, node, node.inputs[0], _wanted_dtype(node))
+            if value is None:
+                continue
+            node.outputs[0].replace_all_uses_with(value)
+            model.graph.remove(node, safe=True)
+            modified = True
+        return PassResult(model, modified=modified)
+
+    def _without(
+        self, graph: ir.Graph, node: ir.Node, x: ir.Value, wanted: ir.DataType | None
+    ) -> ir.Value | None:
+        """What is the cast's result without it; None where it has to stay."""
+        constant = ir.convenience.get_const_tensor(x)
+        if wanted is None or (constant is not None and constant.size > _SMALL_CONSTANT):
+            return None
+        source = _source(x)
+        if wanted == (source.dtype if constant is None else constant.dtype):
+            return x
+        if constant is not None:
+            return _initializer(graph, node, constant.numpy().astype(wanted.numpy()))
+        if wanted == ir.DataType.FLOAT and source.name == self._positions:
+            return _summed_bits(graph, node, x)
+        return None
+
+
+def _source(x: ir.Value) -> ir.Value:
+    """What a value's elements are taken from."""
+    producer = x.producer()
+    while producer is not None and producer.op_type in ("Gather", "Reshape", "Unsqueeze"):
+        assert producer.inputs[0] is not None
+        x = producer.inputs[0]
+        producer = x.producer()
+    return x
+
+
+def _wanted_dtype(node: ir.Node) -> ir.DataType | None:
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int())
+    like = node.inputs[1]
+    constant = ir.convenience.get_const_tensor(like) if like is not None else None
+    return constant.dtype if constant is not None else like.dtype if like is not None else None
+
+
+def _initializer(graph: ir.Graph, node: ir.Node, array: NDArray[np.generic]) -> ir.Value:
+    """A constant in place of a node's output."""
+    tensor = ir.tensor(array, name=f"{node.outputs[0].name}.cast")
+    value = ir.Value(name=tensor.name, const_value=tensor)
+    value.dtype, value.shape = tensor.dtype, tensor.shape
+    graph.register_initializer(value)
+    return value
+
+
+def _summed_bits(graph: ir.Graph, node: ir.Node, x: ir.Value) -> ir.Value:
+    """Integers of 0 and more as float32: the sum of their bits' values, which is exact."""
+    powers = 1 << np.arange(_POSITION_BITS)
+    tape = ir.tape.Tape()
+    bits, values, none, zero, last = (
+        tape.op("Constant", [], {"value": ir.tensor(np.asarray(array))})
+        for array in (
+            powers,
+            powers.astype(np.float32),
+            np.int64(0),
+            np.float32(0),
+            np.array([-1]),
+        )
+    )
+    own = tape.op("BitwiseAnd", [tape.op("Unsqueeze", [x, last]), bits])
+    parts = tape.op("Where", [tape.op("Equal", [own, none]), zero, values])
+    total = tape.op("ReduceSum", [parts, last], {"keepdims": 0})
+    total.shape, total.type = node.outputs[0].shape, node.outputs[0].type
+    graph.insert_before(node, tape.nodes)
+    return total
 
 
 class AnglesOnHost(InPlacePass):

@@ -23,8 +23,10 @@ from pleexport.backends.onnx.channels import (
 )
 from pleexport.backends.onnx.expansion import MICROSOFT
 from pleexport.backends.onnx.files import GRAPH_DATA, data_file
+from pleexport.backends.onnx.passes import AvoidCasts
 from pleexport.backends.onnx.storage import PANEL, OnnxStorage, data_places
 from pleexport.checkpoint.matching import MatchedModel
+from pleexport.contract import POSITION_IDS
 from pleexport.dtypes import CODED, bits, numpy_dtype
 from pleexport.errors import CheckpointError
 from pleexport.model import Weight, misused_weight, unused_weight
@@ -122,6 +124,8 @@ def attach_weights(
             else:
                 _replace_matmul(result, matmul, matched, weight, storage, counts)
             graph.remove(transpose, safe=True)
+    if any(map(storage.is_per_channel, matched.model.weights)):
+        AvoidCasts(POSITION_IDS)(graph_model)
     own = [tensor for tensor in result.tensors if tensor.file != TIED]
     places = data_places(tensor.nbytes for tensor in own)
     for tensor, (number, offset) in zip(own, places, strict=True):

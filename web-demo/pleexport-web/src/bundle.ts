@@ -1,3 +1,4 @@
+import { giveBack } from "./arrays.js";
 import { Blob } from "./blob.js";
 import {
   checkBytes,
@@ -144,6 +145,7 @@ export class Bundle {
     try {
       const bytes = await this.files.readWhole(STARTER, false);
       blob.takeStarter(await readStarter(bytes, this.pathOf(STARTER)));
+      giveBack(bytes.buffer);
     } catch (err) {
       if (err instanceof FileFailure && err.isMissing) return;
       const said = this.errorOf(STARTER, err);

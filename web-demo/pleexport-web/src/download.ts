@@ -3,8 +3,20 @@ import { Unreachable } from "./files.js";
 /** The bytes of a file from one on. */
 export interface Rest {
   readonly from: number;
-  readonly body: ReadableStream<Uint8Array>;
+  /** How long the file is; null where the server does not say it. */
+  readonly size: number | null;
+  /**
+   * Hands the bytes on as they come. They are gone when `take` returns.
+   *
+   * @throws Unreachable the connection ended too early.
+   */
+  each(take: (bytes: Uint8Array) => void): Promise<void>;
 }
+
+/** Of one read from a server. */
+const READ_BYTES = 1 << 18;
+/** Room is made ahead for as many bytes as a server says, up to these. */
+const BELIEVED_BYTES = 64 << 20;
 
 /** Asks for the bytes from one on; a server may send all of them all the same. */
 export type Ask = (from: number) => Promise<Rest>;
@@ -29,19 +41,69 @@ export async function download(
     });
     at = rest.from;
     try {
-      for (const reader = rest.body.getReader(); ; ) {
-        const { done, value } = await reader.read().catch((err: unknown) => {
-          throw cutOff(err);
-        });
-        if (done) return at;
-        write(value, at);
-        at += value.length;
-      }
+      await rest.each((bytes) => {
+        write(bytes, at);
+        at += bytes.length;
+      });
+      return at;
     } catch (err) {
       if (!(err instanceof Unreachable) || at <= most) throw err;
       broken = err;
     }
   }
+}
+
+/**
+ * Hands the bytes of an answer on as they come.
+ *
+ * @param take must not keep them.
+ * @throws Unreachable the connection ended too early.
+ */
+export async function eachPart({ body }: Response, take: (bytes: Uint8Array) => void): Promise<void> {
+  const read = readerOf(body!);
+  for (;;) {
+    const { done, value } = await read().catch((err: unknown) => {
+      throw cutOff(err);
+    });
+    if (done) return;
+    take(value);
+  }
+}
+
+type Read = () => Promise<ReadableStreamReadResult<Uint8Array>>;
+
+/** Reads into one buffer where a browser can: of a large file, it keeps arrays of its own for long. */
+function readerOf(body: ReadableStream<Uint8Array>): Read {
+  let reader: ReadableStreamBYOBReader;
+  try {
+    reader = body.getReader({ mode: "byob" });
+  } catch {
+    const plain = body.getReader();
+    return () => plain.read();
+  }
+  let buffer = new ArrayBuffer(READ_BYTES);
+  return async () => {
+    const { done, value } = await reader.read(new Uint8Array(buffer));
+    if (done) return { done, value: undefined };
+    buffer = value.buffer;
+    return { done, value };
+  };
+}
+
+/** All bytes of the rest of a file. */
+export async function wholeOf(rest: Rest): Promise<Uint8Array<ArrayBuffer>> {
+  let whole = new Uint8Array(Math.min(rest.size ?? 0, BELIEVED_BYTES));
+  let end = 0;
+  await rest.each((bytes) => {
+    if (end + bytes.length > whole.length) {
+      const longer = new Uint8Array(Math.max(2 * whole.length, end + bytes.length));
+      longer.set(whole.subarray(0, end));
+      whole = longer;
+    }
+    whole.set(bytes, end);
+    end += bytes.length;
+  });
+  return end === whole.length ? whole : whole.slice(0, end);
 }
 
 /** What is said of a connection that ended too early. */

@@ -1,5 +1,5 @@
 import { CHECKSUMS } from "./checksums.js";
-import { cutOff, networkWords, type Ask, type Rest } from "./download.js";
+import { cutOff, eachPart, networkWords, wholeOf, type Ask, type Rest } from "./download.js";
 import { FileFailure, Unreachable, type BundleFile, type BundleFiles, type LocalFile, type Range } from "./files.js";
 import { MANIFEST } from "./manifest.js";
 import type { Loading } from "./progress.js";
@@ -107,7 +107,7 @@ export class HttpFiles implements BundleFiles {
         this.loading?.kept(name, kept.length);
         return kept;
       }
-      const bytes = await wholeOf((await this.fetched(name)).body);
+      const bytes = await wholeOf(await this.fetched(name));
       if (isKept) await this.store.keepWhole(path, bytes);
       return bytes;
     };
@@ -117,7 +117,7 @@ export class HttpFiles implements BundleFiles {
   /** Manifest and checksums of the server, or those that were kept where it does not answer: never a mix. */
   private async chosenHeads(): Promise<ReadonlyMap<string, Uint8Array | FileFailure>> {
     const answers = await Promise.all(
-      HEADS.map((name) => this.fetched(name).then(({ body }) => wholeOf(body)).catch((err: unknown) => {
+      HEADS.map((name) => this.fetched(name).then(wholeOf).catch((err: unknown) => {
         if (err instanceof FileFailure) return err;
         throw err;
       })),
@@ -144,12 +144,15 @@ export class HttpFiles implements BundleFiles {
     const from = response.status === 206 ? firstByteOf(response) : 0;
     if (from !== 0 && from !== wanted) throw new FileFailure(OTHER_PART);
     const length = response.headers.has("content-encoding") ? null : response.headers.get("content-length");
-    this.loading?.begin(name, length === null ? null : from + Number(length), from);
-    const body = counted(response, (bytes) => {
-      this.traffic.bytes += bytes;
-      this.loading?.arrived(name, bytes);
-    });
-    return { from, body };
+    const size = length === null ? null : from + Number(length);
+    this.loading?.begin(name, size, from);
+    const each: Rest["each"] = (take) =>
+      eachPart(response, (bytes) => {
+        this.traffic.bytes += bytes.length;
+        this.loading?.arrived(name, bytes.length);
+        take(bytes);
+      });
+    return { from, size, each };
   }
 
   /** Nothing is asked: the size is compared when a file is read. */
@@ -396,24 +399,6 @@ async function bytesOf(response: Response, traffic: Traffic): Promise<Uint8Array
     const bytes = new Uint8Array(await response.arrayBuffer());
     traffic.bytes += bytes.length;
     return bytes;
-  } catch (err) {
-    throw cutOff(err);
-  }
-}
-
-function counted(response: Response, arrived: (bytes: number) => void): ReadableStream<Uint8Array> {
-  const counter = new TransformStream<Uint8Array, Uint8Array>({
-    transform(chunk, controller) {
-      arrived(chunk.length);
-      controller.enqueue(chunk);
-    },
-  });
-  return response.body!.pipeThrough(counter);
-}
-
-async function wholeOf(body: ReadableStream<Uint8Array>): Promise<Uint8Array> {
-  try {
-    return new Uint8Array(await new Response(body).arrayBuffer());
   } catch (err) {
     throw cutOff(err);
   }

@@ -130,7 +130,7 @@ export class GpuGraph implements OpenGraph {
     ort.env.logLevel = "error";
     ort.env.wasm.numThreads = 1; // what is left for the CPU is small
     ort.env.wasm.wasmPaths = { mjs: gpuRuntimeFiles.module(), wasm: gpuRuntimeFiles.wasm() };
-    return withWeights(weights, async (externalData) => {
+    return withWeights(weights, null, async (externalData) => {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["webgpu"],
         logSeverityLevel: 3,

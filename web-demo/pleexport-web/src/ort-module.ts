@@ -5,7 +5,20 @@ import create from "onnxruntime-web/ort-wasm-simd-threaded.mjs";
 /** The running module of ONNX Runtime; null before the first session. */
 export let instance: unknown = null;
 
+let compiled: WebAssembly.Module | null = null;
+
+/** Starts with what is compiled already, in place of what it would fetch. */
+export function startWith(module: WebAssembly.Module): void {
+  compiled = module;
+}
+
+type Done = (instance: WebAssembly.Instance, module: WebAssembly.Module) => void;
+
 export default async function createAndKeep(settings: object): Promise<unknown> {
-  instance = await create(settings);
+  const module = compiled;
+  const own = module === null ? {} : { instantiateWasm: (imports: WebAssembly.Imports, done: Done): void => {
+    void WebAssembly.instantiate(module, imports).then((started) => done(started, module));
+  } };
+  instance = await create({ ...settings, ...own });
   return instance;
 }

@@ -7,7 +7,7 @@ import * as ort from "onnxruntime-web";
 
 import type { LocalFile } from "./files.js";
 import { OrtFailure, shapesOf, type HeldTensor, type OpenGraph, type OpenTensor, type TensorType } from "./graph.js";
-import { giveBack, withWeights } from "./lazy-bytes.js";
+import { withWeights } from "./lazy-bytes.js";
 
 /** The version whose inside this file knows. */
 export const ORT_VERSION = "1.30.0";
@@ -48,9 +48,15 @@ const ERRORS_ONLY = 3;
 export const runtimeFiles = {
   module: (): string => new URL("./ort-module.js", import.meta.url).href,
   wasm: (): string => import.meta.resolve("onnxruntime-web/ort-wasm-simd-threaded.wasm"),
-  /** The content of the same, where a page has fetched it already. */
-  binary: async (): Promise<ArrayBuffer | null> => null,
+  /** The same, where a page has fetched and compiled it already. */
+  compiled: async (): Promise<WebAssembly.Module | null> => null,
 };
+
+/** What ort-module.ts gives. */
+interface Started {
+  readonly instance: OrtModule;
+  startWith(compiled: WebAssembly.Module): void;
+}
 
 /** A tensor in the heap of WebAssembly, with zeros at first. */
 export class HeapTensor implements OpenTensor, HeldTensor {
@@ -138,19 +144,16 @@ export class Graph implements OpenGraph {
     ort.env.logLevel = "error";
     ort.env.wasm.numThreads = threads;
     ort.env.wasm.wasmPaths = { mjs: runtimeFiles.module(), wasm: runtimeFiles.wasm() };
-    const binary = await runtimeFiles.binary();
-    if (binary !== null) ort.env.wasm.wasmBinary = binary;
-    runtimeFiles.binary = async () => null; // it is asked for once, and large
-    return withWeights(weights, async (externalData) => {
+    const started = (await import(runtimeFiles.module())) as Started;
+    const compiled = await runtimeFiles.compiled();
+    if (compiled !== null) started.startWith(compiled);
+    return withWeights(weights, () => started.instance.HEAPU8, async (externalData) => {
       const session = await ort.InferenceSession.create(model, {
         executionProviders: ["wasm"],
         logSeverityLevel: ERRORS_ONLY,
         externalData,
       });
-      delete ort.env.wasm.wasmBinary;
-      if (binary !== null) giveBack(binary);
-      const { instance } = (await import(runtimeFiles.module())) as { instance: OrtModule };
-      return new Graph(session, instance);
+      return new Graph(session, started.instance);
     });
   }
 

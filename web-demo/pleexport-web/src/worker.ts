@@ -1,6 +1,8 @@
 // Runs in a worker of a page: it owns bundle and runner, and answers the messages of client.ts.
+import { giveBack } from "./arrays.js";
 import { Bundle } from "./bundle.js";
 import type { Message } from "./chat-format.js";
+import { eachPart } from "./download.js";
 import { BundleError, isAbort, PleexportError, wordsOf } from "./errors.js";
 import { FileFailure } from "./files.js";
 import { HttpFiles } from "./http-files.js";
@@ -46,7 +48,7 @@ async function open(id: number, url: string, threads: number): Promise<Facts> {
     } else {
       const runtime = runtimeOf(loading);
       runtime.catch(() => {}); // it is thrown where the runtime is needed
-      runtimeFiles.binary = () => runtime;
+      runtimeFiles.compiled = () => runtime;
     }
     for (const { name, size } of bundle.neededFiles) loading.need(name, size);
     const runner = await Runner.open(bundle, { threads, onNote: (note) => tell({ id, note }) });
@@ -70,28 +72,29 @@ async function privateFiles(url: string): Promise<PrivateFiles> {
 
 let isRuntimeHere = false;
 
-/** Fetches what is largest of the runtime, once, where others can be told how far it has come. */
-async function runtimeOf(loading: Loading): Promise<ArrayBuffer | null> {
+/** Fetches and compiles what is largest of the runtime, once, where others can be told how far it has come. */
+async function runtimeOf(loading: Loading): Promise<WebAssembly.Module | null> {
   if (isRuntimeHere) return null;
   const bytes = new Uint8Array(RUNTIME_BYTES);
+  let compiled: WebAssembly.Module;
   let at = 0;
   try {
     const response = await fetch(runtimeFiles.wasm());
     if (!response.ok) throw new Error(`the server answered ${response.status}`);
-    for (const reader = response.body!.getReader(); ; ) {
-      const { done, value } = await reader.read();
-      if (done) break;
-      bytes.set(value, at);
-      at += value.length;
-      loading.arrived(RUNTIME, value.length);
-    }
+    await eachPart(response, (part) => {
+      bytes.set(part, at);
+      at += part.length;
+      loading.arrived(RUNTIME, part.length);
+    });
     if (at !== bytes.length) throw new Error(`it has ${at} bytes in place of ${bytes.length}`);
+    compiled = await WebAssembly.compile(bytes);
+    giveBack(bytes.buffer);
   } catch (err) {
     const what = `the runtime, \`${RUNTIME}\`, cannot be fetched: ${wordsOf(err)}`;
     throw new BundleError(what, "open the page again; look at the network if it happens again", { cause: err });
   }
   isRuntimeHere = true;
-  return bytes.buffer;
+  return compiled;
 }
 
 function facts(): Facts {
