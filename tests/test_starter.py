@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
+import wordfreq
 import xxhash
 from safetensors.numpy import load_file
 
 import pleexport
 from pleexport import targets
 from pleexport.errors import BundleError, CheckFailed, InputError, MissingDependencyError
+from pleexport.export import starter
 from pleexport.export.packaging import package
 from pleexport.export.starter import choose_rows, write_starter
 from pleexport.runtime.blob import Blob
@@ -41,6 +44,13 @@ def web(tmp_path: Path) -> str:
     assert "starter_share = 0.019" in shipped
     path.write_text(shipped.replace("starter_share = 0.019", f"starter_share = {SHARE}"))
     return str(path)
+
+
+class Rows:
+    """What is asked of a blob to choose rows."""
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
 
 
 def ids_of(text: str) -> list[int]:
@@ -108,6 +118,36 @@ def test_words_of_a_language_are_counted_without_a_text() -> None:
     # Those of two languages hold the most used of each.
     both, _ = choose_rows(bundle, blob, count=100, languages=["en", "de"])
     assert set(chosen[:20].tolist()) <= set(both.tolist())
+
+
+class Whole:
+    """A tokenizer to which every text is one token."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, int] = {}
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [self.ids.setdefault(text, len(self.ids))]
+
+
+def test_words_of_code_and_its_marks_count_as_a_word_of_prose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = Whole()
+    monkeypatch.setattr(starter, "open_tokenizer", lambda _: tokenizer)
+    bundle = pleexport.Bundle(BUNDLE)
+    count = 5000
+    monkeypatch.setattr(starter, "_always", lambda *_: [])
+    blob = cast(Blob, Rows(200_000))
+    chosen, _ = choose_rows(bundle, blob, count=count)
+    held = {text for text, i in tokenizer.ids.items() if i in set(chosen.tolist())}
+    assert len(held) == count
+    assert {"return", " return", "://", "()", "\t\t", "\n\n\n", " " * 20, " the", "The"} <= held
+    # The control: a rare word is known, and left out.
+    words = wordfreq.get_frequency_dict("en", "best")
+    rare = f" {list(words)[19_000]}"
+    assert rare in tokenizer.ids
+    assert rare not in held
 
 
 def test_what_stands_around_a_message_comes_first(text: Path) -> None:
