@@ -12,6 +12,8 @@ const NEAR_BYTES = 16_384;
 const AT_ONCE = 6;
 /** Ranges of one request; servers limit the length of a header. */
 const MOST_RANGES = 100;
+/** Files of more bytes are read once more where they are asked for again. */
+const REMEMBERED_BYTES = 1 << 20;
 const OTHER_PART = "the server sent another part than was asked for";
 const NO_RANGES = "serve the bundle from a server that answers requests for parts of files";
 
@@ -111,7 +113,11 @@ export class HttpFiles implements BundleFiles {
       if (isKept) await this.store.keepWhole(path, bytes);
       return bytes;
     };
-    return isKept ? remembered(this.wholes, name, read) : read();
+    if (!isKept) return read();
+    const whole = remembered(this.wholes, name, read);
+    // Who reads a large one makes something of it, once.
+    whole.then(({ length }) => length <= REMEMBERED_BYTES || this.wholes.delete(name), () => {});
+    return whole;
   }
 
   /** Manifest and checksums of the server, or those that were kept where it does not answer: never a mix. */

@@ -1,7 +1,7 @@
 import { Tokenizer as Library } from "@huggingface/tokenizers";
 
 import { AS_PUBLISHED, TokenizerError, wordsOf } from "./errors.js";
-import { correct, stepsOf, unknownPart } from "./library-parts.js";
+import { correct, release, stepsOf, unknownPart } from "./library-parts.js";
 import { clean, CleanedStream, DecodedStream, type Decoding, type TextStream } from "./text-stream.js";
 import { checkUnicode, isObject, type Tokenizer, type TokenizerConfig } from "./tokenizer.js";
 
@@ -101,6 +101,7 @@ export class JsonTokenizer implements Tokenizer, Decoding {
       const parts = { normalizer: null, pre_tokenizer: null, post_processor: null, decoder: null };
       const opened = new Library({ ...parts, added_tokens: [], ...file }, {});
       correct(opened, file);
+      release(opened);
       return opened;
     });
   }

@@ -65,6 +65,13 @@ export function correct(library: Library, file: Fields): void {
   correctDecoder(library.decoder as Decoder | null, file["decoder"]);
 }
 
+/** Drops the parsed file, which the library holds on to and does not look at again. */
+export function release(library: Library): void {
+  const { model } = library as unknown as { model: { config: unknown; merges: unknown } };
+  Object.assign(library, { tokenizer: null });
+  Object.assign(model, { config: null, merges: null });
+}
+
 /** What is reached of the library to know which piece begins a text. */
 interface Pieces {
   pre_tokenizer: ((text: string, options: { section_index?: number }) => string[]) | null;
