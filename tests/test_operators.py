@@ -55,6 +55,17 @@ def attention_session(
     return session(ATTEND_CONTEXT, inputs, attributes)
 
 
+def window_session(heads: int, cache_heads: int) -> ort.InferenceSession:
+    shapes = {
+        "query": [1, "T", heads, HEAD_DIM],
+        "keys": [1, cache_heads, "C", HEAD_DIM],
+        "values": [1, cache_heads, "C", VALUE_DIM],
+        "bias": [1, "T", "C"],
+    }
+    inputs = [ir.val(n, ir.DataType.FLOAT, ir.Shape(shape)) for n, shape in shapes.items()]
+    return session(ATTEND_WINDOW, inputs, {})
+
+
 @pytest.mark.parametrize("step", [0.5, 0.03, 1e-4])
 def test_steps_are_those_of_the_definition(step: float) -> None:
     """Bit for bit: halves, what lies outside, and behind it a node that moves axes about."""
@@ -180,14 +191,8 @@ def test_a_window_gives_what_its_positions_give(
     query_ids = torch.arange(first, written)[None]
     held = torch.from_numpy(np.where(slots < written, slots, slots - capacity))
     bias = operators.attention_bias(query_ids, held, window=window)
-    inputs = [
-        ir.val("query", ir.DataType.FLOAT, ir.Shape([1, "T", heads, HEAD_DIM])),
-        ir.val("keys", ir.DataType.FLOAT, ir.Shape([1, cache_heads, "C", HEAD_DIM])),
-        ir.val("values", ir.DataType.FLOAT, ir.Shape([1, cache_heads, "C", VALUE_DIM])),
-        ir.val("bias", ir.DataType.FLOAT, ir.Shape([1, "T", "C"])),
-    ]
     feeds = {"query": query, "keys": keys, "values": values, "bias": bias.numpy()}
-    graph = session(ATTEND_WINDOW, inputs, {})
+    graph = window_session(heads, cache_heads)
     (got,) = graph.run(None, feeds)
     wide = (keys.astype(np.float64), values.astype(np.float64))
     expected = reference(query, *wide, first, window=window)
@@ -198,6 +203,28 @@ def test_a_window_gives_what_its_positions_give(
     if written > window:
         feeds["bias"] = operators.attention_bias(query_ids, held, window=window + 1).numpy()
         assert np.abs(graph.run(None, feeds)[0][:, -1] - expected[:, -1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("form", ["window", "context at once", "context in blocks"])
+def test_no_share_is_below_a_normal_number(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """exp(-95) is none. A value of 1e30 shows what its slot's share is in place of it."""
+    monkeypatch.setattr(attention, "_MOST_AT_ONCE", 0 if form.endswith("blocks") else 1 << 18)
+    feeds = {
+        "query": np.ones((1, 1, 1, HEAD_DIM), dtype=np.float32),
+        "keys": np.zeros((1, 1, BLOCK, HEAD_DIM), dtype=np.float32),
+        "values": np.zeros((1, 1, BLOCK, VALUE_DIM), dtype=np.float32),
+    }
+    feeds["keys"][0, 0, 3, 0], feeds["values"][0, 0, 3] = -95, 1e30
+    if form == "window":
+        graph = window_session(1, 1)
+        feeds["bias"] = np.zeros((1, 1, BLOCK), dtype=np.float32)
+    else:
+        graph = attention_session("fp32", 1, 1)
+        feeds |= {"query_ids": np.array([[BLOCK - 1]]), "held": np.arange(BLOCK)}
+    share = 1e-30 / (1 if form != "context in blocks" else BLOCK - 1)
+    np.testing.assert_allclose(graph.run(None, feeds)[0], share * 1e30, rtol=1e-5)
+    feeds["keys"][0, 0, 3, 0] = np.nan
+    assert np.isnan(graph.run(None, feeds)[0]).all()
 
 
 @pytest.mark.parametrize("tokens", [1, 7])

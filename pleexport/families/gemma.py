@@ -372,6 +372,11 @@ def per_layer_inputs(
     return mixed
 
 
+def by_layer(per_layer_BTLP: Tensor) -> Sequence[Tensor]:
+    """By layer, its vectors `[B, T, P]`; all are cut in one operation."""
+    return per_layer_BTLP.flatten(2).chunk(per_layer_BTLP.shape[2], dim=-1)
+
+
 def gate_per_layer_input(
     w: Parameters, x_BTH: Tensor, per_layer_BTP: Tensor, *, activation: str, eps: float
 ) -> Tensor:

@@ -138,14 +138,16 @@ class _Forward:
             mix_scale=config.mix_scale,
             eps=config.eps,
         )
+        per_layer_BTP = gemma.by_layer(per_layer_BTLP)
         streams_BTSH, hidden = self._open_streams(w, inputs.rows["inputs_embeds"]), []
         for i in range(len(config.attentions)):
             if i == config.first_shared_layer:
                 context.narrow()
                 streams_BTSH = streams_BTSH.index_select(1, inputs.logit_positions)
-                per_layer_BTLP = per_layer_BTLP.index_select(1, inputs.logit_positions)
+                narrowed_BTLP = per_layer_BTLP.index_select(1, inputs.logit_positions)
+                per_layer_BTP = gemma.by_layer(narrowed_BTLP)
             layer = w.below(f"layers.{i}")
-            streams_BTSH = self._layer(layer, i, streams_BTSH, per_layer_BTLP[:, :, i], context)
+            streams_BTSH = self._layer(layer, i, streams_BTSH, per_layer_BTP[i], context)
             hidden.append(streams_BTSH)
         if config.first_shared_layer == len(config.attentions):
             streams_BTSH = streams_BTSH.index_select(1, inputs.logit_positions)

@@ -117,12 +117,14 @@ class _Forward:
             mix_scale=2**-0.5,
             eps=config.eps,
         )
+        per_layer_BTP = gemma.by_layer(per_layer_BTLP)
         x_BTH, hidden = inputs.rows["inputs_embeds"], []
         for i, attention in enumerate(config.attentions):
             if i == config.first_shared_layer:
                 context.narrow()
                 x_BTH = x_BTH.index_select(1, inputs.logit_positions)
-                per_layer_BTLP = per_layer_BTLP.index_select(1, inputs.logit_positions)
+                narrowed_BTLP = per_layer_BTLP.index_select(1, inputs.logit_positions)
+                per_layer_BTP = gemma.by_layer(narrowed_BTLP)
             layer = w.below(f"layers.{i}")
 
             normed = layer.rms_norm("input_layernorm", x_BTH, config.eps)
@@ -136,7 +138,7 @@ class _Forward:
             x_BTH = x_BTH + gemma.gate_per_layer_input(
                 layer,
                 x_BTH,
-                per_layer_BTLP[:, :, i],
+                per_layer_BTP[i],
                 activation=config.activation,
                 eps=config.eps,
             )

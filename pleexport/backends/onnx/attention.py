@@ -110,12 +110,24 @@ def _at_once(v: _Variant, *, out: str) -> str:
       by_token_shape = Constant <value = int64[4] {{{v.cache_heads}, -1, {v.repeats}, 0}}> ()
       scores_by_token = Reshape (scores, by_token_shape)
       masked = Add (scores_by_token, bias)
-      weights_by_token = Softmax <axis = -1> (masked)
+      shares = Softmax <axis = -1> (masked)
+      {_normal("shares", out="weights_by_token")}
       by_row_shape = Constant <value = int64[4] {{1, {v.cache_heads}, -1, 0}}> ()
       weights = Reshape (weights_by_token, by_row_shape)
       found = MatMul (weights, values)
       {_heads_of_rows(v.heads, v.cache_heads, v.value_dim, out=out)}
     """
+
+
+def _normal(shares: str, *, out: str) -> str:
+    """Shares of a softmax, none below 1e-30.
+
+    Where scores differ by more than 87, the smaller share is no normal number, and processors
+    multiply by such numbers many times more slowly. A sum of shares loses 1e-30 all the same. Not a
+    number stays that.
+    """
+    return f"""least_share = Constant <value = float {{1e-30}}> ()
+      {out} = Clip ({shares}, least_share)"""
 
 
 def _visible(v: _Variant, *, held: str) -> str:
@@ -231,7 +243,8 @@ def _in_blocks(v: _Variant, *, out: str = "out") -> str:
           block_maximum = ReduceMax <keepdims = 1> (masked, axis_1)
           new_maximum = Max (own_maximum, block_maximum)
           below = Sub (masked, new_maximum)
-          weights = Exp (below)
+          shares = Exp (below)
+          {_normal("shares", out="weights")}
           fallen = Sub (own_maximum, new_maximum)
           fade = Exp (fallen)
           block_total = ReduceSum <keepdims = 1> (weights, axis_1)
@@ -316,7 +329,8 @@ def _window_body(node: ir.Node) -> str:
   scores = MatMul (rows, turned_keys)
   {bias_rows}
   masked = Add (scores, bias_rows)
-  weights = Softmax <axis = -1> (masked)
+  shares = Softmax <axis = -1> (masked)
+  {_normal("shares", out="weights")}
   found = MatMul (weights, values)
   {_heads_of_rows(heads, shared, value_dim, out="out")}
 }}"""

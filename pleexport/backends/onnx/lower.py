@@ -18,7 +18,7 @@ from onnxscript.values import Op, Opset
 
 import pleexport.operators  # noqa: F401  registers torch.ops.pleexport
 from pleexport.backends.onnx.attention import ATTEND_CONTEXT, ATTEND_WINDOW
-from pleexport.backends.onnx.expansion import OPSET, Expand
+from pleexport.backends.onnx.expansion import OPSET, Expand, sizes
 from pleexport.backends.onnx.grouped import ATTEND_CACHE, WRITE_CACHE, GroupAttention
 from pleexport.backends.onnx.passes import (
     AnglesOnHost,
@@ -109,7 +109,11 @@ def _rotate(x: Any, cos: Any, sin: Any) -> Any:
 
 def _write_cache(cache: Any, new: Any, slots: Any) -> Any:
     first_slot = _onnx.Gather(slots, _onnx.Constant(value_int=0), axis=1)
-    turned = _onnx.Transpose(new, perm=[0, 2, 1, 3])
+    _, heads, _, width = sizes(cache)
+    if heads == 1:  # a view, and one with the reshape before it
+        turned = _onnx.Reshape(new, _onnx.Constant(value_ints=[1, 1, -1, width]))
+    else:
+        turned = _onnx.Transpose(new, perm=[0, 2, 1, 3])
     return _onnx.TensorScatter(cache, turned, first_slot, axis=-2, mode="circular")
 
 
