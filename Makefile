@@ -18,7 +18,7 @@ help:
 	@echo "make test               lint, type check and tests, as CI runs them"
 	@echo "make slow               more tests of kinds that make test has one of"
 	@echo "make fuzz MINUTES=10    open mutated checkpoints and bundles; JOBS=, SEED= too"
-	@echo "make kills              kill builds, fill their disk and let it fail, 300 times; needs cc"
+	@echo "make kills              kill builds, fill their disk and let it fail, 300 times; BACKEND= too; needs cc"
 	@echo "make soak MINUTES=60    generate in one process, and watch its memory"
 	@echo "make runtimes           run the conformance vectors with older runtimes"
 	@echo "make apk                build the Android app without Gradle, and take it apart"
@@ -64,7 +64,7 @@ fuzz: $(VENV)/.installed
 	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),10) $(if $(JOBS),--jobs $(JOBS)) $(if $(SEED),--seed $(SEED))
 
 kills: $(VENV)/.installed
-	$(BIN)/python tests/kills.py
+	$(BIN)/python tests/kills.py $(if $(BACKEND),--backend $(BACKEND))
 
 soak: $(VENV)/.installed
 	$(BIN)/python tests/soak.py --minutes $(MINUTES)

@@ -295,11 +295,8 @@ def verify(
         raise errors.PleexportError(
             f"`{what}` is for comparing with the original", hint="add `--checkpoint CKPT`"
         )
-    if report and not report.resolve().parent.is_dir():
-        raise errors.PleexportError(
-            f"`--report {report}` cannot be written: `{report.resolve().parent}` is not a folder",
-            hint="make it, or choose another place",
-        )
+    if report:
+        _refuse_report(report)
     result = verify_bundle(
         bundle,
         checkpoint=checkpoint,
@@ -658,6 +655,22 @@ def _interactive(answer: Callable[[str], object], *, what: str) -> None:
             typer.echo(f"error: {err.message}", err=True)
             if err.hint:
                 typer.echo(f"\nhint: {err.hint}", err=True)
+
+
+def _refuse_report(report: Path) -> None:
+    """Say before the work what would keep a report from being written."""
+    from pleexport.staging import followed
+
+    place = followed(report)
+    if not place.parent.is_dir():
+        problem, hint = f"`{place.parent}` is not a folder", "make it, or choose another place"
+    elif place.is_symlink():
+        problem, hint = "it is a link to itself", "remove it, or choose another place"
+    elif place.is_dir():
+        problem, hint = "it is a folder", "name a file in it"
+    else:
+        return
+    raise errors.PleexportError(f"`--report {report}` cannot be written: {problem}", hint=hint)
 
 
 def _template_arguments(pairs: list[str], tools: Path | None) -> dict[str, Any]:

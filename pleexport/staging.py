@@ -46,7 +46,7 @@ def staged_folder(
     Raises:
         PleexportError: `error`.
     """
-    place = place.resolve()  # a link to a folder stays a link, and `.` has a name
+    place = followed(place)  # a link to a folder stays a link, and `.` has a name
     prefix = prefix or f".{place.name}{_PARTIAL}"
     _clean_up(place.parent, prefix, place=place)
     if check:
@@ -90,6 +90,14 @@ def scratch_folder() -> Iterator[Path]:
     choose = "set `TMPDIR` to another folder"
     with _partial(parent, _SCRATCH, error=PleexportError, elsewhere=choose) as folder:
         yield folder
+
+
+def followed(path: Path) -> Path:
+    """Where a path leads, through links; one that leads to itself stays a link.
+
+    `Path.resolve` raises there, or not, depending on Python's version.
+    """
+    return Path(os.path.realpath(path))
 
 
 def is_partial(name: str) -> bool:

@@ -4,7 +4,8 @@ Each run begins in a new folder, meets its trouble at a random moment, and is lo
 there opens that is not whole, an older bundle is as it was, an error is one sentence. Then the same
 is done without trouble, which has to work and to leave nothing else. What is tried is a build, a
 build over an older bundle, weights that are packed, files that are fetched into the cache, and a
-build that is compared with the original before it replaces an older one.
+build that is compared with the original before it replaces an older one. With
+`--backend executorch` it is the builds alone, of ExecuTorch programs.
 
 Runs are forks of one process that has imported everything and traced the model once, since that
 takes most of the time of a small build and writes nothing. They run under `failing_disk.c`, which
@@ -37,7 +38,10 @@ EIO, ENOSPC = 5, 28
 FAIL_ONCE, FAIL_FROM, KILL = 1, 2, 3
 IDS = "3,4,5"
 URL = "memory://bucket/model"
-BUILD = ["--weight-dtype", "int4", "--block-size", "16", "--no-verify"]
+OPTIONS = {
+    "onnx": ["--weight-dtype", "int4", "--block-size", "16"],
+    "executorch": ["--backend", "executorch", "--weight-dtype", "int8"],
+}
 
 
 @dataclass(frozen=True)
@@ -87,40 +91,51 @@ def cli(*arguments: object) -> None:
 
 
 class Made:
-    """What all runs begin with: a checkpoint, two bundles of it, and what they answer."""
+    """What all runs begin with: a checkpoint, a bundle of it, and what that answers."""
 
-    def __init__(self, folder: Path) -> None:
-        import fsspec
+    def __init__(self, folder: Path, backend: str) -> None:
         from checkpoints import FULL, SLIDING, gemma4
-
-        import pleexport
 
         layers = {"num_hidden_layers": 2, "layer_types": [SLIDING, FULL], "num_kv_shared_layers": 0}
         self.checkpoint = gemma4(folder / "checkpoint", **layers)
-        self.old = folder / "old"
-        with trace_once():
-            cli("build", self.checkpoint, "--out", self.old, "--table-dtype", "fp32", *BUILD)
+        self.old, self.backend = folder / "old", backend
+        with trace_once(backend):
+            rows = ["--table-dtype", "fp32"]
+            cli(
+                "build", self.checkpoint, "--out", self.old, *OPTIONS[backend], *rows, "--no-verify"
+            )
+        if backend == "onnx":  # a program in this process would start threads, which no fork has
+            self.prepare_pack_and_fetch()
+
+    def prepare_pack_and_fetch(self) -> None:
+        import fsspec
+
+        import pleexport
+
         self.expected = pleexport.Runner(self.old, threads=1).logits([3, 4, 5])
         self.store = fsspec.filesystem("memory")
         for path in self.checkpoint.iterdir():
             self.store.pipe(f"/bucket/model/{path.name}", path.read_bytes())
 
     def tasks(self) -> list[Task]:
-        return [
+        builds = [
             Task("build", self.build, lambda _: None, self.bundle_is_whole, "."),
             Task("overwrite", self.build, self.put_old, self.old_or_new, "."),
+        ]
+        others = [
             Task("pack", self.pack, lambda _: None, self.packed_are_whole, "packed"),
             Task("fetch", self.fetch, lambda _: None, self.fetched_are_whole, "cache"),
-            Task("compare", self.compare, self.put_old, self.old_or_new, "."),
         ]
+        compare = Task("compare", self.compare, self.put_old, self.old_or_new, ".")
+        return [*builds, *(others if self.backend == "onnx" else ()), compare]
 
     def build(self, folder: Path) -> None:
-        cli("build", self.checkpoint, "--out", folder / "out", "--overwrite", *BUILD)
+        self.compare(folder, "--no-verify")
 
-    def compare(self, folder: Path) -> None:
+    def compare(self, folder: Path, *more: str) -> None:
         """A build that is compared with the original before it takes its place."""
-        options = [option for option in BUILD if option != "--no-verify"]
-        cli("build", self.checkpoint, "--out", folder / "out", "--overwrite", *options)
+        options = [*OPTIONS[self.backend], "--overwrite", *more]
+        cli("build", self.checkpoint, "--out", folder / "out", *options)
 
     def put_old(self, folder: Path) -> None:
         shutil.copytree(self.old, folder / "out")
@@ -175,7 +190,7 @@ class Made:
 
 
 @contextmanager
-def trace_once() -> Iterator[None]:
+def trace_once(backend: str) -> Iterator[None]:
     """Let all builds of this process take the trace of the one in the body."""
     from pleexport.backends.onnx import lower
     from pleexport.families import trace
@@ -189,9 +204,10 @@ def trace_once() -> Iterator[None]:
     trace.trace = traced
     with suppress(SystemExit):
         yield
-    graph = lower.translate(found[0])  # each run is a fork, and changes its own
     trace.trace = lambda *_: found[0]
-    lower.translate = lambda _: graph
+    if backend == "onnx":
+        graph = lower.translate(found[0])  # each run is a fork, and changes its own
+        lower.translate = lambda _: graph
 
 
 def not_whole(place: Path) -> str | None:
@@ -277,6 +293,7 @@ def lose_power(folder: Path, log: list[list[str]], chance: random.Random) -> Non
     unsynced: set[int] = set()
     unnamed: dict[int, str] = {}
     named: set[int] = set()
+    places: dict[int, str] = {}
     for call, inode, failed, path in log:
         number = int(inode)
         if failed == "1":
@@ -288,6 +305,10 @@ def lose_power(folder: Path, log: list[list[str]], chance: random.Random) -> Non
             unnamed = {i: parent for i, parent in unnamed.items() if i not in kept}
         elif call.startswith(("write", "pwrite", "sendfile", "copy_file", "ftruncate")):
             unsynced.add(number)
+            if places.setdefault(number, path) != path:  # the number of a file that is gone
+                places[number] = path
+                named.discard(number)
+                unnamed.pop(number, None)
             if number not in named:
                 unnamed.setdefault(number, os.path.dirname(path))
     for path in folder.rglob("*"):
@@ -459,6 +480,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for kind, count in (("killed", 200), ("full", 50), ("failing", 50)):
         parser.add_argument(f"--{kind}", type=int, default=count, help=f"runs; {count} by default")
+    parser.add_argument("--backend", choices=list(OPTIONS), default="onnx", help="of the builds")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--break", dest="broken", choices=["staging", "sync", "cleaning"], default=""
@@ -471,7 +493,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp(dir=given.out))
-    made = Made(folder)
+    made = Made(folder, given.backend)
     break_what(given.broken)
     counts = {"killed": given.killed, "full": given.full, "failing": given.failing}
     wrong = campaign(made, folder, counts=counts, seed=given.seed)

@@ -10,12 +10,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from adapter_folders import save_adapter
 
 from pleexport.errors import BundleError
+from pleexport.export.builder import build
+from pleexport.export.packaging import package
 from pleexport.export.replacing import check_replaceable
 from pleexport.staging import staged_folder
 
@@ -210,6 +213,57 @@ def test_what_appears_at_the_place_of_a_bundle_meanwhile_is_kept(tmp_path: Path)
         (out / "thesis.txt").write_text("keep me")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (out / "thesis.txt").read_text() == "keep me"
+
+
+@pytest.mark.parametrize(
+    ("inside", "said"),
+    [("", "is a link to itself"), ("sub", "is no folder that can be written to")],
+)
+@pytest.mark.parametrize("command", ["build", "package"])
+def test_a_folder_that_is_a_link_to_itself_is_refused(
+    command: str,
+    inside: str,
+    said: str,
+    gemma4_checkpoint: Path,
+    gemma4_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    write: Callable[[Path], object] = {
+        "build": lambda out: build(gemma4_checkpoint, out, verify=False),
+        "package": lambda out: package(gemma4_bundle, out, target="android"),
+    }[command]
+    with pytest.raises(BundleError, match=f"`{loop}` {said}"):
+        write(loop / inside)
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+    # The control: a link to another place is followed, and stays.
+    other = tmp_path / "other"
+    other.symlink_to("place")
+    write(other)
+    assert other.is_symlink()
+    assert any((tmp_path / "place").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("report", "problem"),
+    [
+        ("loop", "it is a link to itself"),
+        ("loop/report.html", "`{folder}/loop` is not a folder"),
+        ("gone/report.html", "`{folder}/gone` is not a folder"),
+        (".", "it is a folder"),
+    ],
+)
+def test_a_report_that_has_no_place_is_refused_before_the_work(
+    report: str, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    path = tmp_path / report
+    result = pleexport("verify", "bundle", "--checkpoint", "checkpoint", "--report", path)
+    assert result.returncode == 2
+    problem = problem.format(folder=tmp_path)
+    first = f"error: `--report {path}` cannot be written: {problem}\n\nhint: "
+    assert result.stderr.startswith(first)
 
 
 def test_no_command_writes_outside_of_its_output(gemma4_bundle: Path, tmp_path: Path) -> None:

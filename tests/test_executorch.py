@@ -10,8 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +34,7 @@ from test_verification import break_blob, swap_layers
 import pleexport
 from pleexport import families
 from pleexport.backends import registry
+from pleexport.backends.executorch import session as executorch_session
 from pleexport.checkpoint.checkpoint import Checkpoint
 from pleexport.errors import (
     BundleError,
@@ -313,6 +316,7 @@ def test_a_missing_or_damaged_program_is_an_error(broken: Path) -> None:
 OPEN = """
 import sys
 from pathlib import Path
+from flatbuffers.table import Table
 import pleexport
 from pleexport.errors import BundleError
 
@@ -321,6 +325,10 @@ path = folder / "model.pte"
 data = bytearray(path.read_bytes())
 root = int.from_bytes(data[:4], "little")
 places = {"none": root, "identifier": 4, "offset": root + 4}
+program = Table(data, root)
+plan = Table(data, program.Indirect(program.Vector(program.Offset(6))))
+# Fields of executorch/exir/_serialize/program.fbs, the first of each list.
+places |= {"input": plan.Vector(plan.Offset(10)), "output": plan.Vector(plan.Offset(12))}
 if damage != "none":
     data[places[damage] : places[damage] + 4] = bytes([255, 255, 255, 127])
 path.write_bytes(data)
@@ -333,7 +341,13 @@ except BundleError as err:
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [("none", ""), ("identifier", "is no program"), ("offset", "cannot be loaded")],
+    [
+        ("none", ""),
+        ("identifier", "is no program"),
+        ("offset", "cannot be loaded"),
+        ("input", "cannot be loaded: Cannot get input tensor meta at 0"),
+        ("output", "cannot be loaded: Cannot get output tensor meta at 0"),
+    ],
 )
 def test_a_crafted_program_ends_no_process_and_nothing_is_logged(
     damage: str, said: str, broken: Path
@@ -348,13 +362,47 @@ def test_a_crafted_program_ends_no_process_and_nothing_is_logged(
     assert done.stderr == ""
 
 
-def test_a_program_that_fails_while_it_runs_is_an_error(bundle: Path) -> None:
+def test_a_program_that_fails_while_it_runs_is_an_error_and_nothing_is_logged(
+    bundle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     vectors = {
         lookup.name: np.ones((3, *(n + 1 for n in lookup.shape[2:])), np.float32)  # type: ignore[operator]
         for lookup in pleexport.Bundle(bundle).decoder.contract.lookup_inputs
     }
     with pytest.raises(BundleError, match="the program cannot be run: "):
         session(bundle).feed(vectors, 3, keep=1)
+    assert capfd.readouterr().err == ""
+
+
+def test_temporary_folders_lie_where_the_next_build_cleans_up(
+    gemma4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, made = tempfile.mkdtemp, []
+
+    def recorded(*arguments: Any, **options: Any) -> str:
+        made.append(Path(make(*arguments, **options)))
+        return str(made[-1])
+
+    monkeypatch.setattr(tempfile, "mkdtemp", recorded)
+    build(gemma4_checkpoint, tmp_path / "bundle")
+    ours = (".bundle.partial-", "pleexport-scratch-")
+    elsewhere = [path for path in made if not any(own in str(path) for own in ours)]
+    assert elsewhere == []
+    assert len(made) > 10  # a folder for each delegate among them
+
+
+@pytest.mark.parametrize("meta", [((1, 16, 99), 6), ((16, 100), 6), ((1, 16, 100), 15)])
+def test_what_a_program_gives_are_logits(
+    meta: tuple[tuple[int, ...], int], bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, dtype = meta
+    vocab = pleexport.Bundle(bundle).decoder.contract.vocab_size
+    sizes = tuple(vocab if n == 100 else n for n in sizes)
+    other = SimpleNamespace(sizes=lambda: sizes, dtype=lambda: dtype)
+    real = executorch_session._are_logits
+    monkeypatch.setattr(executorch_session, "_are_logits", lambda _, vocab: real(other, vocab))
+    with pytest.raises(BundleError, match="the manifest disagree about `logits`"):
+        session(bundle)
 
 
 def test_the_program_of_another_bundle_is_refused(broken: Path, tmp_path: Path) -> None:

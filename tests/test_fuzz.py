@@ -18,6 +18,8 @@ FAULTS = {
     "litter": "left.txt",
     "a write elsewhere": "elsewhere.txt",
     "output": "output that nobody asked for: 'EP Error'",
+    "a log of what is taken": r"nobody asked for: '\x1b[1;31m2026 [E:onnxruntime:Default",
+    "a log of what is refused": None,
     "memory": "MB; an honest input takes",
     "other logits": "another result than that of the unchanged bundle",
     "no fault": None,

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.onnx._internal.exporter import _registration
 
 from pleexport.backends.onnx import lower
 
@@ -73,3 +74,13 @@ def test_only_what_has_no_translation_is_taken_apart(
     session = ort.InferenceSession(graph, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"x": x.numpy()})
     np.testing.assert_allclose(found, module()(x).numpy(), rtol=1e-5)
+
+
+def test_no_operator_that_changes_its_input_is_translated_as_it_is() -> None:
+    """Its translation would be that of one that changes nothing, and the change would be lost."""
+    of_torch = _registration.ONNXRegistry.from_torchlib(opset_version=lower.OPSET).functions
+    ours = lower._TRANSLATIONS | lower._ON_GPU | lower._OF_TORCH
+    assert len(of_torch) > 400
+    changed = [t for t in {*of_torch, *ours} if hasattr(t, "_schema") and t._schema.is_mutable]
+    # It says that nobody asks for gradients, which a graph has none of.
+    assert changed == [torch.ops.aten.detach_.default]

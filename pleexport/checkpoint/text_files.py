@@ -7,10 +7,10 @@ its folder is refused: it would carry a file of this machine into what is given 
 from __future__ import annotations
 
 import fnmatch
-import os
 from pathlib import Path
 
 from pleexport.errors import CheckpointError
+from pleexport.staging import followed
 
 LICENCES = ("LICENSE*", "NOTICE*")
 # Where a checkpoint has templates beside its own.
@@ -45,7 +45,7 @@ def refuse_links_out(folder: Path) -> None:
     for path in sorted([*folder.glob("*"), *folder.glob(f"{MORE_TEMPLATES}/*")]):
         if not is_text_file(path.relative_to(folder).as_posix()):
             continue
-        target = Path(os.path.realpath(path))  # `resolve` raises where links go round
+        target = followed(path)
         if not target.is_relative_to(folder) and target.parent != _cached(folder):
             raise CheckpointError(
                 f"`{path}` is a link out of its folder, to `{target}`, and what that holds would "

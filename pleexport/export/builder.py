@@ -60,7 +60,7 @@ from pleexport.runtime.bundle import (
 from pleexport.runtime.generation_config import GenerationConfig
 from pleexport.runtime.tokenizer import TOKENIZERS, Tokenizer, open_tokenizer, tokenizer_files
 from pleexport.sizes import size_text
-from pleexport.staging import scratch_folder, staged_folder
+from pleexport.staging import followed, scratch_folder, staged_folder
 
 if TYPE_CHECKING:
     from pleexport.export.gradients import Gradients
@@ -119,7 +119,7 @@ def _build(
     settings = resolve(options, quantized=model.is_quantized)
     destination = Path(out) if out else Path(f"{opened.name}-{settings.target.name}")
     overwrite = bool(options.get("overwrite"))
-    check = partial(check_replaceable, destination.resolve(), overwrite=overwrite)
+    check = partial(check_replaceable, followed(destination), overwrite=overwrite)
     check()
     model = model.with_cache(settings.cache_dtype).on(settings.target.processor)
     if not settings.activation_rounding:

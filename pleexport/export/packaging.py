@@ -34,7 +34,7 @@ from pleexport.export.starter import (
 from pleexport.progress import Progress
 from pleexport.runtime.bundle import Bundle, Manifest
 from pleexport.sizes import size_text
-from pleexport.staging import staged_folder
+from pleexport.staging import followed, staged_folder
 from pleexport.targets import Target
 from pleexport.whole_file import read_whole
 
@@ -119,7 +119,7 @@ def package(
     _check_sizes(opened, most)
     check = partial(
         check_replaceable,
-        out.resolve(),
+        followed(out),
         overwrite=overwrite,
         what="package",
         files_of=_files_of_package,

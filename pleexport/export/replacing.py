@@ -26,16 +26,22 @@ def check_replaceable(
     """Refuse to replace anything but an empty folder or, when told to, one of its kind.
 
     Args:
+        out: where links have been followed already.
         what: kind of the folder.
         files_of: paths below it of all that it consists of; raises `BundleError` where it is not
             of that kind.
     Raises:
         BundleError: `out` exists and may not be replaced.
     """
-    if out.resolve() == Path.cwd():
+    if out == Path.cwd():
         raise BundleError(
             f"the current folder cannot be replaced by a {what}",
             hint="go one up, or choose another folder with `--out`",
+        )
+    if out.is_symlink():
+        raise BundleError(
+            f"`{out}` is a link to itself",
+            hint="remove it, or choose another folder with `--out`",
         )
     if not out.exists() or (out.is_dir() and not os.listdir(out)):
         return

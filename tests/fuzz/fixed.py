@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 from pleexport import targets
+from pleexport.errors import PleexportError
 
 from .__main__ import in_a_process, load
 from .bases import make_bases, open_bases
@@ -64,6 +65,15 @@ def _key_error() -> None:
     raise KeyError("missing")
 
 
+def _log() -> None:
+    os.write(2, b"\x1b[1;31m2026 [E:onnxruntime:Default, a.cc:1 f()] overflow\n nmemb=5\x1b[m\n")
+
+
+def _log_and_refuse() -> None:
+    _log()
+    raise PleexportError("refused", hint="mend it")
+
+
 def _spin() -> None:
     while True:
         pass
@@ -99,6 +109,8 @@ _FAULTS: dict[str, Any] = {
     "litter": lambda: _loading(lambda: Path("left.txt").touch()),
     "a write elsewhere": lambda: _loading(lambda: Path("../../elsewhere.txt").touch()),
     "output": lambda: _loading(lambda: os.write(2, b"EP Error")),
+    "a log of what is taken": lambda: _loading(_log),
+    "a log of what is refused": lambda: _loading(_log_and_refuse),
     "memory": lambda: _loading(_take_memory),
     "other logits": _other_logits,
     "no fault": nullcontext,

@@ -18,6 +18,8 @@ from .exercise import Exit
 _STEPS = r"((note: |warning: |[A-Z][a-zA-Z, ]+: [0-9.]+ )[^\n]*\n)*"
 _FAILED = re.compile(_STEPS + r"error: [^\n]+\n(  [^\n]+\n)*(\nhint: [^\n]+\n)?\Z")
 _NOTED = re.compile(_STEPS + r"\Z")
+# The default logger of ONNX Runtime is the whole process's, so nobody silences it for a graph.
+_OF_RUNTIME = re.compile(r"\x1b\[1;31m[^\x1b]*\[E:onnxruntime:Default, [^\x1b]*\x1b\[m\n?")
 # A message is a sentence, or one with a list: nothing that a terminal obeys.
 _UNPRINTABLE = re.compile(r"\n(?!  )|[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST_LINE = 1000
@@ -107,14 +109,16 @@ def _described(raised: BaseException) -> str:
 
 
 def _of_output(case: Case, tried: Tried) -> str | None:
+    """Output that should not be; what a runtime logs of what is refused is known and no finding."""
+    stderr = tried.stderr if tried.raised is None else _OF_RUNTIME.sub("", tried.stderr)
     if case.operation != "command":
-        said = tried.stderr or tried.stdout
+        said = stderr or tried.stdout
         return f"output that nobody asked for: {said[:300]!r}" if said else None
     if tried.raised is None:
-        good = _NOTED.match(tried.stderr)
+        good = _NOTED.match(stderr)
     else:
         assert isinstance(tried.raised, Exit)
-        good = tried.raised.code in (1, 2) and _FAILED.match(tried.stderr)
+        good = tried.raised.code in (1, 2) and _FAILED.match(stderr)
     return None if good else f"{tried.raised!r} with standard error {tried.stderr[-300:]!r}"
 
 

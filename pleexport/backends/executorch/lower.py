@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
+from executorch.backends.xnnpack.serialization import xnnpack_graph_serialize
 from executorch.exir import (
     EdgeCompileConfig,
     ExecutorchBackendConfig,
     to_edge_transform_and_lower,
 )
+from executorch.exir._serialize import _flatbuffer_program
 from executorch.exir.passes import MemoryPlanningPass
 from executorch.exir.passes.sym_shape_eval_pass import ConstraintBasedSymShapeEvalPass
 from numpy.typing import NDArray
@@ -27,6 +33,8 @@ from pleexport.backends.executorch.surroundings import undisturbed
 from pleexport.backends.executorch.visitors import Partitioner
 from pleexport.checkpoint.matching import MatchedModel
 from pleexport.program import Program
+
+_SERIALIZERS: tuple[Any, ...] = (xnnpack_graph_serialize, _flatbuffer_program)
 
 
 def lower(
@@ -64,7 +72,7 @@ def write_program(exported: ExportedProgram, store: WeightSource, path: Path) ->
     Args:
         store: has the weights that its operators name.
     """
-    with asked_by_visitors(store), undisturbed(), torch.no_grad():
+    with asked_by_visitors(store), temporary_in(path.parent), undisturbed(), torch.no_grad():
         edge = to_edge_transform_and_lower(
             {METHOD: exported},
             partitioner=[Partitioner()],
@@ -81,6 +89,22 @@ def write_program(exported: ExportedProgram, store: WeightSource, path: Path) ->
         )
     with path.open("wb") as file:
         finished.write_to_file(file)
+
+
+@contextmanager
+def temporary_in(place: Path) -> Iterator[None]:
+    """Let ExecuTorch's serializers make their temporary folders in a folder.
+
+    A killed build leaves them behind, and the next one removes what lies in its own folders only.
+    """
+    ours = SimpleNamespace(TemporaryDirectory=partial(tempfile.TemporaryDirectory, dir=place))
+    try:
+        for serializer in _SERIALIZERS:
+            serializer.tempfile = ours
+        yield
+    finally:
+        for serializer in _SERIALIZERS:
+            serializer.tempfile = tempfile
 
 
 def drop_cache_outputs(exported: ExportedProgram) -> None:

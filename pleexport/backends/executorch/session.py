@@ -15,9 +15,14 @@ from numpy.typing import NDArray
 
 from pleexport.backends.executorch import program
 from pleexport.backends.executorch.bounds import LOGITS_PER_CALL, TOKENS_PER_CALL
+from pleexport.backends.executorch.surroundings import unlogged_call
 from pleexport.backends.slots import Slots
 from pleexport.contract import GraphContract, pieces
 from pleexport.errors import BundleError, InputError
+
+# Source: executorch/exir/_serialize/scalar_type.fbs, FLOAT.
+_FLOAT32 = 6
+_VERIFY = "`pleexport verify BUNDLE` tells whether its files are damaged"
 
 
 class ExecutorchSession:
@@ -45,7 +50,7 @@ class ExecutorchSession:
         self._contract = contract
         # The program must live as long as its method.
         self._program, self._method = program.load(path)
-        _check(self._method.method_meta(), contract, outputs=outputs, where=str(path))
+        _check(self._method, contract, outputs=outputs, where=str(path))
         self.chunk = min(TOKENS_PER_CALL, contract.tokens_per_call or TOKENS_PER_CALL)
         self._caches = _Caches(contract, context=context, chunk=self.chunk)
         self._position = 0
@@ -97,13 +102,14 @@ class ExecutorchSession:
         inputs.append(torch.arange(count - kept, count))
         # Inputs are taken by address, so they must live until the call is over.
         try:
-            self._method.set_inputs(inputs)
-            self._method.execute()
-            outputs: list[torch.Tensor] = self._method.get_outputs(False)
+            with unlogged_call():
+                self._method.set_inputs(inputs)
+                self._method.execute()
+                outputs: list[torch.Tensor] = self._method.get_outputs(False)
         except RuntimeError as err:
             raise BundleError(
                 f"the program cannot be run: {err}",
-                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+                hint=_VERIFY,
             ) from err
         self._position += count
         return outputs
@@ -180,12 +186,26 @@ class _Threads:
 _THREADS = _Threads()
 
 
-def _check(meta: Any, contract: GraphContract, *, outputs: int | None, where: str) -> None:
+def _check(method: Any, contract: GraphContract, *, outputs: int | None, where: str) -> None:
     """Refuse a program whose inputs and outputs are not those of the contract.
 
     Raises:
-        BundleError: names what differs.
+        BundleError: names what differs, or what the program contradicts itself in.
     """
+    try:
+        with unlogged_call():
+            wrong = _differences(method.method_meta(), contract, outputs=outputs)
+    except (RuntimeError, IndexError) as err:
+        raise BundleError(f"`{where}` cannot be loaded: {err}", hint=_VERIFY) from err
+    if wrong:
+        raise BundleError(
+            f"`{where}` and the manifest disagree about {', '.join(wrong)}",
+            hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
+        )
+
+
+def _differences(meta: Any, contract: GraphContract, *, outputs: int | None) -> list[str]:
+    """What a program takes or gives otherwise than the contract says, as clauses."""
     expected = [(lookup.name, lookup.shape) for lookup in contract.lookup_inputs]
     expected.append(("position_ids", [1, "sequence_length"]))
     expected += [(cache.input, cache.shape) for cache in contract.caches]
@@ -200,10 +220,12 @@ def _check(meta: Any, contract: GraphContract, *, outputs: int | None, where: st
                 wrong.append(f"`{name}`")
     if meta.num_outputs() != (outputs or 1):
         wrong.append("the number of outputs")
-    elif outputs is None and meta.output_tensor_meta(0).sizes()[-1] != contract.vocab_size:
+    elif outputs is None and not _are_logits(meta.output_tensor_meta(0), contract.vocab_size):
         wrong.append("`logits`")
-    if wrong:
-        raise BundleError(
-            f"`{where}` and the manifest disagree about {', '.join(wrong)}",
-            hint="files of two bundles may be mixed; copy the bundle again, or rebuild it",
-        )
+    return wrong
+
+
+def _are_logits(meta: Any, vocab_size: int) -> bool:
+    sizes = meta.sizes()
+    shape_fits = len(sizes) == 3 and (sizes[0], sizes[2]) == (1, vocab_size)
+    return shape_fits and meta.dtype() == _FLOAT32

@@ -76,7 +76,8 @@ def _export(program: Program, translations: _Translations) -> torch.onnx.ONNXPro
 
     It would first take operators apart, by tracing the program anew. That is three quarters of its
     time, and it translates all but a few of ours as they are: those are in `_OF_TORCH`. Where a
-    family brings another one, the program is taken apart after all.
+    family brings another one, the program is taken apart after all. So is one that changes its
+    input, since torch translates none that does.
     """
     export = partial(
         torch.onnx.export,
@@ -87,15 +88,10 @@ def _export(program: Program, translations: _Translations) -> torch.onnx.ONNXPro
         input_names=[argument.name for argument in program.arguments],
         output_names=[*program.results, *program.hidden],
     )
-    more = translations | _OF_TORCH
-    targets = {n.target for n in program.exported.graph.nodes if n.op == "call_function"}
-    # One that changes its input would be translated as if it did not.
-    changes = (t._schema.is_mutable for t in targets - more.keys() if hasattr(t, "_schema"))
-    if not any(changes):
-        whole = copy.copy(program.exported)
-        whole.run_decompositions = lambda *_, **__: whole
-        with suppress(torch.onnx.OnnxExporterError):
-            return export(whole, custom_translation_table=more)
+    whole = copy.copy(program.exported)
+    whole.run_decompositions = lambda *_, **__: whole
+    with suppress(torch.onnx.OnnxExporterError):
+        return export(whole, custom_translation_table=translations | _OF_TORCH)
     return export(program.exported, custom_translation_table=translations)
 
 
