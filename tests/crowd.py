@@ -39,11 +39,13 @@ def held() -> dict[str, int]:
     """What this process holds now."""
     gc.collect()
     own = Path("/proc/self")
+    maps = [line.split(maxsplit=5) for line in (own / "maps").read_text("utf-8").splitlines()]
     return {
         "anonymous": memory().anonymous or 0,
         "files": len(os.listdir(own / "fd")),
         "threads": len(os.listdir(own / "task")),
-        "maps": len((own / "maps").read_text(encoding="utf-8").splitlines()),
+        # Of files: the allocator's own come and go.
+        "maps": sum(len(fields) == 6 and fields[5].startswith("/") for fields in maps),
     }
 
 
@@ -92,12 +94,19 @@ def in_processes(count: int, bundle: Path, packed: Path | None) -> list[dict[str
     return [json.loads(os.read(end, 1 << 16)) for end in results]
 
 
-def in_one_process(count: int, bundle: Path, packed: Path | None) -> dict[str, Any]:
-    """Open and close so many runners, one after the other, then open as many at once."""
+def in_one_process(count: int, bundle: Path, packed: Path | None, *, lose: int) -> dict[str, Any]:
+    """Open and close so many runners, one after the other, then open as many at once.
+
+    Args:
+        lose: bytes of each closed runner that are never given back, for `lost`.
+    """
     answers = {answer(runner(bundle, packed)) for _ in range(count)}
     warm = held()
     answers |= {answer(runner(bundle, packed)) for _ in range(count)}
     closed = held()
+    never_freed = [os.urandom(lose) for _ in range(count)]
+    lost = held()
+    del never_freed
     runners = [runner(bundle, packed) for _ in range(count)]
     answers |= {answer(one) for one in runners}
     return {
@@ -105,6 +114,7 @@ def in_one_process(count: int, bundle: Path, packed: Path | None) -> dict[str, A
         "share": share(bundle, packed),
         "warm": warm,
         "closed": closed,
+        "lost": lost,
         "open": held(),
     }
 
@@ -114,6 +124,7 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--runners", type=int, default=100)
     parser.add_argument("--processes", type=int, default=20)
+    parser.add_argument("--lose", type=int, default=0, help="bytes of each runner")
     parser.add_argument("--packed", type=Path, help="a folder for packed weights")
     given = parser.parse_args()
     # Imported once, for all forks.
@@ -123,7 +134,7 @@ def main() -> None:
 
     # Processes first: what forks has no threads yet.
     processes = in_processes(given.processes, given.bundle, given.packed)
-    one = in_one_process(given.runners, given.bundle, given.packed)
+    one = in_one_process(given.runners, given.bundle, given.packed, lose=given.lose)
     print(json.dumps({"processes": processes, "one": one}))
 
 

@@ -99,3 +99,13 @@ def test_a_tokenizer_that_the_manifest_does_not_list_is_not_used(
         copy, tmp_path / "more", lambda m: m["files"].append(listed | {"sha256": "0" * 64})
     )
     assert pleexport.Runner(other).tokenizer is not None
+
+
+def test_a_graph_with_a_name_that_is_no_text_is_refused(
+    gemma4_bundle: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(gemma4_bundle, tmp_path / "bundle"))
+    graph = folder / "model.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"sequence_length", b"\xffequence_length"))
+    with pytest.raises(BundleError, match=r"model\.onnx` has a name that is no text: "):
+        pleexport.Runner(folder, verify=False)

@@ -247,3 +247,24 @@ def test_a_prompt_may_be_fed_in_any_pieces_and_texts_do_not_mix(tmp_path: Path) 
     alone = runner.logits(ids)
     runner.logits(ids[::-1])
     np.testing.assert_array_equal(runner.logits(ids), alone)
+
+
+@pytest.mark.parametrize(("factor", "is_finite"), [(1e30, True), (3e38, False)])
+def test_rows_that_overflow_are_refused_and_nothing_is_warned_of(
+    factor: float, is_finite: bool, tmp_path: Path
+) -> None:
+    path = rwkv(tmp_path / "model.pth", "7a", **UNEVEN)
+    tensors = torch.load(path)
+    embedding = tensors["emb.weight"]
+    # Rows whose squares are infinite become 0; those whose sum is too are no numbers.
+    tensors["emb.weight"] = torch.sign(embedding.float()).abs() * factor
+    tensors["emb.weight"][:, ::2] *= 0.9
+    torch.save(tensors, path)
+    checkpoint = Checkpoint(path)
+    matched = MatchedModel(families.resolve(checkpoint), checkpoint)
+    (table,) = (t for t in matched.model.tables if t.name == "emb")
+    if is_finite:
+        assert np.isfinite(matched.row_values(table, slice(None))).all()
+    else:
+        with pytest.raises(CheckpointError, match=r"computed from `emb\.weight` are not finite"):
+            matched.row_values(table, slice(None))

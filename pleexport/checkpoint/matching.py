@@ -83,12 +83,24 @@ class MatchedModel:
 
         A tensor that is stored in another dtype than the config names is rounded to the config's,
         as the original does when it loads it.
+
+        Raises:
+            CheckpointError: rows that are computed are not finite.
         """
         if table.codes:
             return _in_segments(self._codes(table.codes, table.row_width, rows), table)
         if table.fold:
             compute = partial(table.fold.compute, self._read)
-            return compute_rows(compute, rows, count=self.model.num_rows)
+            with np.errstate(over="ignore", invalid="ignore"):  # a square may be infinite, as there
+                found = compute_rows(compute, rows, count=self.model.num_rows)
+            if not np.isfinite(found).all():
+                raise CheckpointError(
+                    f"`{self.checkpoint.path}`: rows that are computed from `{table.keys[0]}` "
+                    "are not finite in float32",
+                    hint="the training diverged, or the file is damaged: take an earlier "
+                    "checkpoint, or fetch the file again",
+                )
+            return found
         dtype = numpy_dtype(self.dtype)
         parts = [self._part(key, rows).astype(dtype, copy=False) for key in table.keys]
         return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)

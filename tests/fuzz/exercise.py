@@ -14,7 +14,6 @@ from unittest import mock
 from pleexport.errors import InputError, PleexportError
 
 from .bases import SMALL_PACKS, WORDS, in_two_shards
-from .remember import remembering
 
 TEXT = "ab a é\n中 <tool><eos>\ufffd c"
 MESSAGES = [
@@ -157,17 +156,16 @@ def build(place: Path, out: Path, seed: int, **options: Any) -> None:
     import pleexport
 
     dtypes = ("int4", "int8", "fp16", "fp32")
-    with remembering(place):
-        pleexport.build(
-            place,
-            out,
-            context=(256, 160, 200)[seed % 3],
-            weight_dtype=dtypes[seed % 4],
-            table_dtype=("source", *dtypes)[seed % 5],
-            verify=seed % 7 == 0,
-            offline=True,
-            **options,
-        )
+    pleexport.build(
+        place,
+        out,
+        context=(256, 160, 200)[seed % 3],
+        weight_dtype=dtypes[seed % 4],
+        table_dtype=("source", *dtypes)[seed % 5],
+        verify=seed % 7 == 0,
+        offline=True,
+        **options,
+    )
     with suppress(InputError):  # a conversation may not fit what the input says of its length
         run(out)
 
@@ -179,7 +177,7 @@ def rows(place: Path, out: Path, seed: int, **options: Any) -> None:
         raise _Traced("traced")
 
     with ExitStack() as patches:
-        patches.enter_context(mock.patch("tests.fuzz.remember._trace", stop))
+        patches.enter_context(mock.patch("pleexport.families.trace.trace", stop))
         # A process of its own, which takes a second.
         if (place / "tokenizer.json").is_file():
             patches.enter_context(mock.patch("pleexport.parity.text.read_original_text", _unread))

@@ -47,7 +47,7 @@ class ExecutorchSession:
         outputs: int | None = None,
     ) -> None:
         _THREADS.use(threads, self)
-        self._contract = contract
+        self._path, self._contract = path, contract
         # The program must live as long as its method.
         self._program, self._method = program.load(path)
         _check(self._method, contract, outputs=outputs, where=str(path))
@@ -107,10 +107,7 @@ class ExecutorchSession:
                 self._method.execute()
                 outputs: list[torch.Tensor] = self._method.get_outputs(False)
         except RuntimeError as err:
-            raise BundleError(
-                f"the program cannot be run: {err}",
-                hint=_VERIFY,
-            ) from err
+            raise BundleError(f"`{self._path}` cannot be run: {err}", hint=_VERIFY) from err
         self._position += count
         return outputs
 

@@ -108,15 +108,21 @@ def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where
     expected = {lookup.name for lookup in contract.lookup_inputs}
     expected |= {held.input for held in contract.held}
     expected |= {POSITION_IDS, NUM_LOGITS_TO_KEEP}
-    inputs = {value.name: value.shape for value in session.get_inputs()}
-    outputs = {value.name: value.shape for value in session.get_outputs()}
+    try:
+        inputs = {value.name: value.shape for value in session.get_inputs()}
+        outputs = {value.name: value.shape for value in session.get_outputs()}
+    except UnicodeDecodeError as err:
+        raise BundleError(
+            f"`{where}` has a name that is no text: {err}",
+            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+        ) from err
     names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
     for held in contract.held:
         if inputs.get(held.input) != held.shape or held.output not in outputs:
             names.add(held.input)
     names |= {name for c in contract.caches for name in c.shared_outputs} - set(outputs)
     names |= {n.name for n in contract.lookup_inputs if inputs.get(n.name) != n.shape}
-    if outputs.get(LOGITS_OUTPUT, [None])[-1] != contract.vocab_size:
+    if outputs.get(LOGITS_OUTPUT, [])[-1:] != [contract.vocab_size]:
         names.add(LOGITS_OUTPUT)
     if names:
         raise BundleError(
