@@ -171,6 +171,22 @@ def test_a_template_whose_tokens_have_no_ids_is_refused(tmp_path: Path) -> None:
         open_tokenizer(tokenizer_files(tmp_path))
 
 
+@pytest.mark.parametrize("name", ["A", "B"])
+def test_a_template_with_a_second_text_is_refused(name: str, tmp_path: Path) -> None:
+    """The library would print where its code ended."""
+    save(byte_fallback(), tmp_path)
+    path = tmp_path / "tokenizer.json"
+    value = json.loads(path.read_text(encoding="utf-8"))
+    single = value["post_processor"]["single"]
+    next(piece for piece in single if "Sequence" in piece)["Sequence"]["id"] = name
+    path.write_text(json.dumps(value), encoding="utf-8")
+    if name == "B":
+        with pytest.raises(TokenizerError, match="puts a text `B` where there is only one, `A`"):
+            open_tokenizer(tokenizer_files(tmp_path))
+    else:
+        assert open_tokenizer(tokenizer_files(tmp_path))
+
+
 def test_what_the_library_raises_of_its_own_is_one_sentence(tmp_path: Path) -> None:
     class PanicException(BaseException):
         """As Rust's panics come to Python."""

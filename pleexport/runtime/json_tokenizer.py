@@ -136,7 +136,7 @@ def _check_merges(path: Path) -> None:
 
 
 def _check_template(path: Path, tokenizer: Tokenizer) -> None:
-    """Refuse a template whose tokens the library would look for in vain."""
+    """Refuse a template in which the library would look for something in vain."""
     processor = tokenizer.post_processor
     problem = processor and _problem_of_template(json.loads(processor.__getstate__()))
     if problem:
@@ -153,7 +153,7 @@ def _problem_of_merges(merges: list[Any], prefix: str) -> str | None:
 
 
 def _problem_of_template(processor: Any) -> str | None:
-    """A special token in a template needs its ids."""
+    """A special token in a template needs its ids, and one text has no second one."""
     if not isinstance(processor, dict):
         return None
     for part in processor.get("processors") or ():
@@ -164,4 +164,8 @@ def _problem_of_template(processor: Any) -> str | None:
         token = piece.get("SpecialToken", {}).get("id") if isinstance(piece, dict) else None
         if token is not None and token not in known:
             return f"puts `{token}` around a text, and does not say its ids"
+    for piece in processor.get("single") or ():
+        text = piece.get("Sequence", {}).get("id", "A") if isinstance(piece, dict) else "A"
+        if text != "A":
+            return f"puts a text `{text}` where there is only one, `A`"
     return None

@@ -6,6 +6,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class ExecutorchSession:
         self.chunk = min(TOKENS_PER_CALL, contract.tokens_per_call or TOKENS_PER_CALL)
         self._caches = _Caches(contract, context=context, chunk=self.chunk)
         self._position = 0
+        self._has_run = False
 
     def feed(
         self, vectors: Mapping[str, NDArray[np.float32]], count: int, *, keep: int
@@ -102,12 +104,14 @@ class ExecutorchSession:
         inputs.append(torch.arange(count - kept, count))
         # Inputs are taken by address, so they must live until the call is over.
         try:
-            with unlogged_call():
+            # A program that contradicts itself fails at its first call.
+            with nullcontext() if self._has_run else unlogged_call():
                 self._method.set_inputs(inputs)
                 self._method.execute()
                 outputs: list[torch.Tensor] = self._method.get_outputs(False)
         except RuntimeError as err:
             raise BundleError(f"`{self._path}` cannot be run: {err}", hint=_VERIFY) from err
+        self._has_run = True
         self._position += count
         return outputs
 

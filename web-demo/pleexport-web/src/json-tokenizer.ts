@@ -153,6 +153,8 @@ function problemOf(file: Record<string, unknown>): string | null {
       if (id !== undefined && !Object.hasOwn(known, String(id))) {
         return `puts \`${String(id)}\` around a text, and does not say its ids`;
       }
+      const text: unknown = isObject(piece) && isObject(piece["Sequence"]) ? piece["Sequence"]["id"] : "A";
+      if (text !== "A") return `puts a text \`${String(text)}\` where there is only one, \`A\``;
     }
   }
   return null;

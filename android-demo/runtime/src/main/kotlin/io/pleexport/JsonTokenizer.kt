@@ -303,6 +303,10 @@ private class TokenizerFile(file: File) {
                     ?: throw MalformedJson("a template without `single`")
             for (piece in pieces) {
                 val token = (piece as? Map<*, *>)?.get("SpecialToken") as? Map<*, *>
+                val text = (piece as? Map<*, *>)?.get("Sequence") as? Map<*, *>
+                if (text != null && text["id"] != "A") {
+                    throw MalformedJson("a template with a second text")
+                }
                 if (token == null) behind = true
                 else {
                     val own =
