@@ -21,6 +21,8 @@ import re
 _UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LONGEST_LINE = 1000
 _SHOWN_OF_LONG = 400
+# The hint where a graph or program of a bundle cannot be loaded or run.
+VERIFY_HINT = "`pleexport verify BUNDLE` tells whether its files are damaged"
 
 
 class PleexportError(Exception):

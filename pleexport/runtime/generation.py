@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from pleexport.errors import InputError
+from pleexport.errors import VERIFY_HINT, InputError
 from pleexport.process import memory, page_faults
 from pleexport.runtime.blob import Blob
 from pleexport.runtime.drafting import Drafter, Drafting
@@ -121,7 +121,7 @@ def _checked(logits_V: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(logits_V).all():
         raise InputError(
             "the model's logits are not finite",
-            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            hint=VERIFY_HINT,
         )
     return logits_V
 

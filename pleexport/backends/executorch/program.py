@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pleexport.backends.executorch.surroundings import unlogged
-from pleexport.errors import BundleError, CheckFailed
+from pleexport.errors import VERIFY_HINT, BundleError, CheckFailed
 
 METHOD = "forward"
 _IDENTIFIER = b"ET12"
@@ -62,7 +62,7 @@ def load(path: Path) -> tuple[Any, Any]:
     except RuntimeError as err:
         raise BundleError(
             f"`{path}` cannot be loaded: {err}",
-            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            hint=VERIFY_HINT,
         ) from err
 
 

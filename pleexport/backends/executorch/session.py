@@ -19,11 +19,10 @@ from pleexport.backends.executorch.bounds import LOGITS_PER_CALL, TOKENS_PER_CAL
 from pleexport.backends.executorch.surroundings import unlogged_call
 from pleexport.backends.slots import Slots
 from pleexport.contract import GraphContract, pieces
-from pleexport.errors import BundleError, InputError
+from pleexport.errors import VERIFY_HINT, BundleError, InputError
 
 # Source: executorch/exir/_serialize/scalar_type.fbs, FLOAT.
 _FLOAT32 = 6
-_VERIFY = "`pleexport verify BUNDLE` tells whether its files are damaged"
 
 
 class ExecutorchSession:
@@ -110,7 +109,7 @@ class ExecutorchSession:
                 self._method.execute()
                 outputs: list[torch.Tensor] = self._method.get_outputs(False)
         except RuntimeError as err:
-            raise BundleError(f"`{self._path}` cannot be run: {err}", hint=_VERIFY) from err
+            raise BundleError(f"`{self._path}` cannot be run: {err}", hint=VERIFY_HINT) from err
         self._has_run = True
         self._position += count
         return outputs
@@ -197,7 +196,7 @@ def _check(method: Any, contract: GraphContract, *, outputs: int | None, where: 
         with unlogged_call():
             wrong = _differences(method.method_meta(), contract, outputs=outputs)
     except (RuntimeError, IndexError) as err:
-        raise BundleError(f"`{where}` cannot be loaded: {err}", hint=_VERIFY) from err
+        raise BundleError(f"`{where}` cannot be loaded: {err}", hint=VERIFY_HINT) from err
     if wrong:
         raise BundleError(
             f"`{where}` and the manifest disagree about {', '.join(wrong)}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pleexport.errors import BundleError
+from pleexport.errors import VERIFY_HINT, BundleError
 
 # ONNX Runtime would write an id of this device, and send usage to its makers. It looks when it is
 # imported, which happens below this folder only.
@@ -57,5 +57,5 @@ def open_graph(graph: Path | bytes, options: ort.SessionOptions) -> ort.Inferenc
         where = f"`{graph}`" if isinstance(graph, Path) else "the graph"
         raise BundleError(
             f"{where} cannot be loaded: {err}",
-            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            hint=VERIFY_HINT,
         ) from err

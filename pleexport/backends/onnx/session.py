@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
 from pleexport.backends.slots import Slots
 from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, GraphContract
-from pleexport.errors import BundleError
+from pleexport.errors import VERIFY_HINT, BundleError
 
 # Tokens of one call: more are no faster, and scores of more take more memory.
 PREFILL_CHUNK = 256
@@ -90,7 +90,7 @@ class OnnxSession:
         except Exception as err:  # ONNX Runtime raises its own types, which share no base
             raise BundleError(
                 f"the graph cannot be run: {err}",
-                hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+                hint=VERIFY_HINT,
             ) from err
         self._states.swap()
         self._position += count
@@ -114,7 +114,7 @@ def check_graph(session: ort.InferenceSession, contract: GraphContract, *, where
     except UnicodeDecodeError as err:
         raise BundleError(
             f"`{where}` has a name that is no text: {err}",
-            hint="`pleexport verify BUNDLE` tells whether its files are damaged",
+            hint=VERIFY_HINT,
         ) from err
     names = (expected ^ set(inputs)) | ({LOGITS_OUTPUT} - set(outputs))
     for held in contract.held:

@@ -100,11 +100,16 @@ describe("malformed tokenizers are refused", () => {
     { model: MODEL, added_tokens: [{ id: "x" }] },
     { model: MODEL, added_tokens: 3 },
     { model: MODEL, post_processor: step },
+    { model: MODEL, post_processor: { ...step, single: [{ Sequence: { id: "B", type_id: 0 } }] } },
   ]) {
     test(JSON.stringify(file), async () => {
       await refusal(TokenizerError, () => new JsonTokenizer("t", file, {}));
     });
   }
+  test("a template of one text is read", () => {
+    const single = [{ Sequence: { id: "A", type_id: 0 } }];
+    new JsonTokenizer("t", { model: MODEL, post_processor: { ...step, single } }, {});
+  });
 });
 
 describe("parts that are not known are refused by name", () => {
