@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import gemma4
 from numpy.typing import NDArray
 
 import pleexport
-from pleexport.backends.onnx import files, packing
+from pleexport.backends.onnx import files, packing, session
 from pleexport.errors import BundleError, InputError
+from pleexport.process import memory
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
 
@@ -248,6 +250,27 @@ def test_stats_count_rows_pages_and_memory(gemma4_bundle: Path) -> None:
     if sys.platform == "linux":
         assert stats.anonymous_bytes
         assert stats.file_backed_bytes
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells memory apart")
+def test_a_prompt_gives_its_scratch_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = gemma4(tmp_path / "ckpt", intermediate_size=32_768)
+    bundle = pleexport.build(checkpoint, tmp_path / "bundle", verify=False)
+
+    def kept() -> int:
+        runner = pleexport.Runner(bundle)
+        runner.feed([1])
+        before = memory().anonymous or 0
+        runner.feed([3] * 256)
+        return (memory().anonymous or 0) - before
+
+    one_array = 256 * 32_768 * 4
+    assert kept() < one_array
+    # The same, if it is never asked to.
+    monkeypatch.setattr(session, "give_back_memory", lambda: None)
+    assert kept() > 2 * one_array
 
 
 def test_the_context_ends_a_text(gemma4_checkpoint: Path, tmp_path: Path) -> None:

@@ -38,9 +38,18 @@ def session_options(threads: int, *, spin: bool) -> ort.SessionOptions:
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
+    # A plan of all memory of a call is kept for each number of tokens, and none saves time.
+    options.enable_mem_pattern = False
     # Smaller pieces of work at the end of an operator: threads wait less for each other.
     options.add_session_config_entry("session.dynamic_block_base", "4")
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
+    return options
+
+
+def give_back_memory() -> ort.RunOptions:
+    """Options of a call whose scratch memory is given back to the system at its end."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP
+from pleexport.backends.onnx.files import NUM_LOGITS_TO_KEEP, give_back_memory
 from pleexport.backends.slots import Slots
 from pleexport.contract import LOGITS_OUTPUT, POSITION_IDS, GraphContract
 from pleexport.errors import VERIFY_HINT, BundleError
@@ -33,6 +33,7 @@ class OnnxSession:
         self._session = session
         self._contract = contract
         self._io = session.io_binding()
+        self._give_back = give_back_memory()
         self.chunk = min(PREFILL_CHUNK, contract.tokens_per_call or PREFILL_CHUNK)
         self._caches = _Caches(contract, context=context, chunk=self.chunk)
         self._states = _States(contract)
@@ -85,8 +86,10 @@ class OnnxSession:
         inputs[NUM_LOGITS_TO_KEEP] = np.array(keep, dtype=np.int64)
         for name, array in inputs.items():
             _bind_input(self._io, name, array)
+        # A piece of a prompt needs much memory, which the steps behind it would keep for nothing.
+        options = self._give_back if count > 1 else None
         try:
-            self._session.run_with_iobinding(self._io)
+            self._session.run_with_iobinding(self._io, options)
         except Exception as err:  # ONNX Runtime raises its own types, which share no base
             raise BundleError(
                 f"the graph cannot be run: {err}",

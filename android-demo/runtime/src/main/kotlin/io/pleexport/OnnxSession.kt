@@ -50,6 +50,9 @@ internal fun openOnnxSession(
             OrtSession.SessionOptions().use { options ->
                 options.setIntraOpNumThreads(threads)
                 options.setSessionLogLevel(logLevel)
+                // A plan of all memory of a call is kept for each number of tokens, and none saves
+                // time.
+                options.setMemoryPatternOptimization(false)
                 // Smaller pieces of work at the end of an operator: threads wait less for each
                 // other.
                 options.addConfigEntry("session.dynamic_block_base", "4")
@@ -83,7 +86,13 @@ internal class OnnxSession(
 ) : Session {
     override val chunk = minOf(PREFILL_CHUNK, contract.tokensPerCall ?: PREFILL_CHUNK)
     private val held = HeldTensors(environment, contract, context, chunk)
-    private val options = OrtSession.RunOptions()
+    private val stepOptions = OrtSession.RunOptions()
+
+    // A piece of a prompt needs much memory, which the steps behind it would keep for nothing.
+    private val pieceOptions =
+        OrtSession.RunOptions().apply {
+            addRunConfigEntry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        }
     private val inputs = LinkedHashMap<String, OnnxTensor>()
     private val outputs = LinkedHashMap<String, OnnxTensor>()
     private val floats = (contract.lookupInputs.map { it.name } + LOGITS).associateWith { Floats() }
@@ -117,7 +126,7 @@ internal class OnnxSession(
         fill(now.vectors)
         for (i in 0 until count) positionIds.put(i, (position + i).toLong())
         numLogits.put(0, keep.toLong())
-        run()
+        run(if (count > 1) pieceOptions else stepOptions)
         held.swap()
         position += count
         lastCount = count
@@ -140,12 +149,12 @@ internal class OnnxSession(
 
     override fun stop() {
         stopped = true
-        options.setTerminate(true)
+        for (each in listOf(stepOptions, pieceOptions)) each.setTerminate(true)
     }
 
     override fun resume() {
         stopped = false
-        options.setTerminate(false)
+        for (each in listOf(stepOptions, pieceOptions)) each.setTerminate(false)
     }
 
     override fun close() {
@@ -155,10 +164,10 @@ internal class OnnxSession(
         scalar.close()
         held.close()
         floats.values.forEach(Floats::close)
-        options.close()
+        for (each in listOf(stepOptions, pieceOptions)) each.close()
     }
 
-    private fun run() {
+    private fun run(options: OrtSession.RunOptions) {
         if (stopped) throw Stopped()
         try {
             // All outputs are pinned: the result owns nothing.
