@@ -19,6 +19,7 @@ import pleexport
 from pleexport.backends.onnx import files, packing, session
 from pleexport.errors import BundleError, InputError
 from pleexport.process import memory
+from pleexport.runtime.blob import Blob
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "gemma4-kjv"
 
@@ -271,6 +272,28 @@ def test_a_prompt_gives_its_scratch_memory_back(
     # The same, if it is never asked to.
     monkeypatch.setattr(session, "give_back_memory", lambda: None)
     assert kept() > 2 * one_array
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells memory apart")
+def test_rows_that_were_read_leave_the_memory_of_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"vocab_size": 1500, "vocab_size_per_layer_input": 1500}
+    checkpoint = gemma4(tmp_path / "ckpt", hidden_size_per_layer_input=512, **sizes)
+    bundle = pleexport.build(checkpoint, tmp_path / "b", table_dtype="fp32", verify=False)
+
+    def mapped() -> int:
+        runner = pleexport.Runner(bundle)
+        runner.feed([3] * 256)
+        before = memory().file_backed or 0
+        for begin in range(0, 1280, 256):
+            runner.feed(list(range(begin, begin + 256)))
+        return (memory().file_backed or 0) - before
+
+    table = 1500 * 6 * 512 * 4
+    assert mapped() < 0.2 * table
+    monkeypatch.setattr(Blob, "release_pages", lambda _: None)
+    assert mapped() > 0.8 * table
 
 
 def test_the_context_ends_a_text(gemma4_checkpoint: Path, tmp_path: Path) -> None:

@@ -112,6 +112,13 @@ class Blob:
         if self._tied:
             self._tied.prefetch(row_ids)
 
+    def release_pages(self) -> None:
+        """Take all files out of this process's memory; they stay in the page cache."""
+        for shard in self._shards:
+            shard.release_pages()
+        if self._tied:
+            self._tied.release_pages()
+
     def forget_pages(self) -> None:
         """Drop the blob from this process's memory and from the page cache, for cold timings.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -82,7 +81,7 @@ class Shard(RowsFile):
 
     def forget_pages(self) -> None:
         """Drop the file from this process's memory and from the page cache, on Linux."""
-        self._file.mapping.madvise(mmap.MADV_DONTNEED)
+        self.release_pages()
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             os.fsync(descriptor)  # unwritten pages are not dropped

@@ -112,10 +112,21 @@ class TokenizerTest {
                 """{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}""",
                 """{"added_tokens": [{"id": "x"}], $MODEL}""",
                 """{"added_tokens": 3, $MODEL}""",
+                template("B"),
             )
             .map { text ->
                 DynamicTest.dynamicTest(text) { refusal<TokenizerError> { write(text) } }
             }
+
+    @Test
+    fun `a template of one text is read`() {
+        write(template("A"))
+    }
+
+    /** A file whose template has the text of that name. */
+    private fun template(text: String) =
+        """{"post_processor": {"type": "TemplateProcessing", "special_tokens": {},
+            "single": [{"Sequence": {"id": "$text", "type_id": 0}}]}, $MODEL}"""
 
     private fun write(text: String): Tokenizer {
         val file = folder.resolve("tokenizer.json").toFile()
