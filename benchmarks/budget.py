@@ -49,7 +49,7 @@ UNIFORM: dict[str, dict[str, Any]] = {
     "int4 everywhere": {"weight_dtype": "int4", "head_dtype": "int4", "table_dtype": "int4"},
 }
 # Of the bundle in int8.
-SHARES = (0.68, 0.74, 0.82, 0.91)
+SHARES = (0.69, 0.74, 0.82, 0.91)
 BUDGET, BUDGET_TEXT = "--max-bytes", "--max-bytes and --calibrate"
 Q4_0, Q4_K_M = "llama.cpp's Q4_0, head Q8_0, int8 tables", "like Q4_K_M, head Q8_0, int8 tables"
 _LLAMACPP_BITS = {Q4_0: (4.5, 4.5), Q4_K_M: (4.5, 6.5625)}

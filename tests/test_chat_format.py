@@ -119,8 +119,8 @@ def test_an_empty_message_is_refused_where_it_would_read_otherwise(
     [
         ([HELLO, HELLO], "no place for a message of `user` after one of `user`"),
         ([], "no place for an answer at the beginning"),
-        ([{"role": "tool", "content": "x"}], "a message is not of a role that"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "or holds no text"),
+        ([{"role": "tool", "content": "x"}], "knows no role `tool`"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "`content` of a message of `user` is no text"),
         ([{**HELLO, "tool_calls": []}], "`role` and `content` of a message, not `tool_calls`"),
     ],
 )

@@ -124,8 +124,9 @@ def test_outputs_that_are_not_bound_change_nothing(gpu_bundle: Path) -> None:
     vectors = {lookup.name: rows[lookup.table] for lookup in contract.lookup_inputs}
     for cache in contract.caches:
         cache.shared_outputs.clear()
-    graph = open_graph(gpu_bundle / "model.onnx", session_options(1, spin=True))
-    session = OnnxSession(graph, contract, context=len(IDS))
+    path = gpu_bundle / "model.onnx"
+    graph = open_graph(path, session_options(1, spin=True))
+    session = OnnxSession(graph, contract, context=len(IDS), where=path)
     session.feed(contract.cut(vectors, slice(0, 20)), 20, keep=3)
     got = session.feed(contract.cut(vectors, slice(20, len(IDS))), len(IDS) - 20, keep=5)
     np.testing.assert_array_equal(got, expected[-5:])

@@ -211,8 +211,8 @@ def test_a_graph_that_fails_while_it_runs_is_one_sentence(
     monkeypatch.setattr("onnxruntime.InferenceSession.run_with_iobinding", fail)
     with pytest.raises(BundleError) as caught:
         runner.logits([1, 2])
-    said = "the graph cannot be run: Error in execution: indices out of bounds"
-    assert caught.value.message == said
+    said = "model.onnx` cannot be run: Error in execution: indices out of bounds"
+    assert caught.value.message.endswith(said)
 
 
 def test_vectors_in_any_memory_order_are_read_right(gemma4_bundle: Path) -> None:
@@ -267,11 +267,14 @@ def test_a_prompt_gives_its_scratch_memory_back(
         runner.feed([3] * 256)
         return (memory().anonymous or 0) - before
 
+    def least() -> int:  # what runs for the first time keeps memory of its own
+        return min(kept() for _ in range(3))
+
     one_array = 256 * 32_768 * 4
-    assert kept() < one_array
+    assert least() < one_array
     # The same, if it is never asked to.
     monkeypatch.setattr(session, "give_back_memory", lambda: None)
-    assert kept() > 2 * one_array
+    assert least() > 2 * one_array
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells memory apart")
@@ -290,10 +293,13 @@ def test_rows_that_were_read_leave_the_memory_of_the_process(
             runner.feed(list(range(begin, begin + 256)))
         return (memory().file_backed or 0) - before
 
+    def least() -> int:  # code that runs for the first time is mapped too
+        return min(mapped() for _ in range(3))
+
     table = 1500 * 6 * 512 * 4
-    assert mapped() < 0.2 * table
+    assert least() < 0.2 * table
     monkeypatch.setattr(Blob, "release_pages", lambda _: None)
-    assert mapped() > 0.8 * table
+    assert least() > 0.8 * table
 
 
 def test_the_context_ends_a_text(gemma4_checkpoint: Path, tmp_path: Path) -> None:

@@ -162,10 +162,15 @@ def strip(text: str, *, start: str, end: str) -> str:
 
 def _role_and_content(message: Mapping[str, Any]) -> tuple[str, str]:
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES or not isinstance(content, str):
+    if role not in ROLES:
         raise InputError(
-            "a message is not of a role that the bundle's chat format knows, or holds no text",
-            hint=f"roles are {', '.join(ROLES)}, and `content` is a string",
+            f"the bundle's chat format knows no role `{role}`",
+            hint=f"roles are {', '.join(ROLES)}",
+        )
+    if not isinstance(content, str):
+        raise InputError(
+            f"the `content` of a message of `{role}` is no text",
+            hint="the bundle's chat format knows no parts; write their text as one string",
         )
     if other := sorted(name for name in message if name not in ("role", "content")):
         raise InputError(

@@ -139,7 +139,7 @@ class OnnxBackend:
         with checked:
             session = open_graph(path, session_options(threads, spin=spin))
         check_graph(session, artifact.contract, where=str(path))
-        return OnnxSession(session, artifact.contract, context=context)
+        return OnnxSession(session, artifact.contract, context=context, where=path)
 
     def hidden_values(
         self,

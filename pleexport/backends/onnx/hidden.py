@@ -24,7 +24,8 @@ def hidden_values(
 ) -> list[NDArray[np.float32]]:
     """By layer, what it hands on, `[T, ...]`; see `backends.base.Backend.hidden_values`."""
     names = [hidden_name(i) for i in range(contract.num_layers)]
-    session = OnnxSession(_open(folder, names), contract, context=count)
+    graph = _open(folder, names)
+    session = OnnxSession(graph, contract, context=count, where=folder / GRAPH)
     found = [
         session.hidden(contract.cut(vectors, piece), piece.stop - piece.start, names)
         for piece in pieces(count, session.chunk)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,21 @@ class OnnxSession:
 
     Args:
         context: largest number of positions.
+        where: names the graph in messages.
     Raises:
         BundleError: graph and contract contradict each other.
     """
 
     def __init__(
-        self, session: ort.InferenceSession, contract: GraphContract, *, context: int
+        self,
+        session: ort.InferenceSession,
+        contract: GraphContract,
+        *,
+        context: int,
+        where: Path,
     ) -> None:
         self._session = session
+        self._where = where
         self._contract = contract
         self._io = session.io_binding()
         self._give_back = give_back_memory()
@@ -92,7 +100,7 @@ class OnnxSession:
             self._session.run_with_iobinding(self._io, options)
         except Exception as err:  # ONNX Runtime raises its own types, which share no base
             raise BundleError(
-                f"the graph cannot be run: {err}",
+                f"`{self._where}` cannot be run: {err}",
                 hint=VERIFY_HINT,
             ) from err
         self._states.swap()

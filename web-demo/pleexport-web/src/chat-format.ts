@@ -147,13 +147,26 @@ function moved(messages: readonly Message[]): readonly Message[] {
 }
 
 function checkMessage(message: Message): void {
-  const isKnown =
-    (ROLES as readonly string[]).includes(message.role) && typeof message.content === "string";
-  if (isKnown && Object.keys(message).length === 2) return;
-  throw new InputError(
-    "a message is not of a role that the bundle's chat format knows, or holds no text",
-    `roles are ${ROLES.join(", ")}, and \`content\` is a string`,
-  );
+  const { role, content, ...others } = message;
+  if (!(ROLES as readonly string[]).includes(role)) {
+    throw new InputError(
+      `the bundle's chat format knows no role \`${role}\``,
+      `roles are ${ROLES.join(", ")}`,
+    );
+  }
+  if (typeof content !== "string") {
+    throw new InputError(
+      `the \`content\` of a message of \`${role}\` is no text`,
+      "the bundle's chat format knows no parts; write their text as one string",
+    );
+  }
+  const [other] = Object.keys(others).sort();
+  if (other !== undefined) {
+    throw new InputError(
+      `the bundle's chat format knows \`role\` and \`content\` of a message, not \`${other}\``,
+      "tools and the like need a program with a template engine",
+    );
+  }
 }
 
 function noPlace(what: string, where: string): InputError {

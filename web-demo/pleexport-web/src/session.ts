@@ -78,7 +78,7 @@ export async function openSession(bundle: Bundle, threads: number, place: Place)
     try {
       checkGraph(graph, contract, path);
       const most = place === "WebGPU" ? PREFILL_CHUNK_ON_GPU : PREFILL_CHUNK;
-      return new Session(graph, contract, bundle.manifest.context, most);
+      return new Session(graph, contract, bundle.manifest.context, most, path);
     } catch (err) {
       await graph.close();
       throw err;
@@ -134,6 +134,7 @@ export class Session {
     private readonly contract: GraphContract,
     context: number,
     most: number,
+    private readonly path: string,
   ) {
     this.chunk = Math.min(most, contract.tokensPerCall ?? most);
     this.held = new HeldTensors(graph, contract, context, this.chunk);
@@ -171,7 +172,7 @@ export class Session {
       return call.logits.floats;
     } catch (err) {
       if (!(err instanceof OrtFailure)) throw err;
-      throw new BundleError(`the graph cannot be run: ${wordsOf(err)}`, DAMAGED, { cause: err });
+      throw new BundleError(`\`${this.path}\` cannot be run: ${wordsOf(err)}`, DAMAGED, { cause: err });
     }
   }
 

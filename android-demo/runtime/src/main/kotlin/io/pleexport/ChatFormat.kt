@@ -126,8 +126,8 @@ internal class ChatFormat(
     private fun checkRole(message: Message) {
         if (message.role !in ROLES) {
             throw InputError(
-                "a message is not of a role that the bundle's chat format knows, or holds no text",
-                "roles are ${ROLES.joinToString()}, and `content` is a string",
+                "the bundle's chat format knows no role `${message.role}`",
+                "roles are ${ROLES.joinToString()}",
             )
         }
     }

@@ -70,7 +70,7 @@ internal fun openOnnxSession(
         }
     try {
         checkGraph(opened, artifact.contract, graph)
-        return OnnxSession(environment, opened, artifact.contract, bundle.manifest.context)
+        return OnnxSession(environment, opened, artifact.contract, bundle.manifest.context, graph)
     } catch (err: PleexportError) {
         opened.close()
         throw err
@@ -83,6 +83,7 @@ internal class OnnxSession(
     private val session: OrtSession,
     private val contract: GraphContract,
     context: Int,
+    private val graph: File,
 ) : Session {
     override val chunk = minOf(PREFILL_CHUNK, contract.tokensPerCall ?: PREFILL_CHUNK)
     private val held = HeldTensors(environment, contract, context, chunk)
@@ -177,7 +178,7 @@ internal class OnnxSession(
             // behind the text, as after going back: docs/graph-contract.md.
             if (stopped) throw Stopped()
             throw BundleError(
-                "the graph cannot be run: ${err.message}",
+                "`$graph` cannot be run: ${err.message}",
                 "`pleexport verify BUNDLE` tells whether its files are damaged",
                 err,
             )
