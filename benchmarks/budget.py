@@ -1,6 +1,6 @@
 """Measure what a budget of bytes costs: KL divergence of the samples, against other choices.
 
-    python benchmarks/budget.py              # gemma4-kjv and gemma3n-kjv; an hour on two cores
+    python benchmarks/budget.py              # gemma4-kjv and gemma3n-kjv; ten minutes on two cores
     python benchmarks/budget.py CHECKPOINT   # a model of yours, of the samples' tokenizer
 
 Bundles are built with `--max-bytes` and compared with the PyTorch original on the same 4,096 tokens

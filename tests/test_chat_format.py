@@ -120,7 +120,7 @@ def test_an_empty_message_is_refused_where_it_would_read_otherwise(
         ([HELLO, HELLO], "no place for a message of `user` after one of `user`"),
         ([], "no place for an answer at the beginning"),
         ([{"role": "tool", "content": "x"}], "knows no role `tool`"),
-        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "`content` of a message of `user` is no text"),
+        ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "of `user` is no text"),
         ([{**HELLO, "tool_calls": []}], "`role` and `content` of a message, not `tool_calls`"),
     ],
 )

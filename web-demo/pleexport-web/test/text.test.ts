@@ -3,6 +3,7 @@ import assert from "node:assert/strict";
 import * as fs from "node:fs";
 import { describe, test } from "node:test";
 
+import { render, type Message } from "../src/chat-format.js";
 import { renderTemplate } from "../src/chat-template.js";
 import { InputError, TokenizerError } from "../src/errors.js";
 import { generationConfig, outOfRange, overridden } from "../src/generation-config.js";
@@ -86,6 +87,30 @@ test("half a surrogate pair is no text", async () => {
   const tokenizer = new JsonTokenizer("t", { model: MODEL }, {});
   assert.deepEqual(tokenizer.encode("ab"), [2]);
   assert.equal(await refusal(InputError, () => tokenizer.encode("a\ud800")), "the text is not UTF-8");
+});
+
+describe("what a chat format does not know is refused", () => {
+  const joints = [
+    { previous: "start", next: "user", text: "<", trimPrevious: "", trimNext: "" },
+    { previous: "user", next: "answer", text: ">", trimPrevious: "", trimNext: "" },
+  ] as const;
+  const nothing = { thinkingOn: [], thinkingOff: [], thoughts: null, needText: [], systemMoves: false };
+  const format = { joints, ...nothing };
+  const hello = { role: "user", content: "a" } as const;
+  for (const [message, words] of [
+    [{ role: "tool", content: "a" }, "the bundle's chat format knows no role `tool`"],
+    [{ role: "user", content: [] }, "the `content` of a message of `user` is no text"],
+    [
+      { ...hello, tool_calls: [] },
+      "the bundle's chat format knows `role` and `content` of a message, not `tool_calls`",
+    ],
+  ] as const) {
+    test(words, async () => {
+      const said = await refusal(InputError, () => render(format, [message as unknown as Message]));
+      assert.equal(said, words);
+    });
+  }
+  test("and what it knows is not", () => assert.equal(render(format, [hello]), "<a>"));
 });
 
 describe("malformed tokenizers are refused", () => {
