@@ -6,6 +6,7 @@ of the format are checked here: https://huggingface.co/docs/safetensors/index#fo
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import mmap
@@ -161,9 +162,12 @@ def unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """The pairs of a JSON object, for `json.loads`.
 
     Raises:
-        ValueError: a key appears twice.
+        ValueError: a key appears twice, or a string is half a surrogate pair, which is no text.
     """
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key appears twice")
+    for text in itertools.chain.from_iterable(pairs):
+        if isinstance(text, str):
+            text.encode()
     return result

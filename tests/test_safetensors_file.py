@@ -21,6 +21,8 @@ def entry(dtype: str, shape: Any, begin: int, end: int) -> dict[str, Any]:
 MALFORMED: dict[str, tuple[Any, bytes, str]] = {
     "not JSON": (b"{nonsense", b"", "not valid JSON"),
     "a key twice": (b'{"a":{},"a":{}}', b"", "a key appears twice"),
+    "half a surrogate pair": (rb'{"__metadata__":{"a":"\ud800"}}', b"", "surrogates not allowed"),
+    "half a surrogate pair as a key": (rb'{"\ud800":{}}', b"", "surrogates not allowed"),
     "nested too deep": (b"[" * 100_000, b"", "not valid JSON"),
     "a list": ([1], b"", "not a JSON object"),
     "metadata of numbers": ({"__metadata__": {"a": 1}}, b"", "not a map from string to string"),

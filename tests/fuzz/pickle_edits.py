@@ -88,7 +88,7 @@ def _archive(entries: list[tuple[str, bytes]], compress: int) -> bytes:
         for name, content in entries:
             info = zipfile.ZipInfo(name.replace("\0", "") or "x")  # with one date always
             info.compress_type = compress
-            if name not in archive.NameToInfo:
+            if info.filename not in archive.NameToInfo:
                 archive.writestr(info, content)
     return written.getvalue()
 
