@@ -60,6 +60,10 @@ def refusal(*args: Any, **options: Any) -> PleexportError:
         ({"use_something_new": True}, "unknown fields `use_something_new`, which might change"),
         ({"r": 0}, "has `r` 0; expected a whole number above 0"),
         ({"lora_alpha": "x"}, "has `lora_alpha` 'x'; expected a number"),
+        ({"lora_alpha": 1e39}, "has `lora_alpha` 1e+39; expected a number that float32 holds"),
+        ({"lora_alpha": 10**400}, "0; expected a number that float32 holds"),
+        ({"alpha_pattern": {"q": 1e39}}, "from names of modules to numbers that float32 holds"),
+        ({"r": 10**400}, "and adapter_config.json gives it rank 1"),
         ({"modules_to_save": "x"}, "has `modules_to_save` 'x'; expected a list of names"),
         (
             {"rank_pattern": {"q": 0.5}},

@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from pleexport.checkpoint.patterns import check_pattern, match
 from pleexport.errors import CheckpointError, UnsupportedError
 from pleexport.whole_file import read_whole
 
 ADAPTER_CONFIG = "adapter_config.json"
+_LARGEST = float(np.finfo(np.float32).max)
 LORA, TOKENS = "LORA", "TRAINABLE_TOKENS"
 MERGE_ELSEWHERE = (
     "merge it where it was trained (`merge_and_unload()`, then `save_pretrained(DIR)`), and build "
@@ -221,10 +224,10 @@ class _Fields:
         return value
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """A number that float32 holds."""
         value = self._values.get(name)
         if not _is_number(value):
-            raise self.malformed(name, "a number")
+            raise self.malformed(name, "a number that float32 holds")
         return float(value)  # type: ignore[arg-type]
 
     def names(self, name: str) -> list[str]:
@@ -240,7 +243,7 @@ class _Fields:
         if not isinstance(value, dict) or not all(
             (type(v) is int and v > 0) if whole else _is_number(v) for v in value.values()
         ):
-            kind = "whole numbers above 0" if whole else "numbers"
+            kind = "whole numbers above 0" if whole else "numbers that float32 holds"
             raise self.malformed(name, f"a map from names of modules to {kind}")
         for key in value:
             check_pattern(key, f"{self._where}, `{name}`", hint=AS_SAVED)
@@ -259,9 +262,10 @@ class _Fields:
 
 
 def _is_number(value: Any) -> bool:
+    """Whether it is a number that float32 holds, in which adapters are merged."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return math.isfinite(value)
+    return abs(value) <= _LARGEST
 
 
 def _pattern_of(module: str, patterns: Mapping[str, object]) -> str:
