@@ -159,8 +159,10 @@ def count(checkpoint: Path) -> int:
 
 
 def _is_gemma4(checkpoint: Path) -> bool:
-    config = json.loads((checkpoint / "config.json").read_text())
-    known: bool = config["model_type"].startswith("gemma4")
+    config = checkpoint / "config.json"
+    if not config.exists():  # RWKV has none
+        return False
+    known: bool = json.loads(config.read_text())["model_type"].startswith("gemma4")
     return known
 
 
