@@ -178,6 +178,8 @@ def original_scores(
     """What transformers makes of logits before it draws a token."""
     config = GenerationConfig(**fields, eos_token_id=EOS, pad_token_id=0, do_sample=True)
     config, _ = original._prepare_generation_config(config)
+    if config.min_new_tokens is not None:  # as `_prepare_generated_length`, which goes first
+        config.min_length = config.min_new_tokens + len(prompt)
     original._prepare_special_tokens(config, True, device="cpu")
     processors = original._get_logits_processor(
         config, len(prompt), torch.tensor([prompt]), device="cpu", model_kwargs={}
@@ -225,7 +227,7 @@ def test_a_config_that_samples_samples_and_a_call_overrides_it(bundle: Path) -> 
     assert our_text(runner, temperature=0.0) == greedy
     assert runner.config.temperature == 0.0
     assert our_text(runner, top_k=1, seed=5) == greedy
-    assert len(our_text(runner, max_new_tokens=3)) == 3
+    assert len(our_text(runner, max_new_tokens=3, seed=1)) == 3
     suppressed = our_text(runner, temperature=0.0, suppress_tokens=[greedy[0]])
     assert suppressed[0] != greedy[0]
 
@@ -278,6 +280,7 @@ def test_a_build_stores_what_is_obeyed_and_says_what_is_not(
         ({"sequence_bias": [[[3], float("inf")]]}, "and a finite number"),
         ({"exponential_decay_length_penalty": [-1, 1.0]}, "a number of tokens, 0 or more"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0; it must be 1 or more"),
+        ({"stop_strings": ["\ud800"]}, "surrogates not allowed"),
     ],
 )
 def test_an_impossible_config_is_refused_before_the_work(

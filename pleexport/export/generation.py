@@ -59,7 +59,9 @@ def read_generation_config(fields: Mapping[str, Any]) -> tuple[GenerationConfig,
         obeyed = _SAMPLED | obeyed
     try:
         config = msgspec.convert(obeyed, GenerationConfig)
-    except msgspec.ValidationError as err:
+        # Half a surrogate pair in a stop string could not be written into a manifest.
+        msgspec.json.encode(config)
+    except (msgspec.ValidationError, UnicodeEncodeError) as err:
         raise _malformed(str(err).replace("`$.", "`")) from err
     if problem := config.out_of_range():
         raise _malformed(problem)
