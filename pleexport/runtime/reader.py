@@ -109,7 +109,8 @@ class Reader:
             logits.append(self._session.feed(given, count, keep=keep))
             self.ids.extend(int(i) for i in token_ids[piece])
             self.rows_read.append(rows[piece])
-            self._blob.release_pages()
+            if count > 1:  # for each step it would cost up to a tenth of a small model's time
+                self._blob.release_pages()
         self.guessed = guessed
         return np.concatenate(logits) if keep == 0 else logits[-1]
 

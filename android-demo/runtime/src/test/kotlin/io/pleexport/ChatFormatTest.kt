@@ -86,7 +86,8 @@ class ChatFormatTest {
             "an answer at the beginning" in refusal<InputError> { format.render(emptyList()) }
         )
         assertTrue(
-            "knows no role `tool`" in refusal<InputError> { format.render(listOf(Message("tool", "a"))) }
+            "knows no role `tool`" in
+                refusal<InputError> { format.render(listOf(Message("tool", "a"))) }
         )
         assertEquals(
             "`joints` has two joints from `start` to `user`",
